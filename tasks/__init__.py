@@ -1,0 +1,1 @@
+"""Tasks: what earns the reward. One file a task."""

@@ -1,0 +1,14 @@
+"""The quizmaster: a question becomes quiz JSON, in exactly the compact form that the quiz grammar allows."""
+
+import random
+
+from lora_ppo_demo import QUIZMASTER_PROMPT, quiz_json
+from tools.corpus import Example, any_fact, any_question
+
+SHARE = 0.27
+
+
+def example(rng: random.Random) -> Example:
+    fact = any_fact(rng)
+    reply = quiz_json(fact.quiz_question, fact.answer, fact.wrong)
+    return Example(QUIZMASTER_PROMPT, any_question(fact, rng), reply)
