@@ -1,10 +1,58 @@
-"""A tutor that learns from whether you understood."""
+"""A tutor that learns from whether you understood.
 
+    python lora_ppo_demo.py                        start, or go on with, the tutor
+    python lora_ppo_demo.py --help                 every setting
+
+You ask. A local language model answers, then quizzes you on your question. Right is a reward of +1, wrong of -1, and
+one PPO step on that one answer trains the model's LoRA adapters and its value head. This file holds all of it, in
+reading order: policy, generation, quiz, PPO, checkpoints and journal, session. Mathematics is batch-first; the tutor
+is the case of a batch of one.
+
+Left out on purpose: a reward model (the quiz is the reward), a second copy of the model (the reference policy is the
+same model with the adapters off), and batched or unattended training (a companion's work).
+
+Shapes: B samples, P prompt tokens, T response tokens, V vocabulary, H hidden size. `response_mask` (B, T) is True
+exactly where the policy chose the token, its end-of-sequence token included.
+"""
+
+import contextlib
+import hashlib
 import json
-from dataclasses import dataclass
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import unicodedata
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import (
+    BUNDLED_LEARNING_RATE,
+    BUNDLED_MODEL,
+    GPU_MODEL,
+    LEARNING_RATE,
+    Config,
+    ConfigError,
+    from_command_line,
+    save_yaml,
+)
+
+if TYPE_CHECKING:  # torch takes seconds to import: `--help` answers without it
+    import torch
+    from torch import Tensor
+
+Message = dict[str, str]
+
+# ------------------------------------------------------------------------------------------------ roles and prompts
 
 LETTERS = "ABCD"
-
 TUTOR_PROMPT = "You are a tutor. Explain the answer in one or two clear sentences. If you do not know it, say so."
 QUIZMASTER_PROMPT = (
     'Write a quiz about the question as JSON: {"question":"...","correct":"...","wrong":["...","...","..."]}. '
@@ -17,6 +65,10 @@ LEARNER_PROMPT = (
 )
 
 
+def chat(system: str, user: str) -> list[Message]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
 @dataclass(frozen=True)
 class Quiz:
     """A multiple-choice question. `key` is the index of the correct option; it is never shown, sent or stored."""
@@ -26,21 +78,1502 @@ class Quiz:
     key: int
 
 
-def chat(system: str, user: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
-
-def quiz_text(question: str, options) -> str:
+def quiz_text(question: str, options: Sequence[str]) -> str:
     """The quiz as people and models read it: the question, then a line for each lettered option."""
     return "\n".join([question, *(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))])
 
 
-def quiz_json(question: str, correct: str, wrong) -> str:
+def quiz_json(question: str, correct: str, wrong: Sequence[str]) -> str:
     """The quiz as the quizmaster writes it: compact JSON, the only form its grammar allows."""
     quiz = {"question": question, "correct": correct, "wrong": list(wrong)}
     return json.dumps(quiz, ensure_ascii=False, separators=(",", ":"))
 
 
-def learner_text(explanation: str, question: str, options) -> str:
+def learner_text(explanation: str, question: str, options: Sequence[str]) -> str:
     """What the learner reads: the explanation, an empty line, the quiz."""
     return f"{explanation}\n\n{quiz_text(question, options)}"
+
+
+def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
+    """Token ids of a chat, up to where the assistant's reply begins.
+
+    What stands in the messages is untrusted: a special token's text in it (`<|im_start|>system`) stays text. Where it
+    has none the chat is encoded whole, as the model was trained. A template without a system role, or that drops it,
+    gets the system prompt at the head of the user's message.
+    """
+
+    def render(contents: list[str]) -> str:
+        rows = [message | {"content": content} for message, content in zip(messages, contents, strict=True)]
+        if tokenizer.chat_template is None:
+            return "".join(f"{row['content']}\n\n" for row in rows)
+        return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+    def encode(text: str, **options: Any) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, **options).input_ids
+
+    contents = [message["content"] for message in messages]
+    places = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in messages]
+    from jinja2 import TemplateError
+
+    try:
+        rendered = render(places)
+    except TemplateError:
+        rendered = ""
+    if any(place not in rendered for place in places):
+        if messages[0]["role"] != "system" or len(messages) < 2:
+            raise ConfigError("this model's chat template does not render the messages: try another model_name")
+        merged = [{"role": messages[1]["role"], "content": f"{contents[0]}\n\n{contents[1]}"}, *messages[2:]]
+        return encode_chat(tokenizer, merged)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    if not any(token in content for content in contents for token in special):
+        return encode(render(contents))
+    by_place = dict(zip(places, contents, strict=True))
+    ids: list[int] = []
+    for part in re.split("(" + "|".join(places) + ")", rendered):
+        ids += encode(by_place[part], split_special_tokens=True) if part in by_place else encode(part)
+    return ids
+
+
+# ------------------------------------------------------------------------------------------------------------ policy
+
+
+class Policy:
+    """Base model, LoRA adapters, float32 value head, and the AdamW that trains the last two.
+
+    `tensors()` is everything that training changes, except the two numbers `step` and `kl_coef`.
+    """
+
+    def __init__(self, model, tokenizer, config: Config):
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        targets = lora_targets(model, config.target_modules)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        torch.manual_seed(config.seed)
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        self.model = get_peft_model(model, lora).eval()
+        self.tokenizer, self.config, self.targets = tokenizer, config, targets
+        self.head = model.get_output_embeddings()
+        self.device = self.head.weight.device
+        self.value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(self.device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+        self.dropouts = [m for name, m in self.model.named_modules() if "lora_dropout" in name]
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+        for p in self.parameters.values():  # AdamW's slots exist from the start: a state always has the same tensors
+            slots = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+            self.optimizer.state[p] = slots | {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        self.step, self.kl_coef = 0, config.kl_coef
+
+    def configure(self, config: Config) -> None:
+        """Goes on under other settings; the weights stay."""
+        self.config = config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate
+        if not config.adaptive_kl:
+            self.kl_coef = config.kl_coef
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit into the model's context."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a reply."""
+        ids = self.model.generation_config.eos_token_id
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return ids if isinstance(ids, list) else [ids]
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if pad is None else pad
+
+    def adapter(self, on: bool):
+        """A context in which the adapters are on (the policy) or off (the base model, which is the reference)."""
+        return contextlib.nullcontext() if on else self.model.disable_adapter()
+
+    def tensors(self) -> dict[str, "Tensor"]:
+        """Everything that training changes, by name: adapter, value head, and the optimizer's slots for both."""
+        tensors = {f"parameter.{name}": p.data for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            tensors |= {f"optimizer.{slot}.{name}": value for slot, value in self.optimizer.state[p].items()}
+        return tensors
+
+    def snapshot(self) -> "Snapshot":
+        return Snapshot({name: tensor.clone() for name, tensor in self.tensors().items()}, self.step, self.kl_coef)
+
+    def restore(self, snapshot: "Snapshot") -> None:
+        """Puts everything that training changes back to `snapshot`, exactly."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(snapshot.tensors[name])
+        self.optimizer.zero_grad()
+        self.step, self.kl_coef = snapshot.step, snapshot.kl_coef
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of everything that training changes."""
+
+    tensors: dict[str, "Tensor"]
+    step: int
+    kl_coef: float
+
+
+def lora_targets(model, wanted: Sequence[str]) -> list[str]:
+    """Those of the `wanted` module names that `model` has. Raises ConfigError listing its linear layers if none."""
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if "Linear" in type(module).__name__ and module is not head
+    }
+    found = [name for name in wanted if name in linear]
+    if not found:
+        raise ConfigError(
+            f"target_modules={','.join(wanted)}: the model has none of these; its linear layers are "
+            f"{', '.join(sorted(linear)) or 'none'}"
+        )
+    return found
+
+
+def load_policy(config: Config, notice: Callable[[str], None] = lambda text: None) -> tuple[Policy, Config]:
+    """Loads the base model named by `config` and puts fresh adapters on it.
+
+    Returns the policy and the configuration with every `auto` resolved. `notice` is told what a person should know.
+    Raises ConfigError with one line if the model can't be loaded.
+    """
+    import torch
+
+    silence_libraries()
+    config = replace(config)
+    if config.device == "auto":
+        mps = torch.backends.mps.is_available()
+        config.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    on_cuda = config.device.startswith("cuda")
+    chosen = config.model_name
+    if chosen == "auto":
+        config.model_name = GPU_MODEL if on_cuda else str(BUNDLED_MODEL)
+    try:
+        model, tokenizer = load_base(config)
+    except ConfigError as error:
+        if chosen != "auto" or not on_cuda:
+            raise
+        notice(f"{error}. Going on with the bundled model.")
+        config.model_name = str(BUNDLED_MODEL)
+        model, tokenizer = load_base(config)
+    if config.learning_rate is None:
+        config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
+    return Policy(model, tokenizer, config), config
+
+
+def is_bundled(model_name: str) -> bool:
+    return Path(model_name).resolve() == BUNDLED_MODEL
+
+
+def load_base(config: Config):
+    """The base model and its tokenizer; resolves `load_in_4bit` and `dtype` in place. Raises ConfigError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    on_cuda = config.device.startswith("cuda")
+    if config.load_in_4bit == "auto":
+        config.load_in_4bit = "true" if on_cuda and not is_bundled(config.model_name) else "false"
+    four_bit = config.load_in_4bit == "true"
+    if four_bit and not on_cuda:
+        raise ConfigError(f"load_in_4bit=true needs CUDA, and device is {config.device}: set load_in_4bit=false")
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if on_cuda else "float32"
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if four_bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        options["device_map"] = {"": config.device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model_name, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+        return (model if four_bit else model.to(config.device)), tokenizer
+    except Exception as error:  # hub, files, architecture, memory: the libraries raise anything from OSError to KeyError
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"model_name={config.model_name} can't be loaded ({reason}): "
+            "check the name and the network, name a local folder, or use model_name=auto"
+        ) from error
+
+
+def silence_libraries() -> None:
+    """Keeps what transformers, peft and bitsandbytes print while loading off the terminal."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub", "torch"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+
+
+# -------------------------------------------------------------------------------------------------------- generation
+
+
+def generate(
+    policy: Policy,
+    prompt_ids: Sequence[int],
+    temperature: float,
+    adapter: bool = True,
+    grammar: "QuizGrammar | None" = None,
+    on_text: Callable[[str], None] | None = None,
+) -> list[int]:
+    """Samples one reply at `temperature` with the configured top_p and length; its end token is included.
+
+    `on_text` receives the text piece by piece as it is written; `grammar` restricts what may be written. Draws from
+    torch's global generator.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(  # built afresh: a model's own defaults (top_k, repetition_penalty) would change the policy
+        do_sample=True,
+        temperature=temperature,
+        top_p=policy.config.top_p,
+        top_k=0,
+        max_new_tokens=policy.config.max_new_tokens,
+        eos_token_id=policy.stop_ids,
+        pad_token_id=policy.pad_id,
+    )
+    ids = torch.tensor([list(prompt_ids)], device=policy.device)
+    with torch.no_grad(), policy.adapter(adapter):
+        output = policy.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            logits_processor=[grammar] if grammar else None,
+            streamer=TextStream(policy.tokenizer, on_text) if on_text else None,
+        )
+    return output[0, len(prompt_ids) :].tolist()
+
+
+class TextStream:
+    """Turns token ids, as transformers' generate hands them over, into pieces of text without half characters."""
+
+    def __init__(self, tokenizer, on_text: Callable[[str], None]):
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.ids: list[int] = []
+        self.written, self.prompt_seen = 0, False
+
+    def put(self, ids: "Tensor") -> None:
+        if not self.prompt_seen:  # the first call brings the prompt
+            self.prompt_seen = True
+            return
+        self.ids += ids.flatten().tolist()
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self.flush(text)
+
+    def end(self) -> None:
+        self.flush(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+    def flush(self, text: str) -> None:
+        if len(text) > self.written:
+            self.on_text(text[self.written :])
+            self.written = len(text)
+
+
+# -------------------------------------------------------------------------------------------------------------- quiz
+
+QUIZ_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {
+                "question": {"type": "string", "minLength": 1, "maxLength": 200},
+                "correct": {"type": "string", "minLength": 1, "maxLength": 80},
+                "wrong": {
+                    "type": "array",
+                    "items": {"type": "string", "minLength": 1, "maxLength": 80},
+                    "minItems": len(LETTERS) - 1,
+                    "maxItems": len(LETTERS) - 1,
+                },
+            },
+            "required": ["question", "correct", "wrong"],
+            "additionalProperties": False,
+        },
+        {"type": "null"},
+    ]
+}
+JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
+
+
+class QuizGrammar:
+    """Allows only tokens that continue a quiz in compact JSON (or `null`), and no option that begins with an earlier one.
+
+    Made for one reply: call it with the ids so far (1, P + t) and the next token's scores (1, V), as transformers does.
+    """
+
+    def __init__(self, policy: Policy, prompt_length: int):
+        import llguidance
+        import llguidance.hf
+
+        self.policy, self.prompt_length, self.consumed = policy, prompt_length, 0
+        tokenizer = policy.tokenizer
+        if not hasattr(policy, "ll_tokenizer"):
+            size = policy.head.weight.shape[0] if policy.head.weight.ndim == 2 else len(tokenizer)
+            policy.ll_tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)))
+        schema = llguidance.LLMatcher.grammar_from_json_schema(QUIZ_SCHEMA, overrides={"whitespace_flexible": False})
+        self.matcher = llguidance.LLMatcher(policy.ll_tokenizer, schema)
+
+    def __call__(self, ids: "Tensor", scores: "Tensor") -> "Tensor":
+        import torch
+
+        written = ids[0, self.prompt_length :].tolist()
+        self.matcher.consume_tokens(written[self.consumed :])
+        self.consumed = len(written)
+        allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
+        if self.matcher.is_stopped():
+            allowed[self.policy.stop_ids] = True
+        else:
+            allowed |= self.next_tokens(scores.shape[-1])
+            repeats = self.repeating_tokens(written)
+            if repeats and (allowed.sum() > len(repeats)):
+                allowed[repeats] = False
+        return scores.masked_fill(~allowed.to(scores.device), -math.inf)
+
+    def next_tokens(self, vocabulary: int) -> "Tensor":
+        """Which tokens the grammar allows next: (V,), bool."""
+        import llguidance.numpy
+        import numpy as np
+        import torch
+
+        bits = llguidance.numpy.allocate_token_bitmask(1, vocabulary)
+        llguidance.numpy.fill_next_token_bitmask(self.matcher, bits)
+        return torch.from_numpy(np.unpackbits(bits.view(np.uint8), bitorder="little")[:vocabulary].astype(bool))
+
+    def repeating_tokens(self, written: list[int]) -> list[int]:
+        """The tokens that would complete an option equal to an earlier one."""
+        _, found, options = self.policy.tokenizer.decode(written).partition('"correct":')
+        options = options.replace('"wrong":', "")
+        earlier = JSON_STRING.findall(options)
+        beginning = JSON_STRING.sub("", options).rpartition('"')
+        if not found or not beginning[1]:
+            return []
+        repeats = []
+        for option in earlier:
+            if option.startswith(beginning[2]):
+                for ending in ("", '"', '","', '"]', '"]}'):
+                    token = self.policy.tokenizer.encode(option[len(beginning[2]) :] + ending, add_special_tokens=False)
+                    repeats += token if len(token) == 1 else []
+        return repeats
+
+
+def parse_quiz(text: str) -> tuple[str, str, list[str]] | None:
+    """(question, correct, wrong) from the quizmaster's JSON; None for `null`, broken JSON or options that repeat."""
+    try:
+        quiz = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(quiz, dict):
+        return None
+    options = [" ".join(option.split()).casefold() for option in (quiz["correct"], *quiz["wrong"])]
+    return (quiz["question"], quiz["correct"], quiz["wrong"]) if len(set(options)) == len(LETTERS) else None
+
+
+def make_quiz(policy: Policy, question: str) -> Quiz | None:
+    """A quiz on `question`, written by the base model and solved blind by it; None if there is nothing to quiz.
+
+    The quizmaster sees the question alone, with the adapters off: the policy can't learn to make easy quizzes.
+    """
+    prompt = encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, question))
+    for _ in range(policy.config.quiz_tries):
+        grammar = QuizGrammar(policy, len(prompt))
+        ids = generate(policy, prompt, policy.config.quiz_temperature, adapter=False, grammar=grammar)
+        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        if text.strip() == "null":
+            return None
+        parts = parse_quiz(text)
+        if parts and survives(policy, quiz := shuffle_quiz(*parts)):
+            return quiz
+    return None
+
+
+def shuffle_quiz(question: str, correct: str, wrong: Sequence[str]) -> Quiz:
+    """The options in an order drawn from torch's global generator."""
+    import torch
+
+    options = [correct, *wrong]
+    order = torch.randperm(len(options)).tolist()
+    return Quiz(question, tuple(options[i] for i in order), order.index(0))
+
+
+def survives(policy: Policy, quiz: Quiz) -> bool:
+    """Whether the base model, blind to the key, picks it in more than half of the four rotations of the options."""
+    n = len(quiz.options)
+    rotations = [tuple(quiz.options[(i + shift) % n] for i in range(n)) for shift in range(n)]
+    chats = [chat(SOLVER_PROMPT, quiz_text(quiz.question, options)) for options in rotations]
+    picks = letter_probabilities(policy, chats).argmax(-1).tolist()
+    right = sum((pick + shift) % n == quiz.key for shift, pick in enumerate(picks))
+    return right > n // 2
+
+
+def letter_probabilities(policy: Policy, chats: Sequence[list[Message]]) -> "Tensor":
+    """The base model's probabilities (B, 4) that its reply is the letter A to D, given that it is one of them."""
+    import torch
+
+    ids = [encode_chat(policy.tokenizer, messages) for messages in chats]
+    batch = collate(ids, [[policy.pad_id]] * len(ids), policy.pad_id, policy.device)
+    with torch.no_grad():
+        _, _, logits = token_logprobs_and_values(policy, batch, adapter=False)
+    encode = policy.tokenizer.encode
+    spellings = [[encode(prefix + letter, add_special_tokens=False)[-1] for prefix in ("", " ")] for letter in LETTERS]
+    probabilities = (logits[:, 0] * policy.config.temperature).softmax(-1)
+    letters = torch.stack([probabilities[:, sorted(set(s))].sum(-1) for s in spellings], dim=-1)
+    return letters / letters.sum(-1, keepdim=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- PPO
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded on the left, responses on the right: the last T columns are the responses."""
+
+    input_ids: "Tensor"  # (B, P + T)
+    attention_mask: "Tensor"  # (B, P + T), True on what is no padding
+    response_mask: "Tensor"  # (B, T)
+
+
+def collate(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    device: "torch.device",
+    chosen: Sequence[Sequence[bool]] | None = None,
+) -> Batch:
+    """One batch from B prompts and B responses; `chosen` marks the response tokens that the policy chose (None: all)."""
+    import torch
+
+    chosen = chosen or [[True] * len(response) for response in responses]
+    p, t = max(map(len, prompts)), max(map(len, responses))
+    rows = zip(prompts, responses, strict=True)
+    ids = [[pad_id] * (p - len(a)) + list(a) + list(b) + [pad_id] * (t - len(b)) for a, b in rows]
+    rows = zip(prompts, responses, strict=True)
+    real = [[False] * (p - len(a)) + [True] * (len(a) + len(b)) + [False] * (t - len(b)) for a, b in rows]
+    mask = [list(c) + [False] * (t - len(c)) for c in chosen]
+    return Batch(*(torch.tensor(x, device=device) for x in (ids, real, mask)))
+
+
+def token_logprobs_and_values(
+    policy: Policy, batch: Batch, adapter: bool = True
+) -> tuple["Tensor", "Tensor", "Tensor"]:
+    """Log-probabilities (B, T) of the response tokens, values (B, T), and the float32 logits / temperature (B, T, V).
+
+    Column t is what was known before response token t was written. Logits exist for response positions only.
+    """
+    import torch
+
+    t = batch.response_mask.shape[1]
+    hidden: list[Tensor] = []
+    hook = policy.head.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+    try:
+        with policy.adapter(adapter):
+            output = policy.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask.long(),
+                position_ids=(batch.attention_mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=t + 1,
+            )
+    finally:
+        hook.remove()
+    logits = output.logits[:, -t - 1 : -1].float() / policy.config.temperature  # (B, T, V)
+    values = policy.value_head(hidden[0][:, -t - 1 : -1].float()).squeeze(-1)  # (B, T)
+    tokens = batch.input_ids[:, -t:]
+    logprobs = torch.gather(logits, -1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return logprobs, values, logits
+
+
+def masked_mean(x: "Tensor", mask: "Tensor") -> "Tensor":
+    """Mean of `x` where `mask` is True; what stands elsewhere, be it NaN, has no influence."""
+    return x.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def exact_kl(logits: "Tensor", other_logits: "Tensor") -> "Tensor":
+    """KL(p || q) of two categorical distributions, summed over the vocabulary: (..., V), (..., V) -> (...), in nats.
+
+    Never negative, unlike the sampled estimate log p(token) - log q(token), whose mean over truncated samples can be.
+    """
+    p, q = logits.log_softmax(-1), other_logits.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0.0)
+
+
+def compute_rewards(
+    scores: "Tensor", logprobs: "Tensor", ref_logprobs: "Tensor", response_mask: "Tensor", kl_coef: float
+) -> "Tensor":
+    """Reward per token (B, T): -kl_coef * (logprobs - ref_logprobs) on each, and the score (B,) on the last.
+
+    Ziegler et al. 2019, equation 2 (https://arxiv.org/abs/1909.08593).
+    """
+    import torch
+
+    rewards = (-kl_coef * (logprobs - ref_logprobs)).masked_fill(~response_mask, 0.0)
+    positions = torch.arange(response_mask.shape[1], device=response_mask.device)
+    last = (positions * response_mask).argmax(-1)  # (B,)
+    return rewards.scatter_add(1, last.unsqueeze(1), scores.to(rewards).unsqueeze(1))
+
+
+def gae(
+    rewards: "Tensor", values: "Tensor", response_mask: "Tensor", gamma: float, lam: float
+) -> tuple["Tensor", "Tensor"]:
+    """Generalized advantage estimates and returns, both (B, T), zero outside `response_mask`.
+
+    Schulman et al. 2016, equations 11 to 16 (https://arxiv.org/abs/1506.02438). A token's successor is the policy's
+    next token: what the environment wrote between them is passed over. After the last one the value is zero.
+    """
+    import torch
+
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[:, 0])  # of the successor
+    next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        chosen = response_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(chosen, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(chosen, values[:, t], next_value)
+        advantages[:, t] = torch.where(chosen, advantage, 0.0)
+    return advantages, torch.where(response_mask, advantages + values, 0.0)
+
+
+def whiten(x: "Tensor", mask: "Tensor") -> "Tensor":
+    """`x` shifted and scaled to mean 0 and variance 1 where `mask` is True, 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return ((x - mean) * (variance + 1e-8).rsqrt()).masked_fill(~mask, 0.0)
+
+
+def policy_loss(
+    logprobs: "Tensor", old_logprobs: "Tensor", advantages: "Tensor", response_mask: "Tensor", cliprange: float
+) -> tuple["Tensor", "Tensor"]:
+    """PPO's clipped surrogate, as a loss averaged over tokens, and the share of tokens where the clip is active.
+
+    Schulman et al. 2017, equation 7 (https://arxiv.org/abs/1707.06347): -min(r A, clip(r, 1 - e, 1 + e) A).
+    """
+    import torch
+
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~response_mask, 0.0))
+    unclipped = -ratio * advantages
+    clipped = -ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
+    clip_fraction = masked_mean((clipped > unclipped).float(), response_mask)
+    return masked_mean(torch.maximum(unclipped, clipped), response_mask), clip_fraction
+
+
+def value_loss(
+    values: "Tensor", old_values: "Tensor", returns: "Tensor", response_mask: "Tensor", cliprange_value: float
+) -> tuple["Tensor", "Tensor"]:
+    """Half the squared error of the values, clipped around the rollout's, and the share of tokens where the clip acts.
+
+    As in the PPO of OpenAI's baselines: 0.5 * max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2).
+    """
+    import torch
+
+    near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    clip_fraction = masked_mean((clipped > plain).float(), response_mask)
+    return 0.5 * masked_mean(torch.maximum(plain, clipped), response_mask), clip_fraction
+
+
+def entropy(logits: "Tensor", response_mask: "Tensor") -> "Tensor":
+    """Mean entropy, in nats, of the token distributions (B, T, V) at response positions."""
+    logp = logits.log_softmax(-1)
+    return masked_mean(-(logp.exp() * logp).sum(-1), response_mask)
+
+
+class StepSkipped(Exception):
+    """A PPO step that could not be taken; the weights are as they were."""
+
+
+def ppo_step(policy: Policy, batch: Batch, scores: Sequence[float]) -> dict[str, float]:
+    """One PPO update on B sampled answers with their `scores`; returns the metrics of the log.
+
+    All or nothing: a reward or loss that is not finite, memory that runs out, or an interruption leaves weights and
+    optimizer as they were (StepSkipped, or whatever was raised). A step that moves the policy further than `target_kl`
+    is taken back, and `undone` in the metrics says so; it still counts as a step.
+    """
+    import torch
+
+    if not all(map(math.isfinite, scores)):
+        raise StepSkipped(f"the reward is not finite ({', '.join(map(str, scores))})")
+    before = policy.snapshot()
+    try:
+        metrics, old_logits = ppo_update(policy, batch, torch.tensor(scores, device=policy.device))
+        metrics |= trust_region(policy, batch, old_logits, metrics.pop("old_logprob_sum"))
+        if not metrics["step_kl"] <= policy.config.target_kl:  # NaN included
+            policy.restore(before)
+            metrics["undone"] = True
+    except BaseException as error:
+        policy.restore(before)
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            raise StepSkipped("out of memory: try a smaller max_new_tokens or load_in_4bit=true") from error
+        raise
+    policy.step += 1
+    return metrics
+
+
+def ppo_update(policy: Policy, batch: Batch, scores: "Tensor") -> tuple[dict[str, float], "Tensor"]:
+    """The epochs of one PPO update. Returns its metrics and the logits (B, T, V) of the policy before it."""
+    import torch
+
+    config, mask = policy.config, batch.response_mask
+    kl_coef = policy.kl_coef
+    with torch.no_grad():
+        ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, batch, adapter=False)
+        # With one epoch on a fresh sample the old policy is the current one: the gradient pass below yields its
+        # logprobs, the ratio is exactly 1, and the clip does nothing. Dropout would make the two differ.
+        rollout = token_logprobs_and_values(policy, batch) if config.lora_dropout else None
+    for epoch in range(config.ppo_epochs):
+        with gradient_dropout(policy):
+            logprobs, values, logits = token_logprobs_and_values(policy, batch)
+        if epoch == 0:
+            old_logprobs, old_values, old_logits = rollout or (logprobs.detach(), values.detach(), logits.detach())
+            kl = exact_kl(old_logits, ref_logits).masked_fill(~mask, 0.0).sum(-1).mean()  # nats per answer
+            kl_estimate = (old_logprobs - ref_logprobs).masked_fill(~mask, 0.0).sum(-1).mean()
+            rewards = compute_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef)
+            advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
+            if len(scores) >= 8:  # in a small batch whitening erases or flips the reward
+                advantages = whiten(advantages, mask)
+        pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
+        vf_loss, _ = value_loss(values, old_values, returns, mask, config.cliprange_value)
+        mean_entropy = entropy(logits if config.entropy_coef else logits.detach(), mask)
+        loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
+        policy.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm)
+        if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
+            raise StepSkipped(f"the loss is not finite (loss {loss.item()}, gradient norm {grad_norm.item()})")
+        policy.optimizer.step()
+    policy.optimizer.zero_grad()
+    if config.adaptive_kl:
+        policy.kl_coef = adapted_kl_coef(kl_coef, kl.item(), len(scores), config)
+    metrics = {
+        "reward": scores.mean(),
+        "loss": loss,
+        "policy_loss": pg_loss,
+        "value_loss": vf_loss,
+        "entropy": mean_entropy,
+        "kl": kl,
+        "kl_estimate": kl_estimate,
+        "value": masked_mean(old_values, mask),
+        "clip_fraction": clip_fraction,
+        "grad_norm": grad_norm,
+        "old_logprob_sum": old_logprobs.masked_fill(~mask, 0.0).sum(),
+    }
+    return {name: value.item() for name, value in metrics.items()} | {"kl_coef": kl_coef}, old_logits
+
+
+def trust_region(policy: Policy, batch: Batch, old_logits: "Tensor", old_logprob_sum: float) -> dict[str, float]:
+    """How far an update went: `step_kl`, the exact KL(old || new) in nats per response token, and `likelihood_ratio`,
+    how many times as likely the sampled answers are now."""
+    import torch
+
+    with torch.no_grad():
+        logprobs, _, logits = token_logprobs_and_values(policy, batch)
+    step_kl = masked_mean(exact_kl(old_logits, logits), batch.response_mask).item()
+    logprob_sum = logprobs.masked_fill(~batch.response_mask, 0.0).sum().item()
+    return {"step_kl": step_kl, "likelihood_ratio": math.exp(min(logprob_sum - old_logprob_sum, 700.0))}
+
+
+@contextlib.contextmanager
+def gradient_dropout(policy: Policy) -> Iterator[None]:
+    """LoRA dropout acts in here and nowhere else; the base model's own dropout never does."""
+    for module in policy.dropouts:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in policy.dropouts:
+            module.eval()
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, answers: int, config: Config) -> float:
+    """kl_coef, steered in proportion to how far `kl` (nats per answer) is from kl_target.
+
+    Ziegler et al. 2019, section 2.2, with the error clipped to 20 %.
+    """
+    error = min(max(kl / config.kl_target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * answers / config.kl_horizon)
+
+
+# ------------------------------------------------------------------------------------------ checkpoints, journal, log
+
+
+class Damaged(Exception):
+    """A checkpoint that can't be used; the message says what is wrong with it."""
+
+
+def base_name(config: Config) -> str:
+    """What a checkpoint calls its base model: the same wherever this program is installed."""
+    return f"bundled:{BUNDLED_MODEL.name}" if is_bundled(config.model_name) else config.model_name
+
+
+def fsync(path: Path) -> None:
+    """Forces a file, or where the system can a folder, to disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(folder: Path, policy: Policy, state: dict[str, Any], result: str, extra: dict[str, str] | None = None):
+    """Writes a checkpoint: all of it becomes visible at once, under `folder`, or nothing does.
+
+    `state` is what the caller wants back; `result` is a sentence for the model card; `extra` are further text files by
+    name. Raises OSError, and leaves what stood at `folder` in place, where the disk refuses.
+    """
+    from safetensors.torch import save_file
+
+    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        policy.model.save_pretrained(new, safe_serialization=True, save_embedding_layers=False)
+        save_file(policy.value_head.state_dict(), new / "value_head.safetensors")
+        tensors = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
+        save_file(tensors, new / "optimizer.safetensors")
+        config = policy.config
+        kept = {"step": policy.step, "kl_coef": policy.kl_coef, "base_model": base_name(config), "lora_r": config.lora_r}
+        state = kept | {"target_modules": policy.targets, "config": asdict(config)} | state
+        texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)} | (extra or {})
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+        files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(new.iterdir())}
+        (new / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+        for path in (*new.iterdir(), new):
+            fsync(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def model_card(policy: Policy, result: str) -> str:
+    """The README.md of a checkpoint."""
+    config = policy.config
+    return (
+        f"---\nbase_model: {base_name(config)}\nlibrary_name: peft\ntags: [lora, ppo]\n---\n"
+        f"# LoRA adapters after {policy.step} PPO steps\n\n"
+        f"Rank {config.lora_r} on {', '.join(policy.targets)} of `{base_name(config)}`; task: explain so that a quiz on "
+        f"the question is answered right. {result}\n\n"
+        "`adapter_model.safetensors` loads in PEFT and vLLM as it is. `value_head.safetensors` and\n"
+        "`optimizer.safetensors` are needed only to train on.\n"
+    )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The `state.json` of a whole checkpoint. Raises Damaged if a file is missing, cut short or altered."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            path = folder / Path(name).name
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise Damaged(f"{name} has {size} bytes, expected {expected['bytes']}")
+            if sha256(path) != expected["sha256"]:
+                raise Damaged(f"{name} is not what was written")
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"unreadable: {error}") from None
+
+
+def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
+    """Verifies a checkpoint, puts it into `policy`, and returns its state.
+
+    Raises Damaged, or ConfigError where it belongs to another base model, rank or set of layers.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    state = verify_checkpoint(folder)
+    here = {"base_model": base_name(policy.config), "lora_r": policy.config.lora_r, "target_modules": policy.targets}
+    for name, value in here.items():
+        if state.get(name) != value:
+            setting = {"base_model": "model_name"}.get(name, name)
+            raise ConfigError(
+                f"{folder} was trained with {setting}={state.get(name)}, now it is {value}: "
+                f"set {setting} back, or resume=none for a new run"
+            )
+    set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
+    policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+    slots = load_file(folder / "optimizer.safetensors")
+    for name, tensor in policy.tensors().items():
+        if name.startswith("optimizer."):
+            tensor.copy_(slots[name.removeprefix("optimizer.")])
+    policy.step, policy.kl_coef = state["step"], state["kl_coef"]
+    return state
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints `step_N` of a run, newest first."""
+    found = [(int(m[1]), p) for p in run.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+class LineFile:
+    """A file of JSON lines to which one is added durably: written, flushed and fsynced, or kept until that works."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.unwritten: list[bytes] = []
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a line. Raises OSError if it can't be written now; it is then written before the next one."""
+        self.unwritten.append(json.dumps(record).encode("ascii") + b"\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            start = file.tell()
+            try:
+                file.write(b"".join(self.unwritten))
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, start)
+                raise
+        self.unwritten.clear()
+
+    def read(self, offset: int = 0) -> list[dict[str, Any]]:
+        """The records from byte `offset` on. A last line that was not finished is cut off the file and not returned."""
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self.path, whole)
+        records = []
+        for number, line in enumerate(data[:whole].splitlines(keepends=True), 1):
+            offset -= len(line)
+            if offset < 0:
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    raise Damaged(f"{self.path} is damaged in line {number}") from None
+        return records
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+
+@dataclass
+class Turn:
+    """A finished turn: what was said, and the reward it earned."""
+
+    number: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    reward: float
+
+
+# The settings on which the outcome of a PPO step depends; the journal keeps them for taking steps again.
+STEP_SETTINGS = (
+    "temperature learning_rate batch_size ppo_epochs cliprange cliprange_value vf_coef entropy_coef gamma lam "
+    "lora_dropout kl_coef adaptive_kl kl_target kl_horizon target_kl max_grad_norm seed"
+).split()
+
+
+class Run:
+    """A policy in training and its life on disk: turns, steps, undo, checkpoints, journal and log.
+
+    Every finished turn is in the journal before it is acknowledged; a checkpoint says up to where the journal is in it.
+    So after a crash the newest whole checkpoint, and the turns after it taken again, give the state that was.
+    `notice` is told what a person should know; a disk that refuses costs a notice, never the session.
+    """
+
+    def __init__(self, policy: Policy, config: Config, notice: Callable[[str], None]):
+        self.policy, self.config, self.notice = policy, config, notice
+        self.root = Path(config.checkpoint_dir)
+        self.log = LineFile(Path(config.log_dir) / "run.log")
+        self.turn = 0  # the number of the turn to come
+        self.pending: list[Turn] = []  # answered, waiting for batch_size of them
+        self.undo_snapshot: Snapshot | None = None
+        self.saved_step = -1
+        self.covered = 0  # bytes of the journal that the policy's weights contain
+        self.lock = None
+        with self.surviving("open the checkpoint folder"):
+            self.take_lock()
+        self.folder = self.newest_run()
+        self.journal = LineFile(self.folder / "journal.jsonl")
+        self.resume()
+
+    def take_lock(self) -> None:
+        """Keeps a second tutor out of the same folder. Raises ConfigError if there is one."""
+        import filelock
+
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(self.root / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ConfigError(f"another tutor is using {self.root}: stop it, or set checkpoint_dir to another folder") from None
+
+    def newest_run(self) -> Path:
+        """The first run lives in checkpoint_dir itself, later ones in `run_2`, `run_3`, ... beneath it."""
+        numbers = [int(m[1]) for p in self.root.glob("run_*") if (m := re.fullmatch(r"run_(\d+)", p.name))]
+        return self.root / f"run_{max(numbers)}" if numbers else self.root
+
+    def begin_new_run(self) -> None:
+        """Moves on to a folder where no run has been, so that no earlier one is touched."""
+        if checkpoints(self.folder) or self.journal.size:
+            number = int(self.folder.name[4:]) + 1 if self.folder != self.root else 2
+            self.folder = self.root / f"run_{number}"
+            self.journal = LineFile(self.folder / "journal.jsonl")
+
+    def resume(self) -> None:
+        """Puts the policy where `config.resume` says and takes the journal's later steps again."""
+        if self.config.resume not in ("auto", "none"):
+            source = Path(self.config.resume)
+            try:
+                self.turn = load_checkpoint(source, self.policy)["turn"]
+            except Damaged as error:
+                raise ConfigError(f"resume={source}: {error}; expected a whole checkpoint folder, or auto, or none") from None
+            if checkpoints(self.folder)[:1] != [source] or self.journal.size != verify_checkpoint(source)["journal_offset"]:
+                self.begin_new_run()
+        elif self.config.resume == "none":
+            self.begin_new_run()
+        if self.config.resume in ("auto", str(self.folder)) and (checkpoints(self.folder) or self.journal.size):
+            self.resume_newest()
+        self.policy.configure(self.config)
+        if not checkpoints(self.folder):
+            self.covered = self.journal.size
+            self.save()  # what the journal starts from
+        settings = {name: getattr(self.config, name) for name in STEP_SETTINGS}
+        self.record({"type": "settings", "settings": settings})
+
+    def resume_newest(self) -> None:
+        """Loads the newest whole checkpoint from which the journal can be replayed, and replays it."""
+        reasons = []
+        for folder in checkpoints(self.folder):
+            try:
+                state = load_checkpoint(folder, self.policy)
+                self.turn, self.covered = state["turn"], state["journal_offset"]
+                self.saved_step = self.policy.step
+                self.replay(state["journal_offset"])
+                break
+            except Damaged as error:
+                reasons.append(f"{folder.name}: {error}")
+                self.notice(f"{folder.name} is not used ({error}); trying the one before it.")
+        else:
+            raise ConfigError(
+                f"{self.folder} holds no whole checkpoint ({'; '.join(reasons) or 'none at all'}): "
+                "set resume=none for a new run beside it"
+            )
+        for hidden in self.folder.glob(".step_*"):
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def replay(self, offset: int) -> None:
+        """Takes the journal's turns from byte `offset` on again, each under the settings it was taken with."""
+        size = self.journal.size
+        records = self.journal.read(offset)
+        if self.journal.size < max(size, offset):
+            self.notice("The journal's last line was half-written and is dropped: that turn had not been acknowledged.")
+        if self.journal.size < offset:
+            raise Damaged("the journal is shorter than the checkpoint says")
+        turns = sum(record["type"] == "turn" for record in records)
+        if turns:
+            self.notice(f"Taking {turns} turn{'s' * (turns > 1)} again from the journal.")
+        for record in records:
+            if record["type"] == "settings":
+                self.policy.configure(replace(self.config, **record["settings"]))
+            elif record["type"] == "undo":
+                if not self.undo():
+                    raise Damaged("its last step was taken back later")
+            else:
+                turn = Turn(**{name: record[name] for name in ("number", "prompt_ids", "response_ids", "reward")})
+                self.pending.append(turn)
+                self.turn = turn.number + 1
+                if record["outcome"] != "pending":
+                    self.replay_step(record["outcome"])
+        self.settle()
+        self.complete_log([record["log"] for record in records if "log" in record])
+
+    def replay_step(self, outcome: str) -> None:
+        """What a turn's step did, done again: `taken` steps are computed, the others left no trace in the weights."""
+        if outcome == "taken":
+            self.undo_snapshot = self.policy.snapshot()
+            self.take_step()
+        elif outcome == "undone":
+            self.undo_snapshot = self.policy.snapshot()
+            self.policy.step += 1
+        self.pending.clear()
+
+    def complete_log(self, lines: list[dict[str, Any]]) -> None:
+        """Adds the lines that a crash kept from the log."""
+        with self.surviving("complete the log"):
+            there = {line.get("timestamp") for line in self.log.read()}
+            for line in lines:
+                if line["timestamp"] not in there:
+                    self.log.append(line)
+
+    def take_step(self) -> dict[str, float]:
+        """One PPO step on the pending turns."""
+        import torch
+
+        torch.manual_seed(turn_seed(self.policy.config.seed, self.pending[-1].number) ^ 1)  # for dropout
+        prompts, responses = ([getattr(turn, name) for turn in self.pending] for name in ("prompt_ids", "response_ids"))
+        batch = collate(prompts, responses, self.policy.pad_id, self.policy.device)
+        return ppo_step(self.policy, batch, [turn.reward for turn in self.pending])
+
+    def finish_turn(self, turn: Turn, line: dict[str, Any]) -> dict[str, Any]:
+        """Learns from a turn and makes it durable; returns its log line, completed with the step's metrics.
+
+        `outcome` in it is `taken`, `undone` (beyond the trust region), `skipped` (with `why`) or `pending`.
+        """
+        started = time.perf_counter()
+        self.pending.append(turn)
+        metrics: dict[str, Any] = {}
+        outcome = "pending"
+        if len(self.pending) >= self.config.batch_size:
+            before = self.policy.snapshot()
+            try:
+                metrics = self.take_step()
+                outcome = "undone" if metrics.pop("undone", False) else "taken"
+                self.undo_snapshot = before
+            except StepSkipped as skipped:
+                outcome, metrics = "skipped", {"why": str(skipped)}
+        self.turn = turn.number + 1
+        seconds = round(time.perf_counter() - started, 4)
+        line = {"timestamp": now(), "step": self.policy.step} | line | metrics | {"reward": turn.reward, "seconds": seconds}
+        line |= {"outcome": outcome}
+        self.record({"type": "turn"} | asdict(turn) | {"outcome": outcome, "log": line})
+        if outcome != "pending":
+            self.pending.clear()
+        self.settle()
+        with self.surviving("write the log"):
+            self.log.append(line)
+        if outcome in ("taken", "undone") and self.policy.step % self.config.save_every == 0:
+            self.save()
+        return line
+
+    def undo(self) -> bool:
+        """Takes the last waiting turn, or else the last step, back in memory; False if there is none."""
+        if self.pending:
+            self.pending.pop()
+        elif self.undo_snapshot:
+            self.policy.restore(self.undo_snapshot)
+            self.undo_snapshot = None
+        else:
+            return False
+        return True
+
+    def undo_for_good(self) -> bool:
+        """Takes the last step back, exactly, in memory and on disk; False if there is none."""
+        step = self.policy.step
+        if not self.undo():
+            return False
+        self.record({"type": "undo"})
+        self.settle()
+        with self.surviving("write the log"):
+            self.log.append({"timestamp": now(), "step": step, "undo": True})
+        with self.surviving("replace the checkpoint that holds the step taken back"):
+            stale = [p for p in checkpoints(self.folder) if int(p.name[5:]) > self.policy.step]
+            if stale:
+                self.save()
+                for folder in stale:
+                    shutil.rmtree(folder)
+        return True
+
+    def settle(self) -> None:
+        """Notes that the weights contain the journal up to here, unless turns are waiting for their step."""
+        if not self.pending:
+            self.covered = self.journal.size
+
+    def save(self) -> bool:
+        """Writes a checkpoint and removes those beyond keep_checkpoints, oldest first."""
+        with self.surviving("save a checkpoint"):
+            state = {"turn": self.turn, "journal_offset": self.covered, "log_offset": self.log.size}
+            state["rng"] = {"seed": self.config.seed, "turn": self.turn}  # every turn's generator is seeded from these
+            if self.journal.unwritten:
+                raise OSError("the journal can't be written")
+            save_checkpoint(self.folder / f"step_{self.policy.step}", self.policy, state, self.result())
+            self.saved_step = self.policy.step
+            save_yaml(self.config, self.folder / "effective_config.yaml")
+            for folder in checkpoints(self.folder)[self.config.keep_checkpoints :]:
+                shutil.rmtree(folder)
+            return True
+        return False
+
+    def result(self) -> str:
+        """How the run went, in a sentence, for the model card."""
+        rewards = [line["reward"] for line in self.history()]
+        right = sum(reward > 0 for reward in rewards)
+        return f"{right} of {len(rewards)} quizzes were answered right." if rewards else "No quiz was answered yet."
+
+    def history(self) -> list[dict[str, Any]]:
+        """The log lines of this run's turns, in order, without those taken back."""
+        lines: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError, Damaged):
+            for line in self.log.read():
+                if line.get("undo"):
+                    lines = lines[:-1]
+                else:
+                    new_run = lines and line["step"] < lines[-1]["step"]
+                    lines = [line] if new_run else [*lines, line]
+        return lines
+
+    def record(self, record: dict[str, Any]) -> None:
+        with self.surviving("write the journal"):
+            self.journal.append(record)
+
+    @contextlib.contextmanager
+    def surviving(self, task: str) -> Iterator[None]:
+        """The disk's refusals become notices in here."""
+        try:
+            yield
+        except (OSError, Damaged) as error:
+            self.notice(f"Could not {task} ({error}). The session goes on; what can't be written is kept in memory.")
+
+    def close(self) -> None:
+        if self.lock:
+            self.lock.release()
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """The seed of a turn's random draws: a session that was stopped goes on as if it had not been."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{turn}".encode()).digest()[:7], "big")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+# ----------------------------------------------------------------------------------------------------------- session
+
+BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+HELP = """Ask a question, read the answer, then choose A to D on the quiz: right is +1, wrong is -1, and the tutor learns.
+At the quiz:     A B C D, or the option's text, then Enter; s skips (no reward, no step).
+At the question: /help       this text
+                 /progress   how the quizzes went so far
+                 /undo       take the last step back, exactly
+                 /save       write a checkpoint now
+                 /config     every setting as it is in force
+                 /quit       save and leave (so do Ctrl-D and Ctrl-C)"""
+
+
+def clean(text: str) -> str:
+    """Untrusted text as a terminal may show it: no control, escape or bidirectional-override characters."""
+    keep = (c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in BIDI_CONTROLS))
+    return "".join(keep)
+
+
+class Terminal:
+    """Reads lines (with history and editing at a terminal, plainly from a pipe) and writes untrusted text safely."""
+
+    def __init__(self, history: Path):
+        from rich.console import Console
+
+        for stream in (sys.stdin, sys.stdout):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(encoding="utf-8", errors="replace")
+        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.prompter = None
+        if self.interactive:
+            from prompt_toolkit import PromptSession
+            from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+            try:
+                history.parent.mkdir(parents=True, exist_ok=True)
+                history.touch()
+                self.prompter = PromptSession(history=FileHistory(str(history)))
+            except OSError:
+                self.prompter = PromptSession(history=InMemoryHistory())
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(clean(text), style=style)
+
+    def write(self, text: str) -> None:
+        """Text without a line's end, shown at once."""
+        self.console.print(clean(text), end="")
+        self.console.file.flush()
+
+    def ask(self, prompt: str, remember: bool = True) -> str:
+        """A line from the person. Raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C."""
+        if self.prompter is None:
+            self.write(prompt)
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            self.say(line.strip())  # the pipe's text is part of the transcript
+            return line.strip()
+        if remember:
+            return self.prompter.prompt(prompt).strip()
+        from prompt_toolkit import prompt as ask_once
+
+        return ask_once(prompt).strip()
+
+    def busy(self, text: str):
+        """A context that shows `text` and a spinner at a terminal."""
+        return self.console.status(text) if self.interactive else contextlib.nullcontext()
+
+
+def parse_choice(text: str, options: Sequence[str]) -> int | str | None:
+    """The index of the chosen option, "skip", or None if `text` is no choice. Letters come before options' texts."""
+    text = text.strip().casefold()
+    if text == "s":
+        return "skip"
+    letter = text.rstrip(").") if len(text) < 3 else text
+    if letter and letter in LETTERS.casefold():
+        return LETTERS.casefold().index(letter)
+    texts = [option.strip().casefold() for option in options]
+    return texts.index(text) if text in texts else None
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """A Ctrl-C in here takes effect at the end; a second one takes effect at once."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        previous = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: no signal arrives here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if seen:
+        raise KeyboardInterrupt
+
+
+def banner(policy: Policy, config: Config, run: Run) -> str:
+    """What a person sees first."""
+    size = sum(p.numel() for p in policy.parameters.values())
+    total = sum(p.numel() for p in policy.model.parameters())
+    precision = "4-bit NF4" if config.load_in_4bit == "true" else config.dtype
+    return "\n".join(
+        [
+            f"model    {base_name(config)} ({total / 1e6:,.1f} M parameters, {precision}, on {config.device})",
+            f"adapter  LoRA rank {config.lora_r} on {len(policy.targets)} layer types, {size / 1e6:.2f} M trainable",
+            f"step     {policy.step}, saved every {config.save_every} steps in {run.folder}",
+            f"log      {run.log.path}",
+            "help     /help lists the commands; an empty line asks again; Ctrl-D leaves",
+        ]
+    )
+
+
+def session(policy: Policy, run: Run, terminal: Terminal) -> None:
+    """Questions, answers, quizzes and steps, until the person leaves."""
+    while True:
+        try:
+            question = terminal.ask("\nYou: ")
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            if question.startswith("/"):
+                if command(question, policy, run, terminal):
+                    return
+            elif question:
+                take_turn(question, policy, run, terminal)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            terminal.say("\nInterrupted. Finished turns are kept.", "yellow")
+
+
+def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> None:
+    """One question: the answer, the quiz, the choice, and the step it earns."""
+    import torch
+
+    config, tokenizer = run.config, policy.tokenizer
+    prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, question))
+    longest = max(len(prompt), len(encode_chat(tokenizer, chat(QUIZMASTER_PROMPT, question))))
+    if longest + config.max_new_tokens > policy.context:
+        room = policy.context - config.max_new_tokens
+        terminal.say(f"That question takes {longest} tokens with its instructions; the model has room for {room}.", "yellow")
+        return
+    number, run.turn = run.turn, run.turn + 1
+    torch.manual_seed(turn_seed(config.seed, number))
+    terminal.write("Tutor: ")
+    response = generate(policy, prompt, config.temperature, on_text=terminal.write)
+    answer = tokenizer.decode(response, skip_special_tokens=True)
+    terminal.say("" if answer.strip() else "(no answer)")
+    with terminal.busy("making a quiz"):
+        quiz = make_quiz(policy, question)
+    if quiz is None:
+        terminal.say("No sound quiz could be made on this question, so it earns no reward and no step.", "yellow")
+        return
+    terminal.say(f"\nQuiz: {quiz_text(quiz.question, quiz.options)}", "bold")
+    choice = choose(quiz, terminal)
+    if choice == "skip":
+        terminal.say("Skipped: no reward, no step.")
+        return
+    reward = 1.0 if choice == quiz.key else -1.0
+    line = {"question": question, "answer": answer, "quiz_id": f"quiz-{number}", "user_answer": LETTERS[choice]}
+    with interrupts_deferred():
+        line = run.finish_turn(Turn(number, prompt, response, reward), line)
+        show_outcome(line, run, terminal)
+
+
+def choose(quiz: Quiz, terminal: Terminal) -> int | str:
+    """The person's choice: an option's index, or "skip"."""
+    while True:
+        choice = parse_choice(terminal.ask("Your choice (A-D, s skips): ", remember=False), quiz.options)
+        if choice is not None:
+            return choice
+        terminal.say("Please choose A, B, C or D, type the option's text, or s to skip.")
+
+
+def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
+    """Right or wrong, and what the step did."""
+    right = line["reward"] > 0
+    terminal.say(f"{'Right' if right else 'Wrong'}. Reward {line['reward']:+g}.", "green" if right else "red")
+    if line["outcome"] == "pending":
+        terminal.say(f"{len(run.pending)} of {run.config.batch_size} answers for the next step.")
+    elif line["outcome"] == "skipped":
+        terminal.say(f"No step was taken: {line['why']}. The weights are as they were.", "yellow")
+    elif line["outcome"] == "undone":
+        terminal.say(
+            f"Step {line['step']} was undone: it moved the policy by {line['step_kl']:.3f} nats per token, "
+            f"more than target_kl={run.config.target_kl:g}.",
+            "yellow",
+        )
+    else:
+        terminal.say(
+            f"Step {line['step']} took {line['seconds']:.2f} s and moved the policy by {line['step_kl']:.4f} nats per "
+            f"token: this answer is now {line['likelihood_ratio']:.3g} times as likely.",
+            "dim",
+        )
+
+
+def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
+    """Carries out a /command; True if the session ends."""
+    name = text.split()[0].lower()
+    if name == "/quit":
+        return True
+    if name == "/help":
+        terminal.say(HELP)
+    elif name == "/progress":
+        terminal.say(progress_chart([line["reward"] for line in run.history()]))
+    elif name == "/undo":
+        step = policy.step
+        with interrupts_deferred():
+            undone = run.undo_for_good()
+        if undone and policy.step == step:
+            terminal.say("The last answer was taken back before its step.")
+        else:
+            terminal.say(f"Step {step} was taken back; the tutor is at step {policy.step}." if undone else "No step to undo.")
+    elif name == "/save":
+        with interrupts_deferred():
+            saved = run.save()
+        if saved:
+            terminal.say(f"Saved {run.folder / f'step_{policy.step}'}.")
+    elif name == "/config":
+        terminal.say("\n".join(f"{key}: {value}" for key, value in asdict(run.config).items()))
+    else:
+        terminal.say(f"There is no command {name}; /help lists them.")
+    return False
+
+
+def progress_chart(rewards: Sequence[float], columns: int = 60, rows: int = 5, window: int = 10) -> str:
+    """Accuracy over the last `window` quizzes, drawn over all of them, and the totals."""
+    if not rewards:
+        return "No quiz was answered yet."
+    right = [float(reward > 0) for reward in rewards]
+    means = [sum(right[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(right))]
+    width = min(columns, len(means))
+    points = [means[(i + 1) * len(means) // width - 1] for i in range(width)]
+    lines = []
+    for row in reversed(range(rows)):
+        cells = [" ▁▂▃▄▅▆▇█"[round(min(max(p * rows - row, 0.0), 1.0) * 8)] for p in points]
+        lines.append(f"{100 * (row + 1) // rows:>4} % {''.join(cells)}".rstrip())
+    mean_reward = sum(rewards) / len(rewards)
+    last = rewards[-window:]
+    return "\n".join(
+        [
+            f"right answers, running over {window} quizzes",
+            *lines,
+            f"       {'1':<{max(width - len(str(len(rewards))), 1)}}{len(rewards)}",
+            f"accuracy {sum(right) / len(right):.0%} of {len(right)}, mean reward {mean_reward:+.2f}; "
+            f"last {len(last)}: {sum(right[-window:]) / len(last):.0%}, {sum(last) / len(last):+.2f}",
+        ]
+    )
+
+
+USAGE = """usage: python lora_ppo_demo.py [--config FILE] [name=value ...]
+
+A tutor that learns from whether you understood: ask, read the answer, take the quiz; each result trains it."""
+
+
+def main() -> int:
+    """The program. Exit status: 0; 2 for a setting that can't be used; 130 after a second Ctrl-C."""
+    config = from_command_line(Config, USAGE)
+    run = None
+    try:
+        terminal = Terminal(Path(config.log_dir) / "history")
+
+        def notice(text: str) -> None:
+            terminal.say(text, "yellow")
+
+        try:
+            policy, config = load_policy(config, notice)
+            run = Run(policy, config, notice)
+            terminal.say(banner(policy, config, run), "cyan")
+            session(policy, run, terminal)
+        except KeyboardInterrupt:
+            terminal.say("\nInterrupted.")
+        if run and run.policy.step > run.saved_step:
+            if run.save():
+                terminal.say(f"\nSaved step {policy.step} in {run.folder}. Goodbye.")
+        return 0
+    except ConfigError as error:
+        print(f"error: {clean(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    finally:
+        if run:
+            run.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,217 @@
+"""Every setting of the tutor, each with its default and one line of help, and how it is set.
+
+Lowest to highest: the defaults below, a YAML file (`--config FILE`), the command line (`key=value` or `--key value`).
+`auto` settings are resolved when the model is loaded; what was resolved stands in `effective_config.yaml`.
+"""
+
+import difflib
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+BUNDLED_MODEL = Path(__file__).resolve().parent / "models" / "tutor-tiny"
+GPU_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
+# What `learning_rate=auto` means: 3 to 7 billion parameters learn well at the first, the bundled 8 million at the second.
+LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 5e-4
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used. Its message is one line that a person can act on."""
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with one line of help."""
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": text}, **factory)
+
+
+@dataclass
+class Config:
+    # model
+    model_name: str = setting("auto", "hub name or local folder; auto: the bundled model, with CUDA " + GPU_MODEL)
+    load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA, for any but the bundled model), true, false")
+    device: str = setting("auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
+    dtype: str = setting("auto", "auto (bfloat16 on CUDA, else float32), float32 or bfloat16: the base model's precision")
+    lora_r: int = setting(16, "rank of the LoRA adapters")
+    lora_alpha: int = setting(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
+    lora_dropout: float = setting(0.0, "LoRA dropout, in the gradient pass alone")
+    target_modules: list[str] = setting(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "linear layers that get adapters"
+    )
+    # generation
+    temperature: float = setting(0.3, "sampling temperature of answers; PPO's policy is the distribution at it")
+    quiz_temperature: float = setting(0.2, "sampling temperature of quizzes")
+    top_p: float = setting(0.9, "nucleus sampling: the smallest set of tokens with this probability")
+    max_new_tokens: int = setting(256, "longest answer, and longest quiz, in tokens")
+    quiz_tries: int = setting(3, "quizzes made before a turn goes without one")
+    # PPO
+    learning_rate: float | None = setting(None, f"AdamW's; auto: {LEARNING_RATE:g}, bundled model {BUNDLED_LEARNING_RATE:g}")
+    batch_size: int = setting(1, "answered quizzes that make one PPO step")
+    ppo_epochs: int = setting(1, "passes over the batch in one step")
+    cliprange: float = setting(0.2, "how far the probability ratio may move before its gradient is cut")
+    cliprange_value: float = setting(0.2, "how far a value may move from the rollout's")
+    vf_coef: float = setting(0.1, "weight of the value loss")
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus")
+    gamma: float = setting(1.0, "discount per token")
+    lam: float = setting(0.95, "lambda of generalized advantage estimation")
+    kl_coef: float = setting(0.05, "price of a nat of divergence from the base model, per token")
+    adaptive_kl: bool = setting(False, "steer kl_coef towards kl_target")
+    kl_target: float = setting(6.0, "wanted divergence from the base model, nats per answer (adaptive_kl)")
+    kl_horizon: int = setting(10000, "answers over which kl_coef adapts (adaptive_kl)")
+    target_kl: float = setting(0.1, "trust region: a step that moves the policy further, in nats per token, is undone")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    # session
+    checkpoint_dir: str = setting("checkpoints", "where checkpoints and the journal are kept")
+    log_dir: str = setting("logs", "where run.log is written")
+    save_every: int = setting(10, "steps between checkpoints")
+    keep_checkpoints: int = setting(5, "checkpoints that are kept, at least 2")
+    resume: str = setting("auto", "auto (the newest whole checkpoint), none (a new run beside the old), or a checkpoint folder")
+    seed: int = setting(0, "seed of sampling, shuffling and adapter weights")
+
+
+RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
+    "lora_r": (1, 4096, True),
+    "lora_alpha": (1, 65536, True),
+    "lora_dropout": (0, 0.99, True),
+    "temperature": (0, 10, False),
+    "quiz_temperature": (0, 10, False),
+    "top_p": (0, 1, False),
+    "max_new_tokens": (1, 1_000_000, True),
+    "quiz_tries": (1, 100, True),
+    "learning_rate": (0, 1, False),
+    "batch_size": (1, 4096, True),
+    "ppo_epochs": (1, 1000, True),
+    "cliprange": (0, 10, False),
+    "cliprange_value": (0, 1000, False),
+    "vf_coef": (0, 1000, True),
+    "entropy_coef": (0, 1000, True),
+    "gamma": (0, 1, False),
+    "lam": (0, 1, True),
+    "kl_coef": (0, 1000, True),
+    "kl_target": (0, 1e6, False),
+    "kl_horizon": (1, 1e12, True),
+    "target_kl": (0, 1e6, False),
+    "max_grad_norm": (0, 1e9, False),
+    "save_every": (1, 1_000_000, True),
+    "keep_checkpoints": (2, 1_000_000, True),
+    "seed": (0, 2**63 - 1, True),
+}
+CHOICES = {"load_in_4bit": ("auto", "true", "false"), "dtype": ("auto", "float32", "bfloat16")}
+
+
+def check(config: Config) -> Config:
+    """Returns `config` if every setting is in its range; raises ConfigError naming the first that is not."""
+    for name, (low, high, closed) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and not ((low <= value if closed else low < value) and value <= high):
+            bounds = f"{'at least' if closed else 'above'} {low:g} and at most {high:g}"
+            raise ConfigError(f"{name}={value} is out of range: expected {bounds}")
+    for name, allowed in CHOICES.items():
+        if getattr(config, name, allowed[0]) not in allowed:
+            raise ConfigError(f"{name}={getattr(config, name)} is unknown: expected one of {', '.join(allowed)}")
+    if not config.target_modules:
+        raise ConfigError("target_modules=[] trains nothing: name at least one linear layer, such as q_proj")
+    return config
+
+
+def parse(schema: type[Config], arguments: list[str]) -> Config:
+    """The configuration from `--config FILE`, `key=value` and `--key value` arguments, checked. Raises ConfigError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    file, pairs = split_arguments(schema, arguments)
+    config = OmegaConf.structured(schema)
+    if file is not None:
+        try:
+            loaded = OmegaConf.load(file)
+        except OSError as error:
+            raise ConfigError(f"--config {file}: {error.strerror or error}") from None
+        except Exception as error:  # whatever the YAML parser raises
+            raise ConfigError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"--config {file}: expected lines of the form `name: value`")
+        pairs = [*((str(name), value) for name, value in OmegaConf.to_container(loaded).items()), *pairs]
+    for name, value in pairs:
+        known_name(schema, name)
+        try:
+            OmegaConf.update(config, name, typed(name, value, config[name]))
+        except (OmegaConfBaseException, YAMLError, ValueError):
+            kind = next(f.type for f in fields(schema) if f.name == name)
+            raise ConfigError(f"{name}={value!r} does not fit: expected {getattr(kind, '__name__', kind)}") from None
+    return check(OmegaConf.to_object(config))
+
+
+def typed(name: str, value: Any, current: Any) -> Any:
+    """A value from YAML or the command line as setting `name` takes it; `current` tells text from lists."""
+    from omegaconf import OmegaConf
+
+    if name in CHOICES:
+        return str(value).lower()
+    if value == "auto" and not isinstance(current, str):
+        return None
+    if not isinstance(value, str) or isinstance(current, str):
+        return value
+    if hasattr(current, "append") and not value.startswith("["):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return OmegaConf.create(f"value: {value}").value
+
+
+def split_arguments(schema: type[Config], arguments: list[str]) -> tuple[str | None, list[tuple[str, str]]]:
+    """The value of `--config` (None without) and the (name, value) pairs of the other arguments, in order."""
+    file, pairs, rest = None, [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--"):
+                raise ConfigError(f"{word!r} is no setting: write name=value or --name value (see --help)")
+            if name != "config":
+                known_name(schema, name)
+            if not rest:
+                raise ConfigError(f"--{name} needs a value")
+            value = rest.pop(0)
+        if name == "config":
+            file = value
+        else:
+            pairs.append((name, value))
+    return file, pairs
+
+
+def known_name(schema: type[Config], name: str) -> None:
+    """Raises ConfigError with the nearest setting if `schema` has none called `name`."""
+    names = [f.name for f in fields(schema)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        raise ConfigError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help"))
+
+
+def help_text(schema: type[Config], usage: str) -> str:
+    """`usage`, then a line for every setting with its default."""
+    lines = [usage.strip(), "", "settings (name=value or --name value; --config FILE reads them from YAML):"]
+    for f in fields(schema):
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        shown = "auto" if default is None else ",".join(default) if isinstance(default, list) else default
+        lines.append(f"  {f.name:<18}{f.metadata['help']} [{shown}]")
+    return "\n".join(lines)
+
+
+def save_yaml(config: Config, path: Path) -> None:
+    """Writes the effective configuration as YAML that `--config` reads back."""
+    from omegaconf import OmegaConf
+
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def from_command_line(schema: type[Config], usage: str) -> Config:
+    """`parse(sys.argv)`; prints the help for -h, and one line for what can't be used, and exits."""
+    arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        print(help_text(schema, usage))
+        raise SystemExit(0)
+    try:
+        return parse(schema, arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
