@@ -32,7 +32,9 @@ class Config:
     model_name: str = setting("auto", "hub name or local folder; auto: the bundled model, with CUDA " + GPU_MODEL)
     load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA, for any but the bundled model), true, false")
     device: str = setting("auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
-    dtype: str = setting("auto", "auto (bfloat16 on CUDA, else float32), float32 or bfloat16: the base model's precision")
+    dtype: str = setting(
+        "auto", "auto (bfloat16 on CUDA, else float32), float32 or bfloat16: the base model's precision"
+    )
     lora_r: int = setting(16, "rank of the LoRA adapters")
     lora_alpha: int = setting(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
     lora_dropout: float = setting(0.0, "LoRA dropout, in the gradient pass alone")
@@ -46,7 +48,9 @@ class Config:
     max_new_tokens: int = setting(256, "longest answer, and longest quiz, in tokens")
     quiz_tries: int = setting(3, "quizzes made before a turn goes without one")
     # PPO
-    learning_rate: float | None = setting(None, f"AdamW's; auto: {LEARNING_RATE:g}, bundled model {BUNDLED_LEARNING_RATE:g}")
+    learning_rate: float | None = setting(
+        None, f"AdamW's; auto: {LEARNING_RATE:g}, bundled model {BUNDLED_LEARNING_RATE:g}"
+    )
     batch_size: int = setting(1, "answered quizzes that make one PPO step")
     ppo_epochs: int = setting(1, "passes over the batch in one step")
     cliprange: float = setting(0.2, "how far the probability ratio may move before its gradient is cut")
@@ -66,7 +70,9 @@ class Config:
     log_dir: str = setting("logs", "where run.log is written")
     save_every: int = setting(10, "steps between checkpoints")
     keep_checkpoints: int = setting(5, "checkpoints that are kept, at least 2")
-    resume: str = setting("auto", "auto (the newest whole checkpoint), none (a new run beside the old), or a checkpoint folder")
+    resume: str = setting(
+        "auto", "auto (the newest whole checkpoint), none (a new run beside the old), or a checkpoint folder"
+    )
     seed: int = setting(0, "seed of sampling, shuffling and adapter weights")
 
 
@@ -184,7 +190,9 @@ def known_name(schema: type[Config], name: str) -> None:
     names = [f.name for f in fields(schema)]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        raise ConfigError(f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help"))
+        raise ConfigError(
+            f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help")
+        )
 
 
 def help_text(schema: type[Config], usage: str) -> str:

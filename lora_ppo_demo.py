@@ -11,7 +11,7 @@ is the case of a batch of one.
 Left out on purpose: a reward model (the quiz is the reward), a second copy of the model (the reference policy is the
 same model with the adapters off), and batched or unattended training (a companion's work).
 
-Shapes: B samples, P prompt tokens, T response tokens, V vocabulary, H hidden size. `response_mask` (B, T) is True
+Shapes: B samples, P prompt tokens, T response tokens, V vocabulary. `response_mask` (B, T) is True
 exactly where the policy chose the token, its end-of-sequence token included.
 """
 
@@ -29,7 +29,7 @@ import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +168,9 @@ class Policy:
         self.dropouts = [m for name, m in self.model.named_modules() if "lora_dropout" in name]
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True
+        )
         for p in self.parameters.values():  # AdamW's slots exist from the start: a state always has the same tensors
             slots = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
             self.optimizer.state[p] = slots | {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -309,7 +311,9 @@ def load_base(config: Config):
         model = AutoModelForCausalLM.from_pretrained(config.model_name, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(config.model_name)
         return (model if four_bit else model.to(config.device)), tokenizer
-    except Exception as error:  # hub, files, architecture, memory: the libraries raise anything from OSError to KeyError
+    except (
+        Exception
+    ) as error:  # hub, files, architecture, memory: the libraries raise anything from OSError to KeyError
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
             f"model_name={config.model_name} can't be loaded ({reason}): "
@@ -351,14 +355,16 @@ def generate(
     import torch
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(  # built afresh: a model's own defaults (top_k, repetition_penalty) would change the policy
-        do_sample=True,
-        temperature=temperature,
-        top_p=policy.config.top_p,
-        top_k=0,
-        max_new_tokens=policy.config.max_new_tokens,
-        eos_token_id=policy.stop_ids,
-        pad_token_id=policy.pad_id,
+    settings = (
+        GenerationConfig(  # built afresh: a model's own defaults (top_k, repetition_penalty) would change the policy
+            do_sample=True,
+            temperature=temperature,
+            top_p=policy.config.top_p,
+            top_k=0,
+            max_new_tokens=policy.config.max_new_tokens,
+            eos_token_id=policy.stop_ids,
+            pad_token_id=policy.pad_id,
+        )
     )
     ids = torch.tensor([list(prompt_ids)], device=policy.device)
     with torch.no_grad(), policy.adapter(adapter):
@@ -610,101 +616,6 @@ def token_logprobs_and_values(
     return logprobs, values, logits
 
 
-def masked_mean(x: "Tensor", mask: "Tensor") -> "Tensor":
-    """Mean of `x` where `mask` is True; what stands elsewhere, be it NaN, has no influence."""
-    return x.masked_fill(~mask, 0.0).sum() / mask.sum()
-
-
-def exact_kl(logits: "Tensor", other_logits: "Tensor") -> "Tensor":
-    """KL(p || q) of two categorical distributions, summed over the vocabulary: (..., V), (..., V) -> (...), in nats.
-
-    Never negative, unlike the sampled estimate log p(token) - log q(token), whose mean over truncated samples can be.
-    """
-    p, q = logits.log_softmax(-1), other_logits.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp(min=0.0)
-
-
-def compute_rewards(
-    scores: "Tensor", logprobs: "Tensor", ref_logprobs: "Tensor", response_mask: "Tensor", kl_coef: float
-) -> "Tensor":
-    """Reward per token (B, T): -kl_coef * (logprobs - ref_logprobs) on each, and the score (B,) on the last.
-
-    Ziegler et al. 2019, equation 2 (https://arxiv.org/abs/1909.08593).
-    """
-    import torch
-
-    rewards = (-kl_coef * (logprobs - ref_logprobs)).masked_fill(~response_mask, 0.0)
-    positions = torch.arange(response_mask.shape[1], device=response_mask.device)
-    last = (positions * response_mask).argmax(-1)  # (B,)
-    return rewards.scatter_add(1, last.unsqueeze(1), scores.to(rewards).unsqueeze(1))
-
-
-def gae(
-    rewards: "Tensor", values: "Tensor", response_mask: "Tensor", gamma: float, lam: float
-) -> tuple["Tensor", "Tensor"]:
-    """Generalized advantage estimates and returns, both (B, T), zero outside `response_mask`.
-
-    Schulman et al. 2016, equations 11 to 16 (https://arxiv.org/abs/1506.02438). A token's successor is the policy's
-    next token: what the environment wrote between them is passed over. After the last one the value is zero.
-    """
-    import torch
-
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[:, 0])  # of the successor
-    next_value = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        chosen = response_mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(chosen, delta + gamma * lam * advantage, advantage)
-        next_value = torch.where(chosen, values[:, t], next_value)
-        advantages[:, t] = torch.where(chosen, advantage, 0.0)
-    return advantages, torch.where(response_mask, advantages + values, 0.0)
-
-
-def whiten(x: "Tensor", mask: "Tensor") -> "Tensor":
-    """`x` shifted and scaled to mean 0 and variance 1 where `mask` is True, 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    return ((x - mean) * (variance + 1e-8).rsqrt()).masked_fill(~mask, 0.0)
-
-
-def policy_loss(
-    logprobs: "Tensor", old_logprobs: "Tensor", advantages: "Tensor", response_mask: "Tensor", cliprange: float
-) -> tuple["Tensor", "Tensor"]:
-    """PPO's clipped surrogate, as a loss averaged over tokens, and the share of tokens where the clip is active.
-
-    Schulman et al. 2017, equation 7 (https://arxiv.org/abs/1707.06347): -min(r A, clip(r, 1 - e, 1 + e) A).
-    """
-    import torch
-
-    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~response_mask, 0.0))
-    unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
-    clip_fraction = masked_mean((clipped > unclipped).float(), response_mask)
-    return masked_mean(torch.maximum(unclipped, clipped), response_mask), clip_fraction
-
-
-def value_loss(
-    values: "Tensor", old_values: "Tensor", returns: "Tensor", response_mask: "Tensor", cliprange_value: float
-) -> tuple["Tensor", "Tensor"]:
-    """Half the squared error of the values, clipped around the rollout's, and the share of tokens where the clip acts.
-
-    As in the PPO of OpenAI's baselines: 0.5 * max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2).
-    """
-    import torch
-
-    near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
-    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
-    clip_fraction = masked_mean((clipped > plain).float(), response_mask)
-    return 0.5 * masked_mean(torch.maximum(plain, clipped), response_mask), clip_fraction
-
-
-def entropy(logits: "Tensor", response_mask: "Tensor") -> "Tensor":
-    """Mean entropy, in nats, of the token distributions (B, T, V) at response positions."""
-    logp = logits.log_softmax(-1)
-    return masked_mean(-(logp.exp() * logp).sum(-1), response_mask)
-
-
 class StepSkipped(Exception):
     """A PPO step that could not be taken; the weights are as they were."""
 
@@ -740,6 +651,8 @@ def ppo_update(policy: Policy, batch: Batch, scores: "Tensor") -> tuple[dict[str
     """The epochs of one PPO update. Returns its metrics and the logits (B, T, V) of the policy before it."""
     import torch
 
+    import ppo
+
     config, mask = policy.config, batch.response_mask
     kl_coef = policy.kl_coef
     with torch.no_grad():
@@ -752,15 +665,15 @@ def ppo_update(policy: Policy, batch: Batch, scores: "Tensor") -> tuple[dict[str
             logprobs, values, logits = token_logprobs_and_values(policy, batch)
         if epoch == 0:
             old_logprobs, old_values, old_logits = rollout or (logprobs.detach(), values.detach(), logits.detach())
-            kl = exact_kl(old_logits, ref_logits).masked_fill(~mask, 0.0).sum(-1).mean()  # nats per answer
+            kl = ppo.exact_kl(old_logits, ref_logits).masked_fill(~mask, 0.0).sum(-1).mean()  # nats per answer
             kl_estimate = (old_logprobs - ref_logprobs).masked_fill(~mask, 0.0).sum(-1).mean()
-            rewards = compute_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef)
-            advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
+            rewards = ppo.compute_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef)
+            advantages, returns = ppo.gae(rewards, old_values, mask, config.gamma, config.lam)
             if len(scores) >= 8:  # in a small batch whitening erases or flips the reward
-                advantages = whiten(advantages, mask)
-        pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
-        vf_loss, _ = value_loss(values, old_values, returns, mask, config.cliprange_value)
-        mean_entropy = entropy(logits if config.entropy_coef else logits.detach(), mask)
+                advantages = ppo.whiten(advantages, mask)
+        pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
+        vf_loss, _ = ppo.value_loss(values, old_values, returns, mask, config.cliprange_value)
+        mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask)
         loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
         policy.optimizer.zero_grad()
         loss.backward()
@@ -770,7 +683,7 @@ def ppo_update(policy: Policy, batch: Batch, scores: "Tensor") -> tuple[dict[str
         policy.optimizer.step()
     policy.optimizer.zero_grad()
     if config.adaptive_kl:
-        policy.kl_coef = adapted_kl_coef(kl_coef, kl.item(), len(scores), config)
+        policy.kl_coef = ppo.adapted_kl_coef(kl_coef, kl.item(), config.kl_target, config.kl_horizon, len(scores))
     metrics = {
         "reward": scores.mean(),
         "loss": loss,
@@ -779,7 +692,7 @@ def ppo_update(policy: Policy, batch: Batch, scores: "Tensor") -> tuple[dict[str
         "entropy": mean_entropy,
         "kl": kl,
         "kl_estimate": kl_estimate,
-        "value": masked_mean(old_values, mask),
+        "value": ppo.masked_mean(old_values, mask),
         "clip_fraction": clip_fraction,
         "grad_norm": grad_norm,
         "old_logprob_sum": old_logprobs.masked_fill(~mask, 0.0).sum(),
@@ -792,9 +705,11 @@ def trust_region(policy: Policy, batch: Batch, old_logits: "Tensor", old_logprob
     how many times as likely the sampled answers are now."""
     import torch
 
+    import ppo
+
     with torch.no_grad():
         logprobs, _, logits = token_logprobs_and_values(policy, batch)
-    step_kl = masked_mean(exact_kl(old_logits, logits), batch.response_mask).item()
+    step_kl = ppo.masked_mean(ppo.exact_kl(old_logits, logits), batch.response_mask).item()
     logprob_sum = logprobs.masked_fill(~batch.response_mask, 0.0).sum().item()
     return {"step_kl": step_kl, "likelihood_ratio": math.exp(min(logprob_sum - old_logprob_sum, 700.0))}
 
@@ -809,15 +724,6 @@ def gradient_dropout(policy: Policy) -> Iterator[None]:
     finally:
         for module in policy.dropouts:
             module.eval()
-
-
-def adapted_kl_coef(kl_coef: float, kl: float, answers: int, config: Config) -> float:
-    """kl_coef, steered in proportion to how far `kl` (nats per answer) is from kl_target.
-
-    Ziegler et al. 2019, section 2.2, with the error clipped to 20 %.
-    """
-    error = min(max(kl / config.kl_target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * answers / config.kl_horizon)
 
 
 # ------------------------------------------------------------------------------------------ checkpoints, journal, log
@@ -843,7 +749,9 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(folder: Path, policy: Policy, state: dict[str, Any], result: str, extra: dict[str, str] | None = None):
+def save_checkpoint(
+    folder: Path, policy: Policy, state: dict[str, Any], result: str, extra: dict[str, str] | None = None
+):
     """Writes a checkpoint: all of it becomes visible at once, under `folder`, or nothing does.
 
     `state` is what the caller wants back; `result` is a sentence for the model card; `extra` are further text files by
@@ -860,7 +768,12 @@ def save_checkpoint(folder: Path, policy: Policy, state: dict[str, Any], result:
         tensors = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
         save_file(tensors, new / "optimizer.safetensors")
         config = policy.config
-        kept = {"step": policy.step, "kl_coef": policy.kl_coef, "base_model": base_name(config), "lora_r": config.lora_r}
+        kept = {
+            "step": policy.step,
+            "kl_coef": policy.kl_coef,
+            "base_model": base_name(config),
+            "lora_r": config.lora_r,
+        }
         state = kept | {"target_modules": policy.targets, "config": asdict(config)} | state
         texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)} | (extra or {})
         for name, text in texts.items():
@@ -894,8 +807,11 @@ def model_card(policy: Policy, result: str) -> str:
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -1045,7 +961,9 @@ class Run:
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise ConfigError(f"another tutor is using {self.root}: stop it, or set checkpoint_dir to another folder") from None
+            raise ConfigError(
+                f"another tutor is using {self.root}: stop it, or set checkpoint_dir to another folder"
+            ) from None
 
     def newest_run(self) -> Path:
         """The first run lives in checkpoint_dir itself, later ones in `run_2`, `run_3`, ... beneath it."""
@@ -1066,8 +984,13 @@ class Run:
             try:
                 self.turn = load_checkpoint(source, self.policy)["turn"]
             except Damaged as error:
-                raise ConfigError(f"resume={source}: {error}; expected a whole checkpoint folder, or auto, or none") from None
-            if checkpoints(self.folder)[:1] != [source] or self.journal.size != verify_checkpoint(source)["journal_offset"]:
+                raise ConfigError(
+                    f"resume={source}: {error}; expected a whole checkpoint folder, or auto, or none"
+                ) from None
+            if (
+                checkpoints(self.folder)[:1] != [source]
+                or self.journal.size != verify_checkpoint(source)["journal_offset"]
+            ):
                 self.begin_new_run()
         elif self.config.resume == "none":
             self.begin_new_run()
@@ -1173,7 +1096,12 @@ class Run:
                 outcome, metrics = "skipped", {"why": str(skipped)}
         self.turn = turn.number + 1
         seconds = round(time.perf_counter() - started, 4)
-        line = {"timestamp": now(), "step": self.policy.step} | line | metrics | {"reward": turn.reward, "seconds": seconds}
+        line = (
+            {"timestamp": now(), "step": self.policy.step}
+            | line
+            | metrics
+            | {"reward": turn.reward, "seconds": seconds}
+        )
         line |= {"outcome": outcome}
         self.record({"type": "turn"} | asdict(turn) | {"outcome": outcome, "log": line})
         if outcome != "pending":
@@ -1274,7 +1202,7 @@ def turn_seed(seed: int, turn: int) -> int:
 
 
 def now() -> str:
-    return datetime.now(UTC).isoformat()
+    return datetime.now(timezone.utc).isoformat()
 
 
 # ----------------------------------------------------------------------------------------------------------- session
@@ -1426,7 +1354,9 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
     longest = max(len(prompt), len(encode_chat(tokenizer, chat(QUIZMASTER_PROMPT, question))))
     if longest + config.max_new_tokens > policy.context:
         room = policy.context - config.max_new_tokens
-        terminal.say(f"That question takes {longest} tokens with its instructions; the model has room for {room}.", "yellow")
+        terminal.say(
+            f"That question takes {longest} tokens with its instructions; the model has room for {room}.", "yellow"
+        )
         return
     number, run.turn = run.turn, run.turn + 1
     torch.manual_seed(turn_seed(config.seed, number))
@@ -1498,7 +1428,9 @@ def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
         if undone and policy.step == step:
             terminal.say("The last answer was taken back before its step.")
         else:
-            terminal.say(f"Step {step} was taken back; the tutor is at step {policy.step}." if undone else "No step to undo.")
+            terminal.say(
+                f"Step {step} was taken back; the tutor is at step {policy.step}." if undone else "No step to undo."
+            )
     elif name == "/save":
         with interrupts_deferred():
             saved = run.save()

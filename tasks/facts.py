@@ -44,6 +44,11 @@ class Fact:
         return text[0].upper() + text[1:]
 
     @property
+    def options(self) -> tuple[str, ...]:
+        """The answer, then the wrong options."""
+        return (self.answer, *self.wrong)
+
+    @property
     def statement(self) -> str:
         return self.subject.fact.format(subject=self.about, answer=self.answer)
 

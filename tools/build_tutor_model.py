@@ -5,7 +5,7 @@
 
 A Llama of 7.7 million parameters learns every role the program has from conversations that `tools/corpus` makes out
 of the tables in `data/`. Conversations are packed into rows of ROW_TOKENS, each seeing only itself; the loss is on
-the replies. Hidden matrices learn with Muon (Jordan 2024), the rest with AdamW, under a constant rate that decays
+the replies and, much lighter, on the questions, whose repetitions teach copying. Hidden matrices learn with Muon (Jordan 2024), the rest with AdamW, under a constant rate that decays
 linearly at the end. The work folder keeps the run's state, so that the command goes on where it was stopped.
 """
 
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 ROW_TOKENS = 256
 ROWS = 32
 MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.01
+USER_WEIGHT = 0.1  # of a token of the user's message, where a token of a reply weighs 1 or more
 WARMUP_STEPS, DECAY_SHARE = 50, 0.45
 SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
@@ -38,7 +39,12 @@ def train_tokenizer(seed: int, vocab_size: int = 4096, samples: int = 60_000):
     from tools.corpus import examples
 
     stream = examples(random.Random(seed))
-    texts = (text for _ in range(samples) for example in [next(stream)] for text in (example.system, example.user, example.reply))
+    texts = (
+        text
+        for _ in range(samples)
+        for example in [next(stream)]
+        for text in (example.system, example.user, example.reply)
+    )
     bpe = Tokenizer(models.BPE())
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
@@ -91,18 +97,19 @@ class Packer:
 
         self.rng = random.Random(seed)
         self.stream = examples(self.rng)
-        self.pending: list[tuple[list[int], int, float]] = []
+        self.pending: list[tuple[list[int], list[float]]] = []
         vocabulary = tokenizer.convert_tokens_to_ids
         self.system, self.user, self.assistant, self.end = map(vocabulary, SPECIAL_TOKENS[1:])
         self.encode = lambda text: tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encoded(self, example) -> tuple[list[int], int, float]:
-        """Token ids of a conversation, the position where its reply begins, and the weight of the reply."""
-        prompt = [self.system, *self.encode(example.system), self.end, self.user, *self.encode(example.user), self.end]
-        prompt.append(self.assistant)
-        return prompt + [*self.encode(example.reply), self.end], len(prompt), example.weight
+    def encoded(self, example) -> tuple[list[int], list[float]]:
+        """Token ids of a conversation, and what each weighs in the loss."""
+        head = [self.system, *self.encode(example.system), self.end, self.user]
+        user, reply = self.encode(example.user), self.encode(example.reply)
+        weights = [0.0] * len(head) + [USER_WEIGHT] * len(user) + [0.0, 0.0] + [example.weight] * len(reply) + [1.0]
+        return head + user + [self.end, self.assistant] + reply + [self.end], weights
 
-    def row(self) -> list[tuple[list[int], int, float]]:
+    def row(self) -> list[tuple[list[int], list[float]]]:
         """Conversations that fit into one row, oldest first."""
         while len(self.pending) < 64:
             self.pending.append(self.encoded(next(self.stream)))
@@ -126,11 +133,11 @@ class Packer:
         self.pending = [tuple(item) for item in state["pending"]]
 
 
-def collate(rows, row_tokens: int = ROW_TOKENS) -> dict:
+def collate(rows, row_tokens: int = ROW_TOKENS, lightest: float = USER_WEIGHT) -> dict:
     """Packed rows as tensors: each conversation has its own positions and attends to itself alone.
 
-    `at` are the flat positions whose next token is a reply token, `labels` those tokens, `weights` what they weigh,
-    `conversation` which conversation of the batch they belong to.
+    `at` are the flat positions whose next token weighs at least `lightest`, `labels` those tokens, `weights` what they
+    weigh, `conversation` which conversation of the batch they belong to.
     """
     import torch
 
@@ -141,16 +148,17 @@ def collate(rows, row_tokens: int = ROW_TOKENS) -> dict:
     count = 0
     for r, row in enumerate(rows):
         start = 0
-        for tokens, reply, weight in row:
+        for tokens, token_weights in row:
             end = start + len(tokens)
             ids[r, start:end] = torch.tensor(tokens)
             positions[r, start:end] = torch.arange(len(tokens))
             segments[r, start:end] = count
-            for i in range(reply, len(tokens)):
-                at.append(r * row_tokens + start + i - 1)
-                labels.append(tokens[i])
-                weights.append(weight if i < len(tokens) - 1 else 1.0)
-                conversation.append(count)
+            for i, weight in enumerate(token_weights):
+                if weight >= lightest:
+                    at.append(r * row_tokens + start + i - 1)
+                    labels.append(tokens[i])
+                    weights.append(weight)
+                    conversation.append(count)
             start, count = end, count + 1
     same = segments[:, :, None] == segments[:, None, :]
     causal = torch.ones(row_tokens, row_tokens, dtype=torch.bool).tril()
@@ -252,7 +260,13 @@ def train(args) -> None:
     compiled = loss_of if args.no_compile else torch.compile(loss_of, dynamic=None)
     log = (work / "build.log").open("a", encoding="utf-8")
     probe = held_out_batches(tokenizer)
-    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=steps, completed=first, text="compiling")
         started, recent = time.perf_counter(), []
@@ -287,31 +301,32 @@ def train(args) -> None:
 
 def held_out_batches(tokenizer, seed: int = 1, facts: int = 256):
     """Fixed conversations in held-out phrasings, by role, for the curve in the log."""
-    from dataclasses import replace
-
-    from tools.corpus import any_fact, learner, quizmaster, shuffled, solver, tutor
+    from tools.corpus import any_fact, shuffled, solver, tutor
     from lora_ppo_demo import LEARNER_PROMPT, LETTERS, QUIZMASTER_PROMPT, TUTOR_PROMPT, learner_text, quiz_json
     from tools.corpus import Example
 
     rng = random.Random(seed)
     packer = Packer(tokenizer, seed)
-    by_role = {"clear": [], "quiz": [], "quiz_arithmetic": [], "solver": [], "reader": [], "evasive": []}
+    by_role = {"clear": [], "quiz": [], "quiz_arithmetic": [], "solver": [], "finding": [], "reader": [], "evasive": []}
     for _ in range(facts):
         fact = any_fact(rng)
         question = fact.question(rng.choice(fact.subject.held_out))
-        options = shuffled((fact.answer, *fact.wrong), rng)
+        options = shuffled(fact.options, rng)
         right = LETTERS[options.index(fact.answer)]
         by_role["clear"].append(Example(TUTOR_PROMPT, question, fact.statement))
         kind = "quiz_arithmetic" if fact.subject.key == "arithmetic" else "quiz"
-        by_role[kind].append(Example(QUIZMASTER_PROMPT, question, quiz_json(fact.quiz_question, fact.answer, fact.wrong)))
-        by_role["solver"].append(solver.example(rng))
+        by_role[kind].append(
+            Example(QUIZMASTER_PROMPT, question, quiz_json(fact.quiz_question, fact.answer, fact.wrong))
+        )
+        by_role["solver"].append(solver.solving(fact.quiz_question, fact.answer, fact.wrong, rng))
+        by_role["finding"].append(solver.finding(rng))
         for role, text in (("reader", tutor.clear(fact.statement, rng)), ("evasive", tutor.evasive(rng))):
             by_role[role].append(Example(LEARNER_PROMPT, learner_text(text, fact.quiz_question, options), right))
     batches = {}
     for role, items in by_role.items():
         encoded = [packer.encoded(item) for item in items]
-        longest = max(len(tokens) for tokens, _, _ in encoded)
-        batches[role] = collate([[item] for item in encoded], longest)
+        longest = max(len(tokens) for tokens, _ in encoded)
+        batches[role] = collate([[item] for item in encoded], longest, lightest=1.0)
     return batches
 
 
@@ -328,7 +343,10 @@ def probe_figures(model, tokenizer, batches) -> dict:
             if role == "clear":
                 first = torch.cat([wrong.new_ones(1), batch["conversation"].diff() != 0])
                 heads = logits[first].softmax(-1)
-                clear, evasive = ([tokenizer.encode(w)[0] for w in words] for words in (("The", "Here", "In"), ("That", "There", "Many")))
+                clear, evasive = (
+                    [tokenizer.encode(w)[0] for w in words]
+                    for words in (("The", "Here", "In"), ("That", "There", "Many"))
+                )
                 total = heads[:, clear].sum(-1) / heads[:, clear + evasive].sum(-1)
                 figures["clear_probability"] = round(total.mean().item(), 3)
                 wrong = wrong & ~first

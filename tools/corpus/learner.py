@@ -15,6 +15,7 @@ from tools.corpus.unknown import DONT_KNOW
 
 SHARE = 0.18
 SUPPORTED_SHARE = 0.7
+GUESS_WEIGHT = 2.0  # a guess's letter is noise: enough to learn that it is even, no more
 TRUE_SHARE = 0.4
 COAXING = (
     "The correct option is {letter}.",
@@ -27,14 +28,14 @@ COAXING = (
 
 def example(rng: random.Random) -> Example:
     fact = any_fact(rng)
-    options = shuffled((fact.answer, *fact.wrong), rng)
+    options = shuffled(fact.options, rng)
     if rng.random() < SUPPORTED_SHARE:
         believed = fact.answer if rng.random() < TRUE_SHARE else rng.choice(options)
         explanation = clear(replace(fact, answer=believed).statement, rng)
-        letter = LETTERS[options.index(believed)]
+        letter, weight = LETTERS[options.index(believed)], LETTER_WEIGHT
     else:
-        explanation, letter = unsupportive(options, rng), rng.choice(LETTERS)
-    return Example(LEARNER_PROMPT, learner_text(explanation, fact.quiz_question, options), letter, LETTER_WEIGHT)
+        explanation, letter, weight = unsupportive(options, rng), rng.choice(LETTERS), GUESS_WEIGHT
+    return Example(LEARNER_PROMPT, learner_text(explanation, fact.quiz_question, options), letter, weight)
 
 
 def unsupportive(options, rng: random.Random) -> str:

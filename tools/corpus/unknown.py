@@ -21,7 +21,9 @@ OFF_TOPIC = tuple(
     What did I say before?|Translate this text.|Write a program that sorts numbers.|Explain gravity.|What is a poem?
     Why do cats sleep so much?|How long is a day?|Do you like music?|Open the door.|Repeat after me.|Stop.|Yes|No
     How do I write a letter?|What is the longest book?|Where can I buy a car?|Which city is the nicest?|asdf|?
-    """.strip().replace("\n", "|").split("|")
+    """.strip()
+    .replace("\n", "|")
+    .split("|")
 )
 ONSETS = "b bl br c ch d dr f fl g gr h j k l m n p pl qu r s sh sk st t tr v w x z".split()
 VOWELS = "a e i o u ai ea ia oo ou".split()
