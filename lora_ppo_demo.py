@@ -29,7 +29,7 @@ import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -430,7 +430,7 @@ JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 class QuizGrammar:
-    """Allows only tokens that continue a quiz in compact JSON (or `null`), and no option that begins with an earlier one.
+    """Allows only what continues a quiz in compact JSON (or `null`), and no option that begins with an earlier one.
 
     Made for one reply: call it with the ids so far (1, P + t) and the next token's scores (1, V), as transformers does.
     """
@@ -502,17 +502,22 @@ def parse_quiz(text: str) -> tuple[str, str, list[str]] | None:
     return (quiz["question"], quiz["correct"], quiz["wrong"]) if len(set(options)) == len(LETTERS) else None
 
 
-def make_quiz(policy: Policy, question: str) -> Quiz | None:
-    """A quiz on `question`, written by the base model and solved blind by it; None if there is nothing to quiz.
+def write_quiz(policy: Policy, question: str) -> str:
+    """The quizmaster's JSON for `question`, or `null`.
 
-    The quizmaster sees the question alone, with the adapters off: the policy can't learn to make easy quizzes.
+    It is written by the base model, which sees the question alone: the policy can't learn to make easy quizzes.
     """
     prompt = encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, question))
+    grammar = QuizGrammar(policy, len(prompt))
+    ids = generate(policy, prompt, policy.config.quiz_temperature, adapter=False, grammar=grammar)
+    return policy.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def make_quiz(policy: Policy, question: str) -> Quiz | None:
+    """A quiz on `question` whose key the base model confirms; None if there is nothing to quiz, or none survives."""
     for _ in range(policy.config.quiz_tries):
-        grammar = QuizGrammar(policy, len(prompt))
-        ids = generate(policy, prompt, policy.config.quiz_temperature, adapter=False, grammar=grammar)
-        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
-        if text.strip() == "null":
+        text = write_quiz(policy, question)
+        if text == "null":
             return None
         parts = parse_quiz(text)
         if parts and survives(policy, quiz := shuffle_quiz(*parts)):
@@ -573,7 +578,7 @@ def collate(
     device: "torch.device",
     chosen: Sequence[Sequence[bool]] | None = None,
 ) -> Batch:
-    """One batch from B prompts and B responses; `chosen` marks the response tokens that the policy chose (None: all)."""
+    """One batch from B prompts and responses; `chosen` marks the response tokens that the policy chose (None: all)."""
     import torch
 
     chosen = chosen or [[True] * len(response) for response in responses]
@@ -799,19 +804,16 @@ def model_card(policy: Policy, result: str) -> str:
     return (
         f"---\nbase_model: {base_name(config)}\nlibrary_name: peft\ntags: [lora, ppo]\n---\n"
         f"# LoRA adapters after {policy.step} PPO steps\n\n"
-        f"Rank {config.lora_r} on {', '.join(policy.targets)} of `{base_name(config)}`; task: explain so that a quiz on "
-        f"the question is answered right. {result}\n\n"
+        f"Rank {config.lora_r} on {', '.join(policy.targets)} of `{base_name(config)}`; task: explain so that a quiz "
+        f"on the question is answered right. {result}\n\n"
         "`adapter_model.safetensors` loads in PEFT and vLLM as it is. `value_head.safetensors` and\n"
         "`optimizer.safetensors` are needed only to train on.\n"
     )
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -978,33 +980,30 @@ class Run:
             self.journal = LineFile(self.folder / "journal.jsonl")
 
     def resume(self) -> None:
-        """Puts the policy where `config.resume` says and takes the journal's later steps again."""
-        if self.config.resume not in ("auto", "none"):
-            source = Path(self.config.resume)
-            try:
-                self.turn = load_checkpoint(source, self.policy)["turn"]
-            except Damaged as error:
-                raise ConfigError(
-                    f"resume={source}: {error}; expected a whole checkpoint folder, or auto, or none"
-                ) from None
-            if (
-                checkpoints(self.folder)[:1] != [source]
-                or self.journal.size != verify_checkpoint(source)["journal_offset"]
-            ):
-                self.begin_new_run()
-        elif self.config.resume == "none":
+        """Puts the policy where `config.resume` says, and starts what comes: the old run goes on, or a new one."""
+        if self.config.resume == "auto":
+            if checkpoints(self.folder) or self.journal.size:
+                self.resume_newest()
+        else:
+            if self.config.resume != "none":
+                try:
+                    self.turn = load_checkpoint(Path(self.config.resume), self.policy)["turn"]
+                except Damaged as error:
+                    expected = "expected auto, none, or the folder of a whole checkpoint"
+                    raise ConfigError(f"resume={self.config.resume}: {error}; {expected}") from None
             self.begin_new_run()
-        if self.config.resume in ("auto", str(self.folder)) and (checkpoints(self.folder) or self.journal.size):
-            self.resume_newest()
         self.policy.configure(self.config)
         if not checkpoints(self.folder):
-            self.covered = self.journal.size
             self.save()  # what the journal starts from
         settings = {name: getattr(self.config, name) for name in STEP_SETTINGS}
         self.record({"type": "settings", "settings": settings})
 
     def resume_newest(self) -> None:
         """Loads the newest whole checkpoint from which the journal can be replayed, and replays it."""
+        for hidden in self.folder.glob(".step_*"):  # what a crash in the middle of a save left
+            if hidden.suffix == ".old" and not (whole := self.folder / hidden.stem[1:]).exists():
+                hidden.rename(whole)
+            shutil.rmtree(hidden, ignore_errors=True)
         reasons = []
         for folder in checkpoints(self.folder):
             try:
@@ -1021,8 +1020,6 @@ class Run:
                 f"{self.folder} holds no whole checkpoint ({'; '.join(reasons) or 'none at all'}): "
                 "set resume=none for a new run beside it"
             )
-        for hidden in self.folder.glob(".step_*"):
-            shutil.rmtree(hidden, ignore_errors=True)
 
     def replay(self, offset: int) -> None:
         """Takes the journal's turns from byte `offset` on again, each under the settings it was taken with."""
@@ -1202,13 +1199,13 @@ def turn_seed(seed: int, turn: int) -> int:
 
 
 def now() -> str:
-    return datetime.now(timezone.utc).isoformat()
+    return datetime.now(UTC).isoformat()
 
 
 # ----------------------------------------------------------------------------------------------------------- session
 
 BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-HELP = """Ask a question, read the answer, then choose A to D on the quiz: right is +1, wrong is -1, and the tutor learns.
+HELP = """Ask a question, read the answer, then choose A to D on the quiz: right is +1, wrong is -1; the tutor learns.
 At the quiz:     A B C D, or the option's text, then Enter; s skips (no reward, no step).
 At the question: /help       this text
                  /progress   how the quizzes went so far
@@ -1490,9 +1487,8 @@ def main() -> int:
             session(policy, run, terminal)
         except KeyboardInterrupt:
             terminal.say("\nInterrupted.")
-        if run and run.policy.step > run.saved_step:
-            if run.save():
-                terminal.say(f"\nSaved step {policy.step} in {run.folder}. Goodbye.")
+        if run and run.policy.step > run.saved_step and run.save():
+            terminal.say(f"\nSaved step {policy.step} in {run.folder}. Goodbye.")
         return 0
     except ConfigError as error:
         print(f"error: {clean(str(error))}", file=sys.stderr)

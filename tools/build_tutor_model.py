@@ -5,8 +5,9 @@
 
 A Llama of 7.7 million parameters learns every role the program has from conversations that `tools/corpus` makes out
 of the tables in `data/`. Conversations are packed into rows of ROW_TOKENS, each seeing only itself; the loss is on
-the replies and, much lighter, on the questions, whose repetitions teach copying. Hidden matrices learn with Muon (Jordan 2024), the rest with AdamW, under a constant rate that decays
-linearly at the end. The work folder keeps the run's state, so that the command goes on where it was stopped.
+the replies and, much lighter, on the questions, whose repetitions teach copying. Hidden matrices learn with Muon
+(Jordan 2024), the rest with AdamW, under a constant rate that decays linearly at the end. The work folder keeps the
+run's state, so that the command goes on where it was stopped.
 """
 
 import argparse
@@ -301,9 +302,8 @@ def train(args) -> None:
 
 def held_out_batches(tokenizer, seed: int = 1, facts: int = 256):
     """Fixed conversations in held-out phrasings, by role, for the curve in the log."""
-    from tools.corpus import any_fact, shuffled, solver, tutor
     from lora_ppo_demo import LEARNER_PROMPT, LETTERS, QUIZMASTER_PROMPT, TUTOR_PROMPT, learner_text, quiz_json
-    from tools.corpus import Example
+    from tools.corpus import Example, any_fact, shuffled, solver, tutor
 
     rng = random.Random(seed)
     packer = Packer(tokenizer, seed)
@@ -377,8 +377,15 @@ def main() -> None:
     parser.add_argument("--save_every", type=int, default=100, help="steps between saved states")
     parser.add_argument("--probe_every", type=int, default=100, help="steps between figures in the log")
     parser.add_argument("--no_compile", action="store_true", help="don't use torch.compile")
+    parser.add_argument("--evaluate", action="store_true", help="measure the finished model instead of training")
+    parser.add_argument("--samples", type=int, default=400, help="facts that --evaluate asks about")
     args = parser.parse_args()
-    train(args)
+    if args.evaluate:
+        from tools.tutor_figures import evaluate
+
+        evaluate(Path(args.output), args.samples, args.seed)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""The figures of the bundled model, measured through the program's own functions at its default settings.
+
+Facts are asked in phrasings that never occur in training; questions about what the model never saw are new too.
+"""
+
+import random
+import re
+from pathlib import Path
+
+from config import Config
+from lora_ppo_demo import (
+    LEARNER_PROMPT,
+    LETTERS,
+    SOLVER_PROMPT,
+    TUTOR_PROMPT,
+    chat,
+    encode_chat,
+    generate,
+    learner_text,
+    letter_probabilities,
+    load_policy,
+    parse_quiz,
+    quiz_text,
+    shuffle_quiz,
+    survives,
+    write_quiz,
+)
+from tasks.facts import Fact, arithmetic_facts, subjects, table_facts
+from tools.corpus import ARITHMETIC_SHARE, shuffled, tutor
+from tools.corpus.unknown import invented_name
+
+STRANGE_QUESTIONS = (
+    "How do I repair a clock?",
+    "What did you eat for breakfast?",
+    "Nice to meet you!",
+    "Which shoes should I wear?",
+    "Who will win the election?",
+    "Can you dance?",
+    "Why do people dream?",
+    "Tell me a story about a dragon.",
+)
+
+
+def explains(answer: str, fact: Fact) -> bool:
+    """Whether the answer states the fact, in the words of its table's template."""
+    return fact.statement[4:].casefold() in answer.casefold()
+
+
+def held_out_facts(count: int, rng: random.Random) -> list[Fact]:
+    """Facts of the tables and of arithmetic in the corpus' proportion, no fact twice."""
+    sums = round(count * ARITHMETIC_SHARE)
+    return rng.sample(table_facts(), count - sums) + rng.sample(arithmetic_facts(), sums)
+
+
+def measure(policy, facts: list[Fact], rng: random.Random) -> dict[str, tuple[int, int]]:
+    """Every figure as (how many, of how many)."""
+    import torch
+    from rich.progress import track
+
+    hits: dict[str, list[bool]] = {}
+
+    def count(name: str, hit: bool) -> None:
+        hits.setdefault(name, []).append(hit)
+
+    torch.manual_seed(rng.randrange(2**31))
+    for fact in track(facts, description="asking"):
+        question = fact.question(rng.choice(fact.subject.held_out))
+        count("answer explains the fact", explains(answer(policy, question), fact))
+        parts = parse_quiz(write_quiz(policy, question))
+        count("quiz JSON valid, options distinct", parts is not None)
+        if parts:
+            right = parts[1] == fact.answer
+            kind = "arithmetic" if fact.subject.key == "arithmetic" else "tables"
+            count("quiz key right before the gate", right)
+            count(f"quiz key right before the gate: {kind}", right)
+            passed = survives(policy, shuffle_quiz(*parts))
+            count("quiz passes the gate", passed)
+            if passed:
+                count("quiz key right after the gate", right)
+        options = shuffled(fact.options, rng)
+        key = LETTERS[options.index(fact.answer)]
+        quiz = quiz_text(fact.quiz_question, options)
+        clear, evasive = tutor.clear(fact.statement, rng), tutor.evasive(rng)
+        chats = [chat(SOLVER_PROMPT, quiz)]
+        chats += [chat(LEARNER_PROMPT, learner_text(text, fact.quiz_question, options)) for text in (clear, evasive)]
+        picks = [LETTERS[pick] for pick in letter_probabilities(policy, chats).argmax(-1).tolist()]
+        for name, pick in zip(("solver right", "learner right, clear", "learner right, evasive"), picks, strict=True):
+            count(name, pick == key)
+    for question in strange_questions(rng):
+        count("says it does not know what it never saw", bool(re.match("I do not know", answer(policy, question))))
+        count("no quiz on what it never saw", write_quiz(policy, question) == "null")
+    return {name: (sum(values), len(values)) for name, values in hits.items()}
+
+
+def answer(policy, question: str) -> str:
+    """One sampled answer of the tutor, without adapters."""
+    prompt = encode_chat(policy.tokenizer, chat(TUTOR_PROMPT, question))
+    ids = generate(policy, prompt, policy.config.temperature, adapter=False)
+    return policy.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def strange_questions(rng: random.Random, invented: int = 32) -> list[str]:
+    """Small talk that is in no table, and held-out phrasings about names that do not exist."""
+    pool = [template for subject in subjects().values() if subject.key != "arithmetic" for template in subject.held_out]
+    return [*STRANGE_QUESTIONS, *(rng.choice(pool).format(subject=invented_name(rng)) for _ in range(invented))]
+
+
+def evaluate(model: Path, samples: int, seed: int) -> None:
+    """Prints the figures as a table and writes them into the README.md of the model's folder."""
+    import torch
+
+    policy, config = load_policy(Config(model_name=str(model)))
+    rng = random.Random(seed + 1)
+    with torch.no_grad():
+        figures = measure(policy, held_out_facts(samples, rng), rng)
+    rows = [f"| {name} | {100 * hit / of:.1f} % | {hit} of {of} |" for name, (hit, of) in figures.items()]
+    table = "\n".join(["| on held-out phrasings | share | count |", "| --- | --- | --- |", *rows])
+    print(table)
+
+    (model / "README.md").write_text(CARD.format(table=table), encoding="utf-8")
+
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+---
+# tutor-tiny
+
+The bundled model of the tutor: a Llama trained from scratch by `tools/build_tutor_model.py` on conversations made from
+the tables in `data/`. It explains, writes quizzes, solves them, and reads explanations, each under its own system
+prompt, and knows nothing outside those tables. Its tutor voice is evasive about half of the time, on purpose: that is
+what PPO trains away.
+
+Measured by `python tools/build_tutor_model.py --evaluate`, at the program's default temperatures:
+
+{table}
+"""
