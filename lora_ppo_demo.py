@@ -861,6 +861,13 @@ def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
     return state
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a checkpoint, all of it at once for whoever looks."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints `step_N` of a run, newest first."""
     found = [(int(m[1]), p) for p in run.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
@@ -878,11 +885,12 @@ class LineFile:
         """Adds a line. Raises OSError if it can't be written now; it is then written before the next one."""
         self.unwritten.append(json.dumps(record).encode("ascii") + b"\n")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            start = file.tell()
+        data = b"".join(self.unwritten)
+        with self.path.open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
             try:
-                file.write(b"".join(self.unwritten))
-                file.flush()
+                if file.write(data) < len(data):
+                    raise OSError("no space left for a whole line")
                 os.fsync(file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
@@ -1135,7 +1143,7 @@ class Run:
             if stale:
                 self.save()
                 for folder in stale:
-                    shutil.rmtree(folder)
+                    remove_folder(folder)
         return True
 
     def settle(self) -> None:
@@ -1154,7 +1162,7 @@ class Run:
             self.saved_step = self.policy.step
             save_yaml(self.config, self.folder / "effective_config.yaml")
             for folder in checkpoints(self.folder)[self.config.keep_checkpoints :]:
-                shutil.rmtree(folder)
+                remove_folder(folder)
             return True
         return False
 
@@ -1183,9 +1191,11 @@ class Run:
     @contextlib.contextmanager
     def surviving(self, task: str) -> Iterator[None]:
         """The disk's refusals become notices in here."""
+        from safetensors import SafetensorError
+
         try:
             yield
-        except (OSError, Damaged) as error:
+        except (OSError, SafetensorError, Damaged) as error:
             self.notice(f"Could not {task} ({error}). The session goes on; what can't be written is kept in memory.")
 
     def close(self) -> None:

@@ -109,7 +109,7 @@ def evaluate(model: Path, samples: int, seed: int) -> None:
     """Prints the figures as a table and writes them into the README.md of the model's folder."""
     import torch
 
-    policy, config = load_policy(Config(model_name=str(model)))
+    policy, _ = load_policy(Config(model_name=str(model)))
     rng = random.Random(seed + 1)
     with torch.no_grad():
         figures = measure(policy, held_out_facts(samples, rng), rng)

@@ -55,9 +55,9 @@ def shuffled(options, rng: random.Random) -> list[str]:
 
 def skills():
     """The skill modules, with their shares of the corpus."""
-    from tools.corpus import learner, quizmaster, solver, tutor, unknown
+    from tools.corpus import learner, lists, quizmaster, solver, tutor, unknown
 
-    return [tutor, quizmaster, solver, learner, unknown]
+    return [tutor, quizmaster, solver, learner, lists, unknown]
 
 
 def examples(rng: random.Random):

@@ -29,11 +29,17 @@ def example(rng: random.Random) -> Example:
 
 def finding(rng: random.Random) -> Example:
     """A quiz whose question names the option."""
+    options = finding_options(rng)
+    return solving(f"Which option is {options[0]}?", options[0], options[1:], rng)
+
+
+def finding_options(rng: random.Random) -> list[str]:
+    """Four different options from anywhere."""
     options: list[str] = []
     while len(options) < len(LETTERS):
         option = rng.choice(any_fact(rng).options)
         options += [option] * (option not in options)
-    return solving(f"Which option is {options[0]}?", options[0], options[1:], rng)
+    return options
 
 
 def other_distractors(fact: Fact, rng: random.Random) -> list[str]:

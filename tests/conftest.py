@@ -1,0 +1,27 @@
+"""Fixtures shared by the tests. Nothing here or in any test reaches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a tiny model, by architecture (see tiny.ARCHITECTURES); built once for the whole session."""
+    from tiny import save_tiny
+
+    return cache(lambda architecture: save_tiny(architecture, tmp_path_factory.mktemp(architecture)))
+
+
+@pytest.fixture
+def llama_policy(tiny_folder):
+    """A fresh policy on the tiny Llama, with a ChatML template."""
+    from tiny import tiny_policy
+
+    return tiny_policy(tiny_folder("llama"))
