@@ -625,18 +625,19 @@ class StepSkipped(Exception):
     """A PPO step that could not be taken; the weights are as they were."""
 
 
-def ppo_step(policy: Policy, batch: Batch, scores: Sequence[float]) -> dict[str, float]:
+def ppo_step(policy: Policy, batch: Batch, scores: Sequence[float], before: Snapshot | None = None) -> dict[str, float]:
     """One PPO update on B sampled answers with their `scores`; returns the metrics of the log.
 
     All or nothing: a reward or loss that is not finite, memory that runs out, or an interruption leaves weights and
     optimizer as they were (StepSkipped, or whatever was raised). A step that moves the policy further than `target_kl`
-    is taken back, and `undone` in the metrics says so; it still counts as a step.
+    is taken back, and `undone` in the metrics says so; it still counts as a step. `before`: a snapshot of the policy
+    as it is, if the caller has one.
     """
     import torch
 
     if not all(map(math.isfinite, scores)):
         raise StepSkipped(f"the reward is not finite ({', '.join(map(str, scores))})")
-    before = policy.snapshot()
+    before = before or policy.snapshot()
     try:
         metrics, old_logits = ppo_update(policy, batch, torch.tensor(scores, device=policy.device))
         metrics |= trust_region(policy, batch, old_logits, metrics.pop("old_logprob_sum"))
@@ -953,6 +954,7 @@ class Run:
         self.turn = 0  # the number of the turn to come
         self.pending: list[Turn] = []  # answered, waiting for batch_size of them
         self.undo_snapshot: Snapshot | None = None
+        self.taken_turns = 0  # by the step that the snapshot precedes
         self.saved_step = -1
         self.covered = 0  # bytes of the journal that the policy's weights contain
         self.lock = None
@@ -1037,6 +1039,8 @@ class Run:
             self.notice("The journal's last line was half-written and is dropped: that turn had not been acknowledged.")
         if self.journal.size < offset:
             raise Damaged("the journal is shorter than the checkpoint says")
+        self.pending.clear()
+        self.undo_snapshot = None
         turns = sum(record["type"] == "turn" for record in records)
         if turns:
             self.notice(f"Taking {turns} turn{'s' * (turns > 1)} again from the journal.")
@@ -1044,7 +1048,7 @@ class Run:
             if record["type"] == "settings":
                 self.policy.configure(replace(self.config, **record["settings"]))
             elif record["type"] == "undo":
-                if not self.undo():
+                if not self.take_back():
                     raise Damaged("its last step was taken back later")
             else:
                 turn = Turn(**{name: record[name] for name in ("number", "prompt_ids", "response_ids", "reward")})
@@ -1057,12 +1061,12 @@ class Run:
 
     def replay_step(self, outcome: str) -> None:
         """What a turn's step did, done again: `taken` steps are computed, the others left no trace in the weights."""
+        self.undo_snapshot = None if outcome == "skipped" else self.policy.snapshot()
         if outcome == "taken":
-            self.undo_snapshot = self.policy.snapshot()
             self.take_step()
         elif outcome == "undone":
-            self.undo_snapshot = self.policy.snapshot()
             self.policy.step += 1
+        self.taken_turns = len(self.pending)
         self.pending.clear()
 
     def complete_log(self, lines: list[dict[str, Any]]) -> None:
@@ -1074,13 +1078,13 @@ class Run:
                     self.log.append(line)
 
     def take_step(self) -> dict[str, float]:
-        """One PPO step on the pending turns."""
+        """One PPO step on the pending turns, from the state in `undo_snapshot`."""
         import torch
 
         torch.manual_seed(turn_seed(self.policy.config.seed, self.pending[-1].number) ^ 1)  # for dropout
         prompts, responses = ([getattr(turn, name) for turn in self.pending] for name in ("prompt_ids", "response_ids"))
         batch = collate(prompts, responses, self.policy.pad_id, self.policy.device)
-        return ppo_step(self.policy, batch, [turn.reward for turn in self.pending])
+        return ppo_step(self.policy, batch, [turn.reward for turn in self.pending], self.undo_snapshot)
 
     def finish_turn(self, turn: Turn, line: dict[str, Any]) -> dict[str, Any]:
         """Learns from a turn and makes it durable; returns its log line, completed with the step's metrics.
@@ -1092,24 +1096,23 @@ class Run:
         metrics: dict[str, Any] = {}
         outcome = "pending"
         if len(self.pending) >= self.config.batch_size:
-            before = self.policy.snapshot()
+            self.undo_snapshot = self.policy.snapshot()
             try:
                 metrics = self.take_step()
                 outcome = "undone" if metrics.pop("undone", False) else "taken"
-                self.undo_snapshot = before
             except StepSkipped as skipped:
-                outcome, metrics = "skipped", {"why": str(skipped)}
+                outcome, metrics, self.undo_snapshot = "skipped", {"why": str(skipped)}, None
+            except BaseException:  # a second Ctrl-C: the turn has not been
+                self.pending.pop()
+                self.undo_snapshot = None
+                raise
         self.turn = turn.number + 1
         seconds = round(time.perf_counter() - started, 4)
-        line = (
-            {"timestamp": now(), "step": self.policy.step}
-            | line
-            | metrics
-            | {"reward": turn.reward, "seconds": seconds}
-        )
-        line |= {"outcome": outcome}
+        line = {"timestamp": now(), "step": self.policy.step, "turn": turn.number} | line | metrics
+        line |= {"reward": turn.reward, "seconds": seconds, "outcome": outcome}
         self.record({"type": "turn"} | asdict(turn) | {"outcome": outcome, "log": line})
         if outcome != "pending":
+            self.taken_turns = len(self.pending)
             self.pending.clear()
         self.settle()
         with self.surviving("write the log"):
@@ -1118,26 +1121,27 @@ class Run:
             self.save()
         return line
 
-    def undo(self) -> bool:
-        """Takes the last waiting turn, or else the last step, back in memory; False if there is none."""
+    def take_back(self) -> int:
+        """Takes the last waiting turn, or else the last step, back in memory; how many turns that were."""
         if self.pending:
             self.pending.pop()
-        elif self.undo_snapshot:
-            self.policy.restore(self.undo_snapshot)
-            self.undo_snapshot = None
-        else:
-            return False
-        return True
+            return 1
+        if self.undo_snapshot is None:
+            return 0
+        self.policy.restore(self.undo_snapshot)
+        self.undo_snapshot = None
+        return self.taken_turns
 
-    def undo_for_good(self) -> bool:
+    def undo(self) -> bool:
         """Takes the last step back, exactly, in memory and on disk; False if there is none."""
         step = self.policy.step
-        if not self.undo():
+        turns = self.take_back()
+        if not turns:
             return False
         self.record({"type": "undo"})
         self.settle()
         with self.surviving("write the log"):
-            self.log.append({"timestamp": now(), "step": step, "undo": True})
+            self.log.append({"timestamp": now(), "step": step, "undo": turns})
         with self.surviving("replace the checkpoint that holds the step taken back"):
             stale = [p for p in checkpoints(self.folder) if int(p.name[5:]) > self.policy.step]
             if stale:
@@ -1178,10 +1182,11 @@ class Run:
         with contextlib.suppress(OSError, Damaged):
             for line in self.log.read():
                 if line.get("undo"):
-                    lines = lines[:-1]
+                    del lines[-line["undo"] :]
                 else:
-                    new_run = lines and line["step"] < lines[-1]["step"]
-                    lines = [line] if new_run else [*lines, line]
+                    if lines and line["turn"] <= lines[-1]["turn"]:  # a new run begins
+                        lines.clear()
+                    lines.append(line)
         return lines
 
     def record(self, record: dict[str, Any]) -> None:
@@ -1294,14 +1299,18 @@ def parse_choice(text: str, options: Sequence[str]) -> int | str | None:
     return texts.index(text) if text in texts else None
 
 
+class SecondInterrupt(KeyboardInterrupt):
+    """Ctrl-C while the first one was still waiting: the program ends now."""
+
+
 @contextlib.contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """A Ctrl-C in here takes effect at the end; a second one takes effect at once."""
+    """A Ctrl-C in here takes effect at the end; a second one ends the program."""
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         if seen:
-            raise KeyboardInterrupt
+            raise SecondInterrupt
         seen.append(number)
 
     try:
@@ -1333,22 +1342,29 @@ def banner(policy: Policy, config: Config, run: Run) -> str:
     )
 
 
-def session(policy: Policy, run: Run, terminal: Terminal) -> None:
-    """Questions, answers, quizzes and steps, until the person leaves."""
+def session(policy: Policy, run: Run, terminal: Terminal) -> int:
+    """Questions, answers, quizzes and steps, until the person leaves. Returns the exit status."""
+    interrupted = False
     while True:
         try:
             question = terminal.ask("\nYou: ")
-        except (EOFError, KeyboardInterrupt):
-            return
+            interrupted = False
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            return 130 if interrupted else 0
         try:
             if question.startswith("/"):
                 if command(question, policy, run, terminal):
-                    return
+                    return 0
             elif question:
                 take_turn(question, policy, run, terminal)
         except EOFError:
-            return
+            return 0
+        except SecondInterrupt:
+            return 130
         except KeyboardInterrupt:
+            interrupted = True
             terminal.say("\nInterrupted. Finished turns are kept.", "yellow")
 
 
@@ -1431,7 +1447,7 @@ def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
     elif name == "/undo":
         step = policy.step
         with interrupts_deferred():
-            undone = run.undo_for_good()
+            undone = run.undo()
         if undone and policy.step == step:
             terminal.say("The last answer was taken back before its step.")
         else:
@@ -1483,7 +1499,7 @@ A tutor that learns from whether you understood: ask, read the answer, take the 
 def main() -> int:
     """The program. Exit status: 0; 2 for a setting that can't be used; 130 after a second Ctrl-C."""
     config = from_command_line(Config, USAGE)
-    run = None
+    run, status = None, 0
     try:
         terminal = Terminal(Path(config.log_dir) / "history")
 
@@ -1494,12 +1510,12 @@ def main() -> int:
             policy, config = load_policy(config, notice)
             run = Run(policy, config, notice)
             terminal.say(banner(policy, config, run), "cyan")
-            session(policy, run, terminal)
-        except KeyboardInterrupt:
+            status = session(policy, run, terminal)
+        except KeyboardInterrupt:  # while loading
             terminal.say("\nInterrupted.")
         if run and run.policy.step > run.saved_step and run.save():
             terminal.say(f"\nSaved step {policy.step} in {run.folder}. Goodbye.")
-        return 0
+        return status
     except ConfigError as error:
         print(f"error: {clean(str(error))}", file=sys.stderr)
         return 2

@@ -887,6 +887,18 @@ def test_a_padded_batch_gives_what_its_rows_give_alone(adapter):
             assert_close(logprobs[b, :n], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_model_is_told_where_padding_is_and_counts_positions_without_it():
+    """Rotary positions are relative and would not notice; a model with absolute ones would."""
+    policy, batch, seen = make_policy(), make_batch(), {}
+    inner = policy.model.base_model.model.model
+    hook = inner.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    demo.token_logprobs_and_values(policy, batch)
+    hook.remove()
+    assert torch.equal(seen["attention_mask"].bool(), batch.attention_mask)
+    for positions, real in zip(seen["position_ids"], batch.attention_mask, strict=True):
+        assert positions[real].tolist() == list(range(int(real.sum())))
+
+
 def test_padding_has_no_influence_on_the_step():
     """Other tokens in the padding, and other padding, give the same loss and the same weights."""
     batch, results = make_batch(), []

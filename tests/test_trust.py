@@ -229,8 +229,7 @@ def repeater(tokenizer, option: str, long: bool):
     def choose(written: list[int], allowed: list[int]) -> int:
         done = b"".join(spelled[i] for i in written).partition(b'"wrong":')[2]
         unfinished = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", done).lstrip(b"[,]}")
-        repeating = unfinished and wanted.startswith(unfinished)
-        rest = wanted[len(unfinished) :] if repeating else b'"'  # a refused repetition is closed and begun again
+        rest = wanted[len(unfinished) :] if wanted.startswith(unfinished) else b'"'  # refused: close and begin again
 
         def preference(token: int) -> tuple[int, int]:
             text = spelled[token]
@@ -247,7 +246,8 @@ def repeater(tokenizer, option: str, long: bool):
 
 @pytest.mark.parametrize("long", [True, False], ids=["long tokens", "short tokens"])
 @pytest.mark.parametrize(
-    "option", ["Paris", "4", "22", "é", "日本", "What is it?", 'say "hi"', "a\\b", "...", "[x],", "Paris" * 16]
+    "option",
+    ["Paris", "4", "22", "é", "日本", "What is it?", 'say "hi"', "a\\b", "...", ":[", "[x],", "wrong", "Paris" * 16],
 )
 def test_no_option_repeats_an_earlier_one(llama_policy, option, long):
     """Against scores that always prefer to spell the first option again, the options end up distinct."""

@@ -134,7 +134,7 @@ def randomize_adapter(policy: Policy, seed: int = 1) -> None:
 
 
 def drive(grammar: Callable, prefix: list[int], choose: Callable[[list[int], list[int]], int], limit: int) -> list[int]:
-    """Writes under `grammar` after a prompt of one token; `choose(written, allowed)` picks each token, up to `limit`."""
+    """Writes under `grammar` after a prompt of one token: `choose(written, allowed)` picks each, up to `limit`."""
     written = list(prefix)
     vocabulary = grammar.policy.head.weight.shape[0]
     while len(written) < limit:
