@@ -73,6 +73,9 @@ class Config:
     resume: str = setting(
         "auto", "auto (the newest whole checkpoint), none (a new run beside the old), or a checkpoint folder"
     )
+    learner: str = setting("person", "who takes the quizzes: person, or simulated (the base model reads the answers)")
+    questions: str = setting("", "text file of questions, one a line (learner=simulated)")
+    steps: int = setting(100, "steps after which the session ends (learner=simulated)")
     seed: int = setting(0, "seed of sampling, shuffling and adapter weights")
 
 
@@ -101,9 +104,14 @@ RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "max_grad_norm": (0, 1e9, False),
     "save_every": (1, 1_000_000, True),
     "keep_checkpoints": (2, 1_000_000, True),
+    "steps": (1, 1e9, True),
     "seed": (0, 2**63 - 1, True),
 }
-CHOICES = {"load_in_4bit": ("auto", "true", "false"), "dtype": ("auto", "float32", "bfloat16")}
+CHOICES = {
+    "load_in_4bit": ("auto", "true", "false"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "learner": ("person", "simulated"),
+}
 
 
 def check(config: Config) -> Config:
@@ -116,6 +124,8 @@ def check(config: Config) -> Config:
     for name, allowed in CHOICES.items():
         if getattr(config, name, allowed[0]) not in allowed:
             raise ConfigError(f"{name}={getattr(config, name)} is unknown: expected one of {', '.join(allowed)}")
+    if config.learner == "simulated" and not config.questions:
+        raise ConfigError("learner=simulated needs questions=FILE, a text file with one question a line")
     if not config.target_modules:
         raise ConfigError("target_modules=[] trains nothing: name at least one linear layer, such as q_proj")
     return config

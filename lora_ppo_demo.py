@@ -339,43 +339,54 @@ def silence_libraries() -> None:
 # -------------------------------------------------------------------------------------------------------- generation
 
 
-def generate(
+def generate(policy: Policy, prompt_ids: Sequence[int], temperature: float, **options: Any) -> list[int]:
+    """Samples one reply; `generate_batch` tells the options."""
+    return generate_batch(policy, [prompt_ids], temperature, **options)[0]
+
+
+def generate_batch(
     policy: Policy,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     temperature: float,
     adapter: bool = True,
     grammar: "QuizGrammar | None" = None,
     on_text: Callable[[str], None] | None = None,
-) -> list[int]:
-    """Samples one reply at `temperature` with the configured top_p and length; its end token is included.
+) -> list[list[int]]:
+    """Samples a reply to each of B prompts at `temperature`, with the configured top_p and length, up to its end token.
 
-    `on_text` receives the text piece by piece as it is written; `grammar` restricts what may be written. Draws from
-    torch's global generator.
+    `on_text` receives the text piece by piece as it is written, `grammar` restricts what may be written; both are for a
+    batch of one. Draws from torch's global generator.
     """
     import torch
     from transformers import GenerationConfig
 
-    settings = (
-        GenerationConfig(  # built afresh: a model's own defaults (top_k, repetition_penalty) would change the policy
-            do_sample=True,
-            temperature=temperature,
-            top_p=policy.config.top_p,
-            top_k=0,
-            max_new_tokens=policy.config.max_new_tokens,
-            eos_token_id=policy.stop_ids,
-            pad_token_id=policy.pad_id,
-        )
+    settings = GenerationConfig(  # afresh: a model's own defaults (top_k, repetition_penalty) would change the policy
+        do_sample=True,
+        temperature=temperature,
+        top_p=policy.config.top_p,
+        top_k=0,
+        max_new_tokens=policy.config.max_new_tokens,
+        eos_token_id=policy.stop_ids,
+        pad_token_id=policy.pad_id,
     )
-    ids = torch.tensor([list(prompt_ids)], device=policy.device)
+    p = max(map(len, prompts))
+    ids = torch.tensor([[policy.pad_id] * (p - len(prompt)) + list(prompt) for prompt in prompts], device=policy.device)
+    real = torch.tensor([[0] * (p - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=policy.device)
     with torch.no_grad(), policy.adapter(adapter):
         output = policy.model.generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=real,
             generation_config=settings,
             logits_processor=[grammar] if grammar else None,
             streamer=TextStream(policy.tokenizer, on_text) if on_text else None,
         )
-    return output[0, len(prompt_ids) :].tolist()
+    return [up_to_stop(reply, policy.stop_ids) for reply in output[:, p:].tolist()]
+
+
+def up_to_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """The ids up to and including the first stop token: what follows is padding."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]
 
 
 class TextStream:
@@ -557,6 +568,17 @@ def letter_probabilities(policy: Policy, chats: Sequence[list[Message]]) -> "Ten
     probabilities = (logits[:, 0] * policy.config.temperature).softmax(-1)
     letters = torch.stack([probabilities[:, sorted(set(s))].sum(-1) for s in spellings], dim=-1)
     return letters / letters.sum(-1, keepdim=True)
+
+
+# The simulated learner: the base model in a learner's role, blind to the key, reads an answer and takes the quiz.
+
+
+def learner_probabilities(policy: Policy, answers: Sequence[str], quizzes: Sequence[Quiz]) -> "Tensor":
+    """How probable each option (B, 4) is to a learner who has read the answer and nothing else."""
+    pairs = zip(answers, quizzes, strict=True)
+    return letter_probabilities(
+        policy, [chat(LEARNER_PROMPT, learner_text(answer, quiz.question, quiz.options)) for answer, quiz in pairs]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO
@@ -1239,7 +1261,7 @@ def clean(text: str) -> str:
 class Terminal:
     """Reads lines (with history and editing at a terminal, plainly from a pipe) and writes untrusted text safely."""
 
-    def __init__(self, history: Path):
+    def __init__(self, history: Path | None):
         from rich.console import Console
 
         for stream in (sys.stdin, sys.stdout):
@@ -1248,7 +1270,7 @@ class Terminal:
         self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.prompter = None
-        if self.interactive:
+        if self.interactive and history:
             from prompt_toolkit import PromptSession
             from prompt_toolkit.history import FileHistory, InMemoryHistory
 
@@ -1282,6 +1304,14 @@ class Terminal:
 
         return ask_once(prompt).strip()
 
+    def choose(self, quiz: Quiz, answer: str) -> int | str:
+        """The person's choice: an option's index, or "skip"."""
+        while True:
+            choice = parse_choice(self.ask("Your choice (A-D, s skips): ", remember=False), quiz.options)
+            if choice is not None:
+                return choice
+            self.say("Please choose A, B, C or D, type the option's text, or s to skip.")
+
     def busy(self, text: str):
         """A context that shows `text` and a spinner at a terminal."""
         return self.console.status(text) if self.interactive else contextlib.nullcontext()
@@ -1301,6 +1331,47 @@ def parse_choice(text: str, options: Sequence[str]) -> int | str | None:
 
 class SecondInterrupt(KeyboardInterrupt):
     """Ctrl-C while the first one was still waiting: the program ends now."""
+
+
+class SimulatedLearner(Terminal):
+    """Sits at the tutor in a person's place: asks the questions of a list, and chooses by what the answers say."""
+
+    def __init__(self, policy: Policy, questions: Sequence[str], steps: int):
+        super().__init__(None)
+        self.policy, self.questions, self.last = policy, questions, policy.step + steps
+        self.asked = 0
+
+    def ask(self, prompt: str, remember: bool = True) -> str:
+        """The next question, over and over, until the steps are taken; then EOFError, as when a person leaves."""
+        if self.policy.step >= self.last or self.asked > 10 * len(self.questions) * self.last:
+            raise EOFError
+        question = self.questions[self.asked % len(self.questions)]
+        self.asked += 1
+        self.say(f"{prompt}{question}")
+        return question
+
+    def choose(self, quiz: Quiz, answer: str) -> int:
+        choice = int(learner_probabilities(self.policy, [answer], [quiz])[0].argmax())
+        self.say(f"The learner chooses {LETTERS[choice]}.")
+        return choice
+
+
+def read_questions(path: str) -> list[str]:
+    """The questions of a text file, one a line; empty lines don't count. Raises ConfigError naming file and line."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"questions={path}: {error.strerror or error}") from None
+    questions = []
+    for number, line in enumerate(lines, 1):
+        try:
+            questions.append(line.decode("utf-8").strip())
+        except UnicodeDecodeError:
+            raise ConfigError(f"questions={path}: line {number} is not UTF-8 text") from None
+    questions = [question for question in questions if question]
+    if not questions:
+        raise ConfigError(f"questions={path} holds no question: write one a line")
+    return questions
 
 
 @contextlib.contextmanager
@@ -1393,7 +1464,7 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         terminal.say("No sound quiz could be made on this question, so it earns no reward and no step.", "yellow")
         return
     terminal.say(f"\nQuiz: {quiz_text(quiz.question, quiz.options)}", "bold")
-    choice = choose(quiz, terminal)
+    choice = terminal.choose(quiz, answer)
     if choice == "skip":
         terminal.say("Skipped: no reward, no step.")
         return
@@ -1402,15 +1473,6 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
     with interrupts_deferred():
         line = run.finish_turn(Turn(number, prompt, response, reward), line)
         show_outcome(line, run, terminal)
-
-
-def choose(quiz: Quiz, terminal: Terminal) -> int | str:
-    """The person's choice: an option's index, or "skip"."""
-    while True:
-        choice = parse_choice(terminal.ask("Your choice (A-D, s skips): ", remember=False), quiz.options)
-        if choice is not None:
-            return choice
-        terminal.say("Please choose A, B, C or D, type the option's text, or s to skip.")
 
 
 def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
@@ -1501,6 +1563,7 @@ def main() -> int:
     config = from_command_line(Config, USAGE)
     run, status = None, 0
     try:
+        questions = read_questions(config.questions) if config.learner == "simulated" else []
         terminal = Terminal(Path(config.log_dir) / "history")
 
         def notice(text: str) -> None:
@@ -1509,6 +1572,8 @@ def main() -> int:
         try:
             policy, config = load_policy(config, notice)
             run = Run(policy, config, notice)
+            if questions:
+                terminal = SimulatedLearner(policy, questions, config.steps)
             terminal.say(banner(policy, config, run), "cyan")
             status = session(policy, run, terminal)
         except KeyboardInterrupt:  # while loading
