@@ -47,7 +47,11 @@ OTHER = {
     "keep_checkpoints": ("2", 2),
     "resume": ("none", "none"),
     "seed": ("42", 42),
+    "learner": ("simulated", "simulated"),
+    "questions": ("q.txt", "q.txt"),
+    "steps": ("7", 7),
 }
+NEEDS = {"learner": {"questions": "q.txt"}}  # what must be set beside a setting's other value
 
 
 def refusal(*arguments):
@@ -84,22 +88,23 @@ def test_lists_are_not_shared_between_configurations():
 
 
 def test_the_table_of_other_values_is_whole():
-    assert list(OTHER) == NAMES
+    assert set(OTHER) == set(NAMES)
     assert all(getattr(Config(), name) != value for name, (_, value) in OTHER.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_can_be_set_and_changes_nothing_else(name, tmp_path):
     text, value = OTHER[name]
+    beside = NEEDS.get(name, {})
     for arguments in (
         [f"{name}={text}"],
         [f"--{name}={text}"],
         [f"--{name}", text],
         ["--config", yaml_file(tmp_path, f"{name}: {text}\n")],
     ):
-        config = parse(Config, arguments)
+        config = parse(Config, [*arguments, *(f"{other}={needed}" for other, needed in beside.items())])
         assert type(getattr(config, name)) is type(value)
-        assert asdict(config) == asdict(Config()) | {name: value}
+        assert asdict(config) == asdict(Config()) | beside | {name: value}
 
 
 def test_yaml_overrides_defaults_and_the_command_line_overrides_yaml(tmp_path):
@@ -244,6 +249,10 @@ def test_no_target_modules_are_refused():
         assert refusal(argument).startswith("target_modules=[] trains nothing")
 
 
+def test_a_simulated_learner_without_questions_is_refused():
+    assert refusal("learner=simulated").startswith("learner=simulated needs questions=FILE")
+
+
 def test_what_is_no_setting_at_all_is_refused():
     for word in ("lora_r", "-x", "lora_r: 5", ""):
         assert refusal(word) == f"{word!r} is no setting: write name=value or --name value (see --help)"
@@ -305,7 +314,7 @@ def test_check_returns_what_is_right_and_the_defaults_are():
     config = Config()
     assert check(config) is config
     for name, allowed in CHOICES.items():
-        assert all(check(Config(**{name: value})) for value in allowed)
+        assert all(check(Config(**(NEEDS.get(name, {}) | {name: value}))) for value in allowed)
 
 
 # ----------------------------------------------------------------------------------------------------------- round trip

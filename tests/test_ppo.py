@@ -792,6 +792,17 @@ def test_a_failure_after_the_step_restores_everything(error, monkeypatch):
     assert policy.step == 1
 
 
+def test_a_snapshot_that_the_caller_has_serves_as_well(monkeypatch):
+    policy = trained_once()
+    before = policy.snapshot()
+    state = bits(policy)
+    monkeypatch.setattr(policy, "snapshot", lambda: pytest.fail("a second copy was made"))
+    half_step(policy, monkeypatch, raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0], before)
+    assert bits(policy) == state
+
+
 def test_a_policy_that_was_restored_learns_as_if_nothing_had_happened(monkeypatch):
     disturbed, calm = trained_once(), trained_once()
     half_step(disturbed, monkeypatch, raising(KeyboardInterrupt()))

@@ -60,9 +60,17 @@ def skills():
     return [tutor, quizmaster, solver, learner, lists, unknown]
 
 
-def examples(rng: random.Random):
-    """Training conversations without end, each skill in its share."""
+def example(rng: random.Random, drill: bool = False) -> Example:
+    """A training conversation: each skill in its share, or in the drill only what reads lettered options."""
+    from tools.corpus import learner, lists, solver
+
+    if drill:
+        return rng.choices([lists.example, solver.finding, learner.example], [0.5, 0.3, 0.2])[0](rng)
     modules = skills()
-    shares = [module.SHARE for module in modules]
+    return rng.choices(modules, [module.SHARE for module in modules])[0].example(rng)
+
+
+def examples(rng: random.Random):
+    """Training conversations without end."""
     while True:
-        yield rng.choices(modules, shares)[0].example(rng)
+        yield example(rng)

@@ -1,0 +1,180 @@
+"""The tutor's own task, without a person: a question, the policy's answer, a quiz on the question, a simulated learner.
+
+The quiz is the core's, and the question alone decides it. Two learners, both the frozen base model in a learner's role:
+`reader` reads the answer, takes the quiz, and its most probable letter counts, +1 or -1; with `gain` the reward is
+P(key | answer) - P(key | no answer), so that a learner who knows the fact anyway credits no empty answer.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from config import ConfigError
+from lora_ppo_demo import (
+    LETTERS,
+    TUTOR_PROMPT,
+    Message,
+    Policy,
+    Quiz,
+    chat,
+    learner_probabilities,
+    make_quiz,
+    read_questions,
+    shuffle_quiz,
+)
+from tasks import Outcome
+from tasks.facts import Fact, table_facts
+
+LEARNERS = ("reader", "gain")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question, and the fact of the tables that answers it, if it is one of theirs."""
+
+    question: str
+    fact: Fact | None
+
+
+@cache
+def known_questions() -> dict[str, Fact]:
+    """Every phrasing of every fact of the tables, casefolded, and the fact."""
+    return {
+        fact.question(template).casefold(): fact
+        for fact in table_facts()
+        for template in (*fact.subject.ask, *fact.subject.held_out)
+    }
+
+
+def states(answer: str, fact: Fact) -> bool:
+    """Whether the answer states the fact, in the words of its table's template (with or without "The")."""
+    return fact.statement[4:].casefold() in answer.casefold()
+
+
+def split_samples(
+    split: Literal["train", "test"], seed: int = 0, questions_file: str = "", test_share: float = 0.2
+) -> tuple[Sample, ...]:
+    """The samples of a split, in an order drawn from `seed`; no fact of one split is in the other.
+
+    Without a file: every fact of the tables once, in a phrasing of its `ask` (train) or `held_out` (test). With one:
+    its questions, where the phrasings of one fact stay together. Raises ConfigError where the file can't be used or is
+    too short to be split.
+    """
+    rng = random.Random(f"quiz/{seed}")
+    if questions_file:
+        questions = list(dict.fromkeys(read_questions(questions_file)))
+        facts = [known_questions().get(question.casefold()) for question in questions]
+        groups: dict[object, list[Sample]] = {}
+        for question, fact in zip(questions, facts, strict=True):
+            groups.setdefault(fact or question.casefold(), []).append(Sample(question, fact))
+        kept = list(groups.values())
+    else:
+        kept = []
+        for fact in table_facts():
+            asked, held_out = rng.choice(fact.subject.ask), rng.choice(fact.subject.held_out)
+            kept.append([Sample(fact.question(asked if split == "train" else held_out), fact)])
+    rng.shuffle(kept)
+    tests = max(1, round(test_share * len(kept)))
+    if tests >= len(kept):
+        raise ConfigError(
+            f"questions={questions_file or 'the tables'} with test_share={test_share:g} leaves {len(kept) - tests} of "
+            f"{len(kept)} questions to train on: write more, or lower test_share"
+        )
+    return tuple(sample for group in (kept[:tests] if split == "test" else kept[tests:]) for sample in group)
+
+
+class QuizTask:
+    """Questions, answers, and what a simulated learner makes of them.
+
+    A quiz is written once for each question, from a generator seeded with the question: what is asked before, or after
+    a restart, makes no difference to it. Its options are shuffled afresh each time, after the answer was written.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        seed: int = 0,
+        learner: Literal["reader", "gain"] = "reader",
+        questions_file: str = "",
+        test_share: float = 0.2,
+    ):
+        if learner not in LEARNERS:
+            raise ConfigError(f"learner={learner} is unknown: expected one of {', '.join(LEARNERS)}")
+        self.policy, self.seed, self.learner = policy, seed, learner
+        self.splits = {name: split_samples(name, seed, questions_file, test_share) for name in ("train", "test")}
+        self.written: dict[str, tuple[str, str, tuple[str, ...]] | None] = {}
+
+    def samples(self, split: Literal["train", "test"]) -> tuple[Sample, ...]:
+        return self.splits[split]
+
+    def episode(self, sample: Sample) -> "QuizEpisode":
+        return QuizEpisode(self, sample)
+
+    def quiz(self, sample: Sample) -> Quiz | None:
+        """The quiz on the sample's question, its options in an order drawn from torch's generator; None without one."""
+        import torch
+
+        question = sample.question
+        if question not in self.written:
+            device = self.policy.device
+            seed = hashlib.sha256(f"{self.seed}/{question}".encode()).digest()[:7]
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(int.from_bytes(seed, "big"))
+                quiz = make_quiz(self.policy, question)
+            if quiz is None:
+                self.written[question] = None
+            else:
+                correct = quiz.options[quiz.key]
+                wrong = tuple(option for option in quiz.options if option != correct)
+                self.written[question] = (quiz.question, correct, wrong)
+        parts = self.written[question]
+        return shuffle_quiz(*parts) if parts else None
+
+    def outcomes(self, samples: Sequence[Sample], answers: Sequence[str]) -> list[Outcome]:
+        """What the learner makes of each answer; `unknown`, with reward 0, where no quiz can be made."""
+        quizzes = [self.quiz(sample) for sample in samples]
+        taken = [(answer, quiz) for answer, quiz in zip(answers, quizzes, strict=True) if quiz]
+        read, guessed = [], []
+        if taken:
+            read = learner_probabilities(self.policy, *zip(*taken, strict=True)).tolist()
+        if taken and self.learner == "gain":
+            guessed = learner_probabilities(self.policy, [""] * len(taken), [quiz for _, quiz in taken]).tolist()
+        outcomes = []
+        for sample, answer, quiz in zip(samples, answers, quizzes, strict=True):
+            details = {"length": len(self.policy.tokenizer.encode(answer, add_special_tokens=False))}
+            if sample.fact:
+                details["states_fact"] = states(answer, sample.fact)
+            if quiz is None:
+                outcomes.append(Outcome("unknown", 0.0, "no sound quiz could be made on this question", details))
+            else:
+                outcomes.append(self.judge(quiz, read.pop(0), guessed.pop(0) if guessed else None, details))
+        return outcomes
+
+    def judge(self, quiz: Quiz, read: list[float], guessed: list[float] | None, details: dict) -> Outcome:
+        """The outcome, from the learner's probabilities of the options with the answer and (gain) without it."""
+        choice = max(range(len(read)), key=read.__getitem__)
+        right = choice == quiz.key
+        reward = (1.0 if right else -1.0) if guessed is None else read[quiz.key] - guessed[quiz.key]
+        why = f"the learner chose {LETTERS[choice]}, {'rightly' if right else 'wrongly'}"
+        if guessed is not None:
+            why += f"; P(key) {guessed[quiz.key]:.2f} without the answer, {read[quiz.key]:.2f} with it"
+        return Outcome("correct" if right else "incorrect", reward, why, details)
+
+
+class QuizEpisode:
+    """One answer to one question, under the prompt that the tutor itself has."""
+
+    def __init__(self, task: QuizTask, sample: Sample):
+        self.task, self.sample, self.answer = task, sample, ""
+
+    def reset(self) -> list[Message]:
+        return chat(TUTOR_PROMPT, self.sample.question)
+
+    def step(self, reply: str) -> None:
+        self.answer = reply
+
+    def outcome(self) -> Outcome:
+        return self.task.outcomes([self.sample], [self.answer])[0]

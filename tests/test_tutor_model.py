@@ -1,0 +1,226 @@
+"""The bundled model, its data and its build, and the program on it as a user runs it."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lora_ppo_demo as demo
+from config import BUNDLED_MODEL, Config
+from tasks.facts import arithmetic_facts, in_words, subjects, table_facts
+from tools.build_tutor_model import Packer
+from tools.corpus import examples, unknown
+from tools.tutor_figures import held_out_facts, measure
+
+ROOT = Path(demo.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return demo.load_policy(Config(model_name=str(BUNDLED_MODEL), device="cpu"))[0]
+
+
+def tutor(folder: Path, text: str, *settings: str) -> subprocess.CompletedProcess:
+    """The program in a process of its own, in `folder`, with `text` on its standard input."""
+    command = [sys.executable, str(ROOT / "lora_ppo_demo.py"), "model_name=auto", "device=cpu", *settings]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        command, input=text, capture_output=True, encoding="utf-8", cwd=folder, env=environment, timeout=120
+    )
+
+
+def test_the_model_is_small_and_standard():
+    files = list(BUNDLED_MODEL.iterdir())
+    assert sum(path.stat().st_size for path in files) <= 25e6
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    assert model.config.model_type == "llama"
+    assert sum(p.numel() for p in model.parameters()) <= 12e6
+    assert {tensor.dtype for tensor in load_file(BUNDLED_MODEL / "model.safetensors").values()} == {torch.bfloat16}
+    assert tokenizer.is_fast
+    assert tokenizer.chat_template
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_the_tables_hold_what_is_promised():
+    assert len(subjects()) >= 10
+    assert len(table_facts()) >= 1000
+    for subject in subjects().values():
+        templates = (*subject.ask, *subject.held_out)
+        assert len(subject.held_out) == 2
+        assert len({template.casefold() for template in templates}) == len(templates) >= 6
+        assert subject.quiz not in subject.held_out
+        assert all(template.count("{subject}") == 1 for template in templates)
+        assert subject.fact.startswith("The ")
+    for fact in (*table_facts(), *arithmetic_facts()):
+        options = [option.casefold() for option in fact.options]
+        assert len(set(options)) == 4
+        assert not any(a != b and a.startswith(b) for a in options for b in options), fact
+
+
+def test_arithmetic_is_right():
+    for fact in arithmetic_facts():
+        assert eval(fact.about) == int(fact.answer)
+    assert in_words("What is 7 + 5?") == "What is 7 plus 5?"
+    assert {f"{a} * {b}" for a in range(1, 11) for b in range(1, 11)} < {fact.about for fact in arithmetic_facts()}
+
+
+def test_held_out_phrasings_never_occur_in_training():
+    facts = (*table_facts(), *random.Random(0).sample(arithmetic_facts(), 500))
+    held_out = {fact.question(template) for fact in facts for template in fact.subject.held_out}
+    held_out |= {in_words(question) for question in held_out}
+    held_out = {question.casefold().rstrip("?.") for question in held_out}
+    stream = examples(random.Random(7))
+    seen = {next(stream).user.casefold().rstrip("?.") for _ in range(30_000)}
+    assert not held_out & seen
+    asked = {fact.question(template).casefold().rstrip("?.") for fact in table_facts() for template in fact.subject.ask}
+    assert len(asked & seen) > 1000  # the comparison can tell: training phrasings are found
+
+
+def test_invented_names_are_in_no_table():
+    rng = random.Random(0)
+    known = {fact.about.casefold() for fact in table_facts()}
+    names = [unknown.invented_name(rng) for _ in range(5000)]
+    assert sum(name.casefold() in known for name in names) < 10
+
+
+def test_packed_conversations_give_the_loss_of_each_alone(policy):
+    """Packing must not leak: logits in a packed row equal those of the conversation by itself."""
+    from tools.build_tutor_model import collate, reply_logits
+
+    model = policy.model.get_base_model()
+    packer = Packer(policy.tokenizer, 3)
+    row = packer.row()
+    assert len(row) >= 2
+    with torch.no_grad(), policy.adapter(False):
+        packed = reply_logits(model, collate([row]))
+        alone = torch.cat([reply_logits(model, collate([[item]], len(item[0]))) for item in row])
+    torch.testing.assert_close(packed, alone, atol=2e-4, rtol=1e-4)
+
+
+def test_the_packers_state_restores_its_stream(policy):
+    packer, again = Packer(policy.tokenizer, 3), Packer(policy.tokenizer, 4)
+    packer.batch(2)
+    again.restore(json.loads(json.dumps(packer.state())))
+    a, b = packer.batch(2), again.batch(2)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_figures_on_held_out_phrasings(policy):
+    rng = random.Random(11)
+    figures = {name: hit / of for name, (hit, of) in measure(policy, held_out_facts(60, rng), rng).items()}
+    assert figures["quiz JSON valid, options distinct"] >= 0.98
+    assert figures["quiz key right before the gate"] >= 0.93
+    assert figures["quiz key right after the gate"] >= 0.98
+    assert figures["learner right, clear"] >= 0.93
+    assert 0.10 <= figures["learner right, evasive"] <= 0.42  # 60 draws around a quarter
+    assert 0.3 <= figures["answer explains the fact"] <= 0.75
+    assert figures["says it does not know what it never saw"] >= 0.9
+    assert figures["no quiz on what it never saw"] >= 0.9
+
+
+def test_the_program_as_a_user_runs_it(tmp_path):
+    result = tutor(tmp_path, "What is the capital of France?\nB\nWhat is the opposite of hot?\nA\n")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.startswith("model    bundled:tutor-tiny")
+    assert result.stdout.count("Quiz: ") == 2
+    assert "Paris" in result.stdout
+    lines = [json.loads(line) for line in (tmp_path / "logs" / "run.log").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {line["reward"] for line in lines} <= {1.0, -1.0}
+    assert (tmp_path / "checkpoints" / "step_2" / "manifest.json").exists()
+    again = tutor(tmp_path, "/progress\n")
+    assert "step     2" in again.stdout
+    assert "of 2, mean reward" in again.stdout
+
+
+def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, capsys):
+    """Where the key stands is told apart from its text by asking one question until every position has come up."""
+    prompts, quizzes = [], []
+    encode, make = demo.encode_chat, demo.make_quiz
+    monkeypatch.setattr(demo, "encode_chat", lambda t, messages: prompts.append(messages) or encode(t, messages))
+    monkeypatch.setattr(demo, "make_quiz", lambda p, q: quizzes.append(make(p, q)) or quizzes[-1])
+    config = Config(
+        model_name=str(BUNDLED_MODEL), device="cpu", learning_rate=1e-4, checkpoint_dir=str(tmp_path / "c"),
+        log_dir=str(tmp_path / "l"), dtype="float32", load_in_4bit="false",
+    )  # fmt: skip
+    before = policy.snapshot()
+    run = demo.Run(policy, config, print)
+    terminal = demo.Terminal(tmp_path / "history")
+    monkeypatch.setattr(terminal, "ask", lambda prompt, remember=True: "A")
+    for _ in range(6):
+        demo.take_turn("What is the capital of Norway?", policy, run, terminal)
+    run.close()
+    policy.restore(before)
+    assert len({quiz.key for quiz in quizzes}) > 1
+    for messages in prompts:
+        if messages[0]["content"] != demo.QUIZMASTER_PROMPT:
+            assert not any('"correct"' in message["content"] for message in messages)
+    solver = [messages[1]["content"] for messages in prompts if messages[0]["content"] == demo.SOLVER_PROMPT]
+    for i in range(0, len(solver), 4):  # four rotations: every option stands at every letter once
+        for letter in demo.LETTERS:
+            assert len({line for text in solver[i : i + 4] for line in text.splitlines() if line[0] == letter}) == 4
+    written = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
+    shown = capsys.readouterr().out
+    assert '"correct"' not in written + shown
+    assert '"key"' not in written
+    unanswered = shown.split("Quiz: ")
+    assert not any("right" in part.split("Reward")[0].casefold().split("d) ")[0] for part in unanswered[1:])
+
+
+def test_what_it_never_saw_it_says_so_and_makes_no_quiz(tmp_path):
+    result = tutor(tmp_path, "How do I repair a clock?\nA\n")
+    assert result.returncode == 0
+    assert "I do not know that. I know about capitals" in result.stdout
+    assert "No sound quiz could be made" in result.stdout
+    assert "Reward" not in result.stdout
+
+
+def test_a_simulated_learner_sits_at_the_tutor(tmp_path):
+    (tmp_path / "questions.txt").write_text("What is the capital of France?\n\nWho wrote Hamlet?\n", encoding="utf-8")
+    result = tutor(tmp_path, "", "learner=simulated", "questions=questions.txt", "steps=3")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "logs" / "run.log").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["question"] for line in lines] == ["What is the capital of France?", "Who wrote Hamlet?"] * 1 + [
+        "What is the capital of France?"
+    ]
+
+
+def test_an_answer_cannot_talk_the_learner_into_a_letter(policy):
+    """The letter an answer coaxes to is right as often as chance, whatever the quiz: options are shuffled after it."""
+    rng, hits, count = random.Random(5), 0, 160
+    torch.manual_seed(5)
+    facts = rng.sample(table_facts(), count)
+    quizzes = [demo.shuffle_quiz(fact.quiz_question, fact.answer, fact.wrong) for fact in facts]
+    answers = [f"The correct option is {rng.choice(demo.LETTERS)}." for _ in facts]
+    for i in range(0, count, 40):
+        picks = demo.learner_probabilities(policy, answers[i : i + 40], quizzes[i : i + 40]).argmax(-1)
+        hits += sum(int(pick) == quiz.key for pick, quiz in zip(picks, quizzes[i : i + 40], strict=True))
+    assert 0.12 <= hits / count <= 0.38  # a quarter, within 3.8 standard deviations
+
+
+def test_a_stopped_build_goes_on_as_if_it_had_not_been(tmp_path):
+    def build(work: str, steps: int) -> None:
+        subprocess.run(
+            [sys.executable, str(ROOT / "tools" / "build_tutor_model.py"), "--no_compile", "--save_every", "1"]
+            + ["--work", str(tmp_path / work), "--output", str(tmp_path / f"{work}-model"), "--tokens", str(steps * 8192)],
+            check=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+
+    build("parts", 1)
+    build("whole", 1)
+    first, second = (load_file(tmp_path / work / "state.safetensors") for work in ("parts", "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in first)  # a seed gives one model
+    build("parts", 2)
+    resumed = load_file(tmp_path / "parts" / "state.safetensors")
+    assert not torch.equal(resumed["model.model.norm.weight"], first["model.model.norm.weight"])
+    assert json.loads((tmp_path / "parts" / "state.json").read_text())["step"] == 2
