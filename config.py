@@ -123,11 +123,14 @@ def check(config: Config) -> Config:
             raise ConfigError(f"{name}={value} is out of range: expected {bounds}")
     for name, allowed in CHOICES.items():
         if getattr(config, name, allowed[0]) not in allowed:
-            raise ConfigError(f"{name}={getattr(config, name)} is unknown: expected one of {', '.join(allowed)}")
+            raise ConfigError(f"{name}={getattr(config, name)!r} is unknown: expected one of {', '.join(allowed)}")
     if config.learner == "simulated" and not config.questions:
         raise ConfigError("learner=simulated needs questions=FILE, a text file with one question a line")
-    if not config.target_modules:
-        raise ConfigError("target_modules=[] trains nothing: name at least one linear layer, such as q_proj")
+    for name in ("model_name", "device", "checkpoint_dir", "log_dir", "resume"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name} is empty: give it a value, or leave it out for its default")
+    if not config.target_modules or not all(isinstance(name, str) for name in config.target_modules):
+        raise ConfigError(f"target_modules={config.target_modules}: name at least one linear layer, such as q_proj")
     return config
 
 
@@ -143,11 +146,11 @@ def parse(schema: type[Config], arguments: list[str]) -> Config:
         try:
             loaded = OmegaConf.load(file)
         except OSError as error:
-            raise ConfigError(f"--config {file}: {error.strerror or error}") from None
+            raise ConfigError(f"--config {file!r}: {error.strerror or error}") from None
         except Exception as error:  # whatever the YAML parser raises
-            raise ConfigError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"--config {file!r} is not valid YAML: {' '.join(str(error).split())}") from None
         if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"--config {file}: expected lines of the form `name: value`")
+            raise ConfigError(f"--config {file!r}: expected lines of the form `name: value`")
         pairs = [*((str(name), value) for name, value in OmegaConf.to_container(loaded).items()), *pairs]
     for name, value in pairs:
         known_name(schema, name)
@@ -161,17 +164,21 @@ def parse(schema: type[Config], arguments: list[str]) -> Config:
 
 def typed(name: str, value: Any, current: Any) -> Any:
     """A value from YAML or the command line as setting `name` takes it; `current` tells text from lists."""
-    from omegaconf import OmegaConf
+    import yaml
 
     if name in CHOICES:
         return str(value).lower()
     if value == "auto" and not isinstance(current, str):
         return None
-    if not isinstance(value, str) or isinstance(current, str):
+    if not isinstance(value, str):
+        return value
+    if "${" in value or value == "???" or "\n" in value:
+        raise ValueError("OmegaConf would take this for more than a value")
+    if isinstance(current, str):
         return value
     if hasattr(current, "append") and not value.startswith("["):
         return [part.strip() for part in value.split(",") if part.strip()]
-    return OmegaConf.create(f"value: {value}").value
+    return yaml.safe_load(value)
 
 
 def split_arguments(schema: type[Config], arguments: list[str]) -> tuple[str | None, list[tuple[str, str]]]:

@@ -30,6 +30,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +109,8 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
             return "".join(f"{row['content']}\n\n" for row in rows)
         return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
-    def encode(text: str, **options: Any) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, **options).input_ids
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
 
     contents = [message["content"] for message in messages]
     places = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in messages]
@@ -124,13 +125,15 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
             raise ConfigError("this model's chat template does not render the messages: try another model_name")
         merged = [{"role": messages[1]["role"], "content": f"{contents[0]}\n\n{contents[1]}"}, *messages[2:]]
         return encode_chat(tokenizer, merged)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content) > 1]
     if not any(token in content for content in contents for token in special):
         return encode(render(contents))
+    inside = re.compile("|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in special))
     by_place = dict(zip(places, contents, strict=True))
     ids: list[int] = []
     for part in re.split("(" + "|".join(places) + ")", rendered):
-        ids += encode(by_place[part], split_special_tokens=True) if part in by_place else encode(part)
+        pieces = inside.split(by_place[part]) if part in by_place else [part]  # a token cut in two stays text
+        ids += [i for piece in pieces for i in encode(piece)]
     return ids
 
 
@@ -201,6 +204,19 @@ class Policy:
         pad = self.tokenizer.pad_token_id
         return self.stop_ids[0] if pad is None else pad
 
+    @cached_property
+    def ll_tokenizer(self):
+        """The tokenizer as llguidance takes it; its vocabulary is as large as the logits."""
+        import llguidance.hf
+
+        size = max(self.model.config.get_text_config().vocab_size, len(self.tokenizer))
+        return llguidance.hf.from_tokenizer(self.tokenizer, n_vocab=size)
+
+    @cached_property
+    def quote_tokens(self) -> dict[int, str]:
+        """The tokens with a quotation mark in them, and their texts."""
+        return {i: self.tokenizer.decode([i]) for token, i in self.tokenizer.get_vocab().items() if '"' in token}
+
     def adapter(self, on: bool):
         """A context in which the adapters are on (the policy) or off (the base model, which is the reference)."""
         return contextlib.nullcontext() if on else self.model.disable_adapter()
@@ -262,6 +278,11 @@ def load_policy(config: Config, notice: Callable[[str], None] = lambda text: Non
     if config.device == "auto":
         mps = torch.backends.mps.is_available()
         config.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.empty(0, device=config.device)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device={config.device} can't be used ({reason}): try device=auto") from None
     on_cuda = config.device.startswith("cuda")
     chosen = config.model_name
     if chosen == "auto":
@@ -441,20 +462,15 @@ JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 class QuizGrammar:
-    """Allows only what continues a quiz in compact JSON (or `null`), and no option that begins with an earlier one.
+    """Allows only what continues a quiz in compact JSON (or `null`), and no option that repeats an earlier one.
 
     Made for one reply: call it with the ids so far (1, P + t) and the next token's scores (1, V), as transformers does.
     """
 
     def __init__(self, policy: Policy, prompt_length: int):
         import llguidance
-        import llguidance.hf
 
         self.policy, self.prompt_length, self.consumed = policy, prompt_length, 0
-        tokenizer = policy.tokenizer
-        if not hasattr(policy, "ll_tokenizer"):
-            size = policy.head.weight.shape[0] if policy.head.weight.ndim == 2 else len(tokenizer)
-            policy.ll_tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)))
         schema = llguidance.LLMatcher.grammar_from_json_schema(QUIZ_SCHEMA, overrides={"whitespace_flexible": False})
         self.matcher = llguidance.LLMatcher(policy.ll_tokenizer, schema)
 
@@ -485,20 +501,17 @@ class QuizGrammar:
         return torch.from_numpy(np.unpackbits(bits.view(np.uint8), bitorder="little")[:vocabulary].astype(bool))
 
     def repeating_tokens(self, written: list[int]) -> list[int]:
-        """The tokens that would complete an option equal to an earlier one."""
+        """The tokens that would end an option that an earlier one equals."""
         _, found, options = self.policy.tokenizer.decode(written).partition('"correct":')
         options = options.replace('"wrong":', "")
         earlier = JSON_STRING.findall(options)
-        beginning = JSON_STRING.sub("", options).rpartition('"')
-        if not found or not beginning[1]:
+        _, unfinished, beginning = JSON_STRING.sub("", options).rpartition('"')
+        if not found or not unfinished or not any(option.startswith(beginning) for option in earlier):
             return []
-        repeats = []
-        for option in earlier:
-            if option.startswith(beginning[2]):
-                for ending in ("", '"', '","', '"]', '"]}'):
-                    token = self.policy.tokenizer.encode(option[len(beginning[2]) :] + ending, add_special_tokens=False)
-                    repeats += token if len(token) == 1 else []
-        return repeats
+        endings = (
+            (token, JSON_STRING.match(f'"{beginning}{text}')) for token, text in self.policy.quote_tokens.items()
+        )
+        return [token for token, ending in endings if ending and ending[1] in earlier]
 
 
 def parse_quiz(text: str) -> tuple[str, str, list[str]] | None:
@@ -643,6 +656,17 @@ def token_logprobs_and_values(
     return logprobs, values, logits
 
 
+OUT_OF_MEMORY = "out of memory: try a smaller max_new_tokens, a smaller lora_r, or load_in_4bit=true"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or, in torch's various words, on a CPU."""
+    import torch
+
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
 class StepSkipped(Exception):
     """A PPO step that could not be taken; the weights are as they were."""
 
@@ -659,17 +683,19 @@ def ppo_step(policy: Policy, batch: Batch, scores: Sequence[float], before: Snap
 
     if not all(map(math.isfinite, scores)):
         raise StepSkipped(f"the reward is not finite ({', '.join(map(str, scores))})")
-    before = before or policy.snapshot()
     try:
-        metrics, old_logits = ppo_update(policy, batch, torch.tensor(scores, device=policy.device))
+        before = before or policy.snapshot()
+        scores = torch.tensor(scores, dtype=torch.float32, device=policy.device)
+        metrics, old_logits = ppo_update(policy, batch, scores)
         metrics |= trust_region(policy, batch, old_logits, metrics.pop("old_logprob_sum"))
         if not metrics["step_kl"] <= policy.config.target_kl:  # NaN included
             policy.restore(before)
             metrics["undone"] = True
     except BaseException as error:
-        policy.restore(before)
-        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
-            raise StepSkipped("out of memory: try a smaller max_new_tokens or load_in_4bit=true") from error
+        if before:
+            policy.restore(before)
+        if out_of_memory(error):
+            raise StepSkipped(OUT_OF_MEMORY) from error
         raise
     policy.step += 1
     return metrics
@@ -1118,16 +1144,19 @@ class Run:
         metrics: dict[str, Any] = {}
         outcome = "pending"
         if len(self.pending) >= self.config.batch_size:
-            self.undo_snapshot = self.policy.snapshot()
+            self.undo_snapshot = None
             try:
+                self.undo_snapshot = self.policy.snapshot()
                 metrics = self.take_step()
                 outcome = "undone" if metrics.pop("undone", False) else "taken"
             except StepSkipped as skipped:
                 outcome, metrics, self.undo_snapshot = "skipped", {"why": str(skipped)}, None
-            except BaseException:  # a second Ctrl-C: the turn has not been
-                self.pending.pop()
+            except BaseException as error:  # a second Ctrl-C: the turn has not been
                 self.undo_snapshot = None
-                raise
+                if not out_of_memory(error):
+                    self.pending.pop()
+                    raise
+                outcome, metrics = "skipped", {"why": OUT_OF_MEMORY}
         self.turn = turn.number + 1
         seconds = round(time.perf_counter() - started, 4)
         line = {"timestamp": now(), "step": self.policy.step, "turn": turn.number} | line | metrics
@@ -1323,7 +1352,7 @@ def parse_choice(text: str, options: Sequence[str]) -> int | str | None:
     if text == "s":
         return "skip"
     letter = text.rstrip(").") if len(text) < 3 else text
-    if letter and letter in LETTERS.casefold():
+    if len(letter) == 1 and letter in LETTERS.casefold():
         return LETTERS.casefold().index(letter)
     texts = [option.strip().casefold() for option in options]
     return texts.index(text) if text in texts else None

@@ -82,6 +82,7 @@ def value_loss(
 
     As in the PPO of OpenAI's baselines: 0.5 * max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2).
     """
+    values, returns = (x.masked_fill(~response_mask, 0.0) for x in (values, returns))
     near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     clip_fraction = masked_mean((clipped > plain).float(), response_mask)
@@ -90,7 +91,7 @@ def value_loss(
 
 def entropy(logits: Tensor, response_mask: Tensor) -> Tensor:
     """Mean entropy, in nats, of the token distributions (B, T, V) at response positions."""
-    logp = logits.log_softmax(-1)
+    logp = logits.masked_fill(~response_mask.unsqueeze(-1), 0.0).log_softmax(-1)
     return masked_mean(-(logp.exp() * logp).sum(-1), response_mask)
 
 

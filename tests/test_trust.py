@@ -30,11 +30,6 @@ from lora_ppo_demo import (
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the libraries say about their own future
 
 
-def known_bug(reason: str):
-    """A test of what should be and is not yet: it fails as soon as it passes, so that the mark is taken off."""
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
-
-
 TEMPLATES = {"chatml": CHATML, "raises": RAISES_ON_SYSTEM, "drops": DROPS_SYSTEM, "none": None}
 HOSTILE = [
     *SPECIAL_TOKENS,
@@ -102,7 +97,6 @@ def test_a_template_that_drops_the_question_is_refused():
         encode_chat(tokenizer, chat("You teach.", "Why?"))
 
 
-@known_bug("encode_chat: split_special_tokens leaves added tokens without the special flag whole")
 def test_added_tokens_that_are_not_special_stay_text_too():
     """Qwen's <think> and <tool_call> are added tokens without the special flag."""
     tokenizer = tiny_tokenizer()
@@ -193,7 +187,6 @@ def test_choices(text, expected):
     assert parse_choice(text, OPTIONS) == expected
 
 
-@known_bug("parse_choice: `letter in 'abcd'` is true of substrings")
 @pytest.mark.parametrize("text", ["ab", "bc", "cd", "abc", "bcd", "abcd", "ABCD"])
 def test_several_letters_are_no_choice(text):
     """A slip of the hand must not be scored as the first of its letters."""
@@ -204,7 +197,6 @@ def test_a_letter_comes_before_an_options_text():
     assert parse_choice("b", ("B", "A", "D", "C")) == 1
 
 
-@known_bug("parse_choice: `letter in 'abcd'` is true of substrings")
 def test_an_option_that_is_spelled_with_letters_of_the_alphabet_can_be_chosen():
     assert parse_choice("abcd", ("x", "abcd", "y", "z")) == 1
 
@@ -256,14 +248,13 @@ def repeater(tokenizer, option: str, long: bool):
     return choose
 
 
-REPEATABLE = known_bug("QuizGrammar.repeating_tokens: only some endings, and no escapes, are looked at")
 OPTIONS_TO_REPEAT = [
     *((option, long) for option in ("Paris", "4", "22", "What is it?", "[x],") for long in (True, False)),
     *((option, long) for option in ("a\\b", "wrong", "Paris" * 16) for long in (True, False)),
     ("...", False),
     (":[", False),
-    *(pytest.param(option, long, marks=REPEATABLE) for option in ("é", "日本", 'say "hi"') for long in (True, False)),
-    *(pytest.param(option, True, marks=REPEATABLE) for option in ("...", ":[")),
+    *((option, long) for option in ("é", "日本", 'say "hi"') for long in (True, False)),
+    *((option, True) for option in ("...", ":[")),
 ]
 
 
@@ -281,7 +272,6 @@ def test_no_option_repeats_an_earlier_one(llama_policy, option, long):
     assert len(options) == len(set(options)) == 4, options
 
 
-@known_bug("QuizGrammar.repeating_tokens refuses the repeated beginning, not only the repeated whole")
 @pytest.mark.parametrize("longer", [("1", "12", "123", "1234"), ("Mars", "Marseille", "Mar", "M")])
 def test_options_may_begin_alike(llama_policy, longer):
     """Numbers and names often do; only the whole repetition is refused."""

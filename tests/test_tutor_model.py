@@ -1,5 +1,6 @@
 """The bundled model, its data and its build, and the program on it as a user runs it."""
 
+import argparse
 import json
 import os
 import random
@@ -208,19 +209,32 @@ def test_an_answer_cannot_talk_the_learner_into_a_letter(policy):
     assert 0.12 <= hits / count <= 0.38  # a quarter, within 3.8 standard deviations
 
 
-def test_a_stopped_build_goes_on_as_if_it_had_not_been(tmp_path):
-    def build(work: str, steps: int) -> None:
-        subprocess.run(
-            [sys.executable, str(ROOT / "tools" / "build_tutor_model.py"), "--no_compile", "--save_every", "1"]
-            + ["--work", str(tmp_path / work), "--output", str(tmp_path / f"{work}-model"), "--tokens", str(steps * 8192)],
-            check=True, capture_output=True, timeout=300,
-        )  # fmt: skip
+def test_a_stopped_build_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    from tools import build_tutor_model as build
 
-    build("parts", 1)
-    build("whole", 1)
-    first, second = (load_file(tmp_path / work / "state.safetensors") for work in ("parts", "whole"))
-    assert all(torch.equal(first[name], second[name]) for name in first)  # a seed gives one model
-    build("parts", 2)
-    resumed = load_file(tmp_path / "parts" / "state.safetensors")
-    assert not torch.equal(resumed["model.model.norm.weight"], first["model.model.norm.weight"])
-    assert json.loads((tmp_path / "parts" / "state.json").read_text())["step"] == 2
+    def train(work: str) -> dict[str, torch.Tensor]:
+        build.train(
+            argparse.Namespace(
+                work=str(tmp_path / work), output=str(tmp_path / f"{work}-model"), tokens=2 * 4 * build.ROW_TOKENS,
+                seed=3, save_every=1, probe_every=2, no_compile=True,
+            )
+        )  # fmt: skip
+        return load_file(tmp_path / f"{work}-model" / "model.safetensors")
+
+    monkeypatch.setattr(build, "ROWS", 4)
+    monkeypatch.setattr(build.Packer.batch, "__defaults__", (4, False))
+    monkeypatch.setattr(build, "train_tokenizer", lambda seed: AutoTokenizer.from_pretrained(BUNDLED_MODEL))
+    whole = train("whole")
+    save = build.save_state
+
+    def stopped(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "save_state", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train("parts")
+    assert json.loads((tmp_path / "parts" / "state.json").read_text())["step"] == 1
+    monkeypatch.setattr(build, "save_state", save)
+    parts = train("parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 ROW_TOKENS = 256
 ROWS = 32
-MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.01
+MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.01, 2e-3, 0.01
 USER_WEIGHT = 0.1  # of a token of the user's message, where a token of a reply weighs 1 or more
 WARMUP_STEPS, DECAY_SHARE = 50, 0.45
 # Telling which option a text is has to be learnt whole or not at all, and among a thousand facts its signal drowns: on
 # the mixture alone the letters stay at chance for millions of tokens. In these steps nothing else is taught.
-DRILL_STEPS = range(600, 800)
+DRILL_STEPS = range(250)
 SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -75,7 +75,7 @@ def new_model(tokenizer, seed: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=320,
@@ -91,6 +91,13 @@ def new_model(tokenizer, seed: int):
             use_cache=False,
         )
     )
+    with (
+        torch.no_grad()
+    ):  # attention begins by matching like with like (Trockman and Kolter 2023, mimetic initialization)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(2.0)
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+    return model
 
 
 class Packer:

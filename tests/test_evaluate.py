@@ -1,0 +1,542 @@
+"""Evaluation and merging: the statistics against hand-computed numbers and brute force, the program as a user runs it.
+
+What is measured comes from a stand-in task with a tiny random model, so that every verdict can be counted again here.
+"""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import CORPUS, randomize_adapter, tiny_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import evaluate
+import tasks.quiz
+import train
+from lora_ppo_demo import TUTOR_PROMPT, Quiz, chat, save_checkpoint
+from tasks import Outcome
+from tools import bench_learning
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# -------------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(8, 10, 0.490162, 0.943318), (0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (1, 1, 0.206549, 1.0)],
+)
+def test_wilson_interval_by_hand(hits, n, low, high):
+    # 8 of 10, z^2 = 3.841459: center (0.8 + 0.192073) / 1.384146, half 1.96 sqrt(0.016 + 0.009604) / 1.384146
+    assert evaluate.wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-5)
+
+
+def test_wilson_interval_holds_the_proportions_that_the_score_test_does_not_reject():
+    def distance(p: float, hits: int, n: int) -> float:
+        return abs(hits / n - p) - 1.959964 * math.sqrt(p * (1 - p) / n)
+
+    def boundary(inside: float, outside: float, hits: int, n: int) -> float:
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if distance(middle, hits, n) <= 0 else (inside, middle)
+        return inside
+
+    for n in (1, 2, 7, 30):
+        for hits in range(n + 1):
+            expected = (boundary(hits / n, 0.0, hits, n), boundary(hits / n, 1.0, hits, n))
+            assert evaluate.wilson_interval(hits, n) == pytest.approx(expected, abs=1e-9)
+
+
+def test_nothing_counted_says_nothing():
+    assert evaluate.wilson_interval(0, 0) == (0.0, 1.0)
+    assert evaluate.newcombe_interval(0, 0, 0, 0) == (-1.0, 1.0)
+    assert evaluate.mcnemar_exact(0, 0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p"),
+    [(12, 2, 2 * (1 + 14 + 91) / 2**14), (2, 12, 2 * (1 + 14 + 91) / 2**14), (5, 5, 1.0), (0, 6, 2 / 64), (1, 0, 1.0)],
+)
+def test_mcnemar_by_hand(only_first, only_second, p):
+    assert evaluate.mcnemar_exact(only_first, only_second) == p
+
+
+def test_mcnemar_is_the_share_of_coin_sequences_at_least_as_uneven():
+    for n in range(1, 11):
+        sequences = [sum(coins) for coins in itertools.product((0, 1), repeat=n)]
+        for only_first in range(n + 1):
+            uneven = abs(2 * only_first - n)
+            expected = sum(abs(2 * heads - n) >= uneven for heads in sequences) / 2**n
+            assert evaluate.mcnemar_exact(only_first, n - only_first) == pytest.approx(expected, rel=1e-12)
+
+
+def test_newcombe_interval_by_hand():
+    # 48 and 38 of 50, Wilson (0.8654, 0.9890) and (0.6259, 0.8571); phi = -24 / sqrt(48 * 2 * 38 * 12) = -0.11471:
+    # 0.2 - sqrt(0.0946^2 + 0.0970^2 + 2 * 0.11471 * 0.0946 * 0.0970), 0.2 + sqrt(0.0290^2 + 0.1341^2 + ...)
+    assert evaluate.newcombe_interval(36, 12, 2, 0) == pytest.approx((0.05693, 0.34043), abs=5e-5)
+    low, high = evaluate.newcombe_interval(36, 2, 12, 0)
+    assert (-high, -low) == pytest.approx(evaluate.newcombe_interval(36, 12, 2, 0), abs=1e-12)
+    low, high = evaluate.newcombe_interval(40, 0, 0, 10)  # not one sample differs: still no certainty
+    assert low < 0 < high
+
+
+@pytest.mark.parametrize("cells", [(0.5, 0.3, 0.05, 0.15), (0.6, 0.1, 0.1, 0.2), (0.85, 0.1, 0.03, 0.02)])
+def test_newcombe_interval_holds_the_true_difference_as_often_as_it_says(cells):
+    """Every outcome of 30 samples, weighted by its exact probability."""
+    n, difference, held = 30, cells[1] - cells[2], 0.0
+    for a in range(n + 1):
+        for b in range(n + 1 - a):
+            for c in range(n + 1 - a - b):
+                table = (a, b, c, n - a - b - c)
+                low, high = evaluate.newcombe_interval(*table)
+                assert low <= (b - c) / n <= high
+                ways = math.factorial(n) // math.prod(math.factorial(k) for k in table)
+                held += ways * math.prod(p**k for p, k in zip(cells, table, strict=True)) * (low <= difference <= high)
+    assert 0.935 <= held <= 0.985
+
+
+def test_bootstrap_interval_against_every_resample():
+    values = (-1.0, 0.0, 0.0, 1.0, 0.25)
+    means = sorted(sum(resample) / 5 for resample in itertools.product(values, repeat=5))
+    exact = means[round(0.025 * len(means))], means[round(0.975 * len(means))]
+    assert evaluate.bootstrap_interval(values) == pytest.approx(exact, abs=0.051)
+    assert evaluate.bootstrap_interval([0.5] * 9) == (0.5, 0.5)
+    assert evaluate.bootstrap_interval(values, seed=1) == evaluate.bootstrap_interval(values, seed=1)
+
+
+def result(verdicts: str, rewards=None, name="model") -> evaluate.Result:
+    """A result from a string: r right, w wrong, u unknown."""
+    words = {"r": "correct", "w": "incorrect", "u": "unknown"}
+    rewards = rewards or [{"r": 1.0, "w": -1.0, "u": 0.0}[v] for v in verdicts]
+    details = {"states_fact": True}
+    outcomes = [Outcome(words[v], reward, "", details) for v, reward in zip(verdicts, rewards, strict=True)]
+    return evaluate.Result(name, "", None, [evaluate.Answer("q", "a", i, o) for i, o in enumerate(outcomes)])
+
+
+def test_figures_leave_out_what_is_unknown():
+    figures = evaluate.figures(result("rrwu"))
+    assert (figures["samples"], figures["unknown"], figures["correct"]) == (3, 1, 2)
+    assert figures["accuracy"] == pytest.approx(2 / 3)
+    assert figures["mean_reward"] == pytest.approx(1 / 3)
+    assert (figures["mean_tokens"], figures["most_tokens"]) == (1.5, 3)
+    assert evaluate.figures(result("uu"))["accuracy"] is None
+
+
+def test_comparison_counts_pairs_that_both_know():
+    versus = evaluate.comparison(result("rrrwwur"), result("rwwrwru"))
+    assert [versus[k] for k in ("both_right", "only_this_right", "only_base_right", "neither_right")] == [1, 2, 1, 1]
+    assert versus["accuracy_difference"] == pytest.approx(0.2)
+    assert versus["reward_difference"] == pytest.approx(0.4)
+    assert versus["p"] == evaluate.mcnemar_exact(2, 1)
+    assert evaluate.comparison(result("uu"), result("rw"))["accuracy_difference"] is None
+
+
+# ------------------------------------------------------------------------------------------------------- the program
+
+
+class Letters:
+    """A stand-in task: an answer with an even number of characters is right; the reward shows the random numbers."""
+
+    turns = 1
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def samples(self, split):
+        return [f"{split} question {i}" for i in range(12)]
+
+    def episode(self, sample):
+        return LettersEpisode(self, sample)
+
+
+class LettersEpisode:
+    def __init__(self, task, sample):
+        self.task, self.sample, self.replies = task, sample, []
+
+    def reset(self):
+        return chat(TUTOR_PROMPT, self.sample)
+
+    def step(self, reply):
+        self.replies.append(reply)
+        return None if len(self.replies) == self.task.turns else "And what else?"
+
+    def outcome(self):
+        verdict = "correct" if len(self.replies[-1]) % 2 == 0 else "incorrect"
+        return Outcome("unknown" if self.sample.endswith(" 0") else verdict, torch.rand(()).item())
+
+
+@pytest.fixture
+def llama(tiny_folder) -> Path:
+    return tiny_folder("llama")
+
+
+@pytest.fixture
+def run(llama, tmp_path, monkeypatch, capsys):
+    """`run("--adapter", folder, ...)` runs the program on the stand-in task; gives exit status, output, JSON."""
+    monkeypatch.setitem(train.TASKS, "letters", lambda config: Letters)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        settings = {"task": "letters", "model_name": llama, "device": "cpu", "temperature": 1.0, "top_p": 1.0}
+        settings |= {"max_new_tokens": 6, "num_samples": 10, "eval_batch_size": 4}
+        words = [f"{name}={value}" for name, value in settings.items()]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words, *map(str, arguments)])
+        status = evaluate.main()
+        output = capsys.readouterr()
+        file = Path("evaluation.json")
+        return status, output.out + output.err, json.loads(file.read_bytes().decode("ascii")) if file.exists() else None
+
+    return run
+
+
+@pytest.fixture
+def adapter(llama, tmp_path):
+    """`adapter(name, step, effect)` is a checkpoint of the tiny Llama; without effect its policy is the base."""
+
+    def adapter(name: str, step: int = 7, effect: bool = True, model: Path = llama, **trained) -> Path:
+        policy = tiny_policy(model)
+        policy.step = step
+        if effect:
+            randomize_adapter(policy, seed=step)
+        save_checkpoint(tmp_path / name, policy, {"config": trained} if trained else {}, "A test.")
+        return tmp_path / name
+
+    return adapter
+
+
+def test_an_adapter_without_effect_answers_and_is_judged_as_the_base_is(run, adapter):
+    status, _, record = run("--adapter", adapter("same", effect=False))
+    assert status == 0
+    base, same = record["models"]
+    assert {**same, "name": "base", "folder": "", "step": None, "versus_base": None} == {**base, "versus_base": None}
+    for row in record["answers"]:
+        question, first, second = row.values()
+        assert question.startswith("test question")
+        assert first == second
+    versus = same["versus_base"]
+    assert (versus["accuracy_difference"], versus["p"], versus["reward_difference"]) == (0.0, 1.0, 0.0)
+    assert len({row["base"]["reward"] for row in record["answers"]}) == 10  # random numbers, not one number
+
+
+def test_several_adapters_make_a_learning_curve(run, adapter):
+    folders = [adapter(f"epoch_{i}", step=10 * i) for i in (2, 1)]
+    status, output, record = run("--adapter", *folders)
+    assert status == 0
+    assert [model["step"] for model in record["models"]] == [None, 10, 20]
+    assert [model["name"] for model in record["models"]] == ["base", "epoch_1", "epoch_2"]
+    for text in ("epoch_1", "epoch_2", "Wilson", "Newcombe", "McNemar", "bootstrap", "held-out samples"):
+        assert text in output
+    assert set(record["methods"]) == {"accuracy", "accuracy difference", "p", "reward difference"}
+    for model in record["models"]:
+        answers = [row[model["folder"] or "base"] for row in record["answers"]]
+        right = sum(answer["verdict"] == "correct" for answer in answers)
+        known = sum(answer["verdict"] != "unknown" for answer in answers)
+        assert (model["correct"], model["samples"], model["unknown"]) == (right, known, len(answers) - known)
+        assert all(len(a["answer"]) % 2 == (a["verdict"] != "correct") for a in answers if a["verdict"] != "unknown")
+    texts = [[row[model["folder"] or "base"]["answer"] for row in record["answers"]] for model in record["models"]]
+    assert texts[0] != texts[1] != texts[2]
+
+
+def test_the_same_command_gives_the_same_figures(run, adapter):
+    folder = adapter("epoch_1")
+    first, second = (run("--adapter", folder)[2] for _ in range(2))
+    assert first["models"] == second["models"]
+    assert first["answers"] == second["answers"]
+
+
+def test_the_base_alone_and_a_task_of_several_turns(run, monkeypatch):
+    monkeypatch.setattr(Letters, "turns", 3)
+    status, output, record = run("--adapter", "none")
+    assert status == 0
+    assert len(record["models"]) == 1
+    assert "difference" not in output
+    assert 3 <= record["models"][0]["mean_tokens"] <= 18
+
+
+def test_the_quiz_task_counts_facts_and_the_learners_choice(run, adapter, monkeypatch):
+    def scripted(policy, question):
+        return None if len(question) % 5 == 0 else Quiz("Which?", ("alpha", "beta", "gamma", "delta"), 0)
+
+    monkeypatch.setattr(tasks.quiz, "make_quiz", scripted)
+    status, output, record = run("task=quiz", "quiz_learner=gain", "num_samples=20", "--adapter", adapter("epoch_1"))
+    assert status == 0
+    without = sum(len(row["question"]) % 5 == 0 for row in record["answers"])
+    assert without > 0
+    for model in record["models"]:
+        assert (model["unknown"], model["samples"], model["facts"]) == (without, 20 - without, 20)
+        assert model["facts_stated"] == 0
+    assert f"{without} more samples had no outcome" in output
+
+
+def test_a_config_file_of_training_serves_evaluation_and_its_settings_alone(run):
+    Path("train.yaml").write_text("task: letters\nalgorithm: grpo\nlearning_rate: 1.0e-4\nnum_samples: 3\n")
+    status, _, record = run("--config", "train.yaml")
+    assert (status, len(record["answers"])) == (0, 10)  # the command line wins
+    status, output, _ = run("learning_rate=1e-4")
+    assert status == 2
+    assert "learning_rate is a setting of training" in output
+
+
+# ----------------------------------------------------------------------------------------------------------- merging
+
+
+def next_logits(model, tokenizer) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits[0].float() for text in CORPUS[:5]])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "tolerance"), [("qwen3", "float32", 1e-5), ("llama", "bfloat16", 0.05)]
+)
+def test_a_merged_model_is_base_plus_adapter(run, adapter, tiny_folder, architecture, dtype, tolerance):
+    model = tiny_folder(architecture)
+    folder = adapter("epoch_1", model=model)
+    settings = (f"model_name={model}", f"dtype={dtype}", "--merged_model_path", "merged")
+    status, output, record = run(*settings, "--mode", "merge", "--adapter", folder)
+    assert (status, record) == (0, None)
+    assert "largest difference of merged and adapter logits" in output
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    assert merged.dtype == getattr(torch, dtype)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(model).chat_template
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    plain = next_logits(base, tokenizer)
+    wanted = next_logits(PeftModel.from_pretrained(base, folder), tokenizer)
+    found = next_logits(merged.float(), tokenizer)
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+    assert (plain - wanted).abs().max() > 0.5 * wanted.abs().max()  # the adapter has an effect to lose
+
+
+def test_both_merges_and_evaluates_and_the_merged_model_answers_as_the_adapter_does(run, adapter):
+    folder = adapter("epoch_1")
+    status, _, record = run(
+        "--mode", "both", "--adapter", folder, "--merged_model_path", "merged", "--use_merged_model"
+    )
+    assert status == 0
+    assert [model["name"] for model in record["models"]] == ["base", "epoch_1", "merged"]
+    assert all(row[str(folder)] == row["merged"] for row in record["answers"])
+    status, _, record = run("--merged_model_path=merged", "--use_merged_model")
+    assert [model["name"] for model in record["models"]] == ["base", "merged"]
+
+
+def test_a_base_in_4_bits_is_merged_in_bfloat16(run, adapter):
+    folder = adapter("epoch_1", load_in_4bit="true")
+    status, output, _ = run("--mode=merge", "--adapter", folder, "--merged_model_path=merged")
+    assert status == 0
+    assert "wrote merged (bfloat16)" in output
+    assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
+
+
+def test_a_merge_that_lost_the_adapter_writes_nothing(run, adapter, monkeypatch):
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda model, adapter_names: model.unload(), raising=False)
+    folder = adapter("epoch_1")
+    status, output, _ = run("--mode=merge", "--adapter", folder, "--merged_model_path=merged")
+    assert status == 2
+    assert "merging failed and nothing was written" in output
+    assert not any("merged" in path.name for path in Path().iterdir())
+
+
+def test_merging_leaves_a_folder_that_is_not_empty_alone(run, adapter):
+    Path("merged").mkdir()
+    Path("merged/notes.txt").write_text("mine")
+    arguments = ("--mode=merge", "--adapter", adapter("epoch_1"), "--merged_model_path=merged")
+    status, output, _ = run(*arguments)
+    assert status == 2
+    assert "merged_model_path=merged is not empty (1 entries, such as notes.txt)" in output
+    assert [path.name for path in Path("merged").iterdir()] == ["notes.txt"]
+    Path("merged/notes.txt").unlink()
+    assert run(*arguments)[0] == 0  # empty: fine
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode", "melt"], "mode=melt is unknown: expected one of evaluate, merge, both"),
+        (["--task", "chess"], "task=chess is unknown: expected one of quiz"),
+        (["--quiz_learner", "x"], "quiz_learner=x is unknown: expected one of auto, reader, gain"),
+        (["num_samples=0"], "num_samples=0 is out of range"),
+        (["num_samples=ten"], "num_samples='ten' does not fit: expected int"),
+        (["test_share=1"], "test_share=1 is out of range"),
+        (["--mode", "merge", "--adapter", "a"], "mode=merge needs merged_model_path=DIR"),
+        (["--mode", "merge", "--merged_model_path", "m"], "mode=merge merges one adapter, and adapter names 0"),
+        (["--mode", "both", "--adapter", "a", "b", "--merged_model_path=m"], "adapter names 2: name one"),
+        (["--use_merged_model"], "use_merged_model=true needs merged_model_path=DIR"),
+        (["--use_merged_model", "--merged_model_path=m"], "merged_model_path=m holds no model"),
+        (["--adapter", "nowhere"], "adapter=nowhere: there is no such folder"),
+        (["output_file=nowhere/x.json"], "output_file=nowhere/x.json: nowhere is no folder"),
+        (["--adapters", "x"], "there is no setting 'adapters': did you mean 'adapter'?"),
+        (["--adapter"], "--adapter needs a value"),
+    ],
+)
+def test_what_can_not_be_used_is_one_line_before_a_model_is_loaded(run, monkeypatch, arguments, message):
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    status, output, record = run(*arguments)
+    assert (status, record) == (2, None)
+    assert message in output
+    assert output.count("\n") == 1
+
+
+def test_an_adapter_folder_that_is_damaged_or_of_another_kind_is_refused(run, adapter):
+    folder = adapter("epoch_1")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "is damaged: adapter_model.safetensors has" in run("--adapter", folder)[1]
+    for name in ("manifest.json", "state.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    (folder / "adapter_model.bin").write_bytes(b"pickled")
+    assert "expected peft_type LORA (found LORA) and an adapter_model.safetensors" in run("--adapter", folder)[1]
+    (folder / "adapter_config.json").write_text("{}")
+    status, output, _ = run("--adapter", folder)
+    assert status == 2
+    assert "has no usable adapter_config.json" in output
+
+
+def test_an_adapter_of_another_base_model_is_refused(run, adapter, tiny_folder, llama):
+    folder = adapter("epoch_1", model=tiny_folder("qwen2"))
+    status, output, _ = run("--adapter", folder)
+    assert status == 2
+    assert f"was trained on model_name={tiny_folder('qwen2')}, now it is {llama}" in output
+    for name in ("manifest.json", "state.json"):  # a plain PEFT folder doesn't say
+        (folder / name).unlink()
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": ["c_attn"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    status, output, _ = run("--adapter", folder)
+    assert status == 2
+    assert "does not fit model_name" in output
+
+
+def test_a_plain_peft_folder_is_evaluated(run, adapter):
+    folder = adapter("epoch_1")
+    whole = run("--adapter", folder)[2]
+    for path in folder.iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    status, _, record = run("--adapter", folder)
+    assert status == 0
+    assert record["answers"] == whole["answers"]
+    assert record["models"][1]["step"] is None
+
+
+def test_an_adapter_trained_on_what_is_held_out_here_is_refused(run, adapter):
+    folder = adapter("epoch_1", task="letters", seed=3, test_share=0.2)
+    status, output, _ = run("--adapter", folder)
+    assert status == 2
+    assert "was trained with seed=3, now it is 0" in output
+    assert run("--adapter", folder, "seed=3")[0] == 0
+
+
+def test_more_samples_than_are_held_out_is_refused(run):
+    status, output, _ = run("num_samples=13")
+    assert status == 2
+    assert "num_samples=13: the test split has 12 samples" in output
+
+
+def test_help_answers_without_torch():
+    code = "import sys, evaluate; sys.argv = ['evaluate.py', '--help']; evaluate.main(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python evaluate.py")
+    assert "  merged_model_path" in done.stdout
+    assert "  learning_rate" not in done.stdout
+    assert done.stdout.endswith("False\n")
+
+
+# --------------------------------------------------------------------------------------------- the learning benchmark
+
+
+@pytest.fixture
+def bench(llama, tmp_path, monkeypatch, capsys):
+    """`bench(...)` runs the benchmark with three steps on a tiny model; gives exit status, output, JSON."""
+    quiz = Quiz("Which?", ("alpha", "beta", "gamma", "delta"), 0)
+    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question: quiz)
+    monkeypatch.chdir(tmp_path)
+
+    def bench(*arguments):
+        words = ["--steps", "3", "--every", "2", "--seeds", "2", "--samples", "8"]
+        words += ["--set", f"model_name={llama}", "max_new_tokens=6", "temperature=1.0", "learning_rate=1e-2"]
+        monkeypatch.setattr(sys, "argv", ["bench_learning.py", *words, *arguments])
+        status = bench_learning.main()
+        output = capsys.readouterr()
+        file = Path("bench_learning.json")
+        return status, output.out + output.err, json.loads(file.read_text()) if file.exists() else None
+
+    return bench
+
+
+def test_the_benchmark_measures_before_between_and_after(bench):
+    status, output, record = bench()
+    assert status == 0
+    assert [run["seed"] for run in record["runs"]["ours"]] == [0, 1]
+    for run in record["runs"]["ours"]:
+        assert [point["step"] for point in run["points"]] == [0, 2, 3]
+        assert all(len(point["right"]) == 8 for point in run["points"])
+        assert set(run["points"][-1]["seconds"]) == {"sampling", "judging", "steps"}
+        assert run["points"][0]["seconds"]["steps"] == 0 < run["points"][-1]["seconds"]["steps"]
+    for i, row in enumerate(record["summary"]["ours"]):
+        right = [sum(run["points"][i]["right"]) / 8 for run in record["runs"]["ours"]]
+        assert row["accuracy"] == pytest.approx(sum(right) / 2)
+        assert (row["worst"], row["best"]) == (min(right), max(right))
+    assert "3 answers" in output
+
+
+def test_the_control_gives_the_bases_rewards_in_another_order(bench, monkeypatch):
+    given, earned = [], []
+    original_step, original_prepare = bench_learning.Ours.step, bench_learning.prepare
+
+    def step(trainer, prompt, response, reward):
+        given.append(reward)
+        original_step(trainer, prompt, response, reward)
+
+    def prepare(*arguments):
+        material = original_prepare(*arguments)
+        earned.append(material.rewards)
+        return material
+
+    monkeypatch.setattr(bench_learning.Ours, "step", step)
+    monkeypatch.setattr(bench_learning, "prepare", prepare)
+    status, output, record = bench("--control")
+    assert status == 0
+    assert given == [reward for rewards in earned for reward in rewards]
+    assert {row["seed"] for row in record["control"]} == {"0", "1", "all"}
+    assert output.count("control, seed") == 6
+
+
+def test_shuffled_rewards_are_those_the_base_earned(llama, monkeypatch):
+    """Rewards of +1 and -1 keep their numbers, and their places are drawn from the seed."""
+    from config import Config
+
+    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question: Quiz("Which?", tuple("abcd"), 0))
+    seen = {}
+    original = tasks.quiz.QuizTask.outcomes
+
+    def outcomes(task, samples, answers):
+        found = original(task, samples, answers)
+        seen.update({sample: outcome.reward for sample, outcome in zip(samples, found, strict=True)})
+        return found
+
+    monkeypatch.setattr(tasks.quiz.QuizTask, "outcomes", outcomes)
+    config = Config(model_name=str(llama), device="cpu", max_new_tokens=4)
+    material = bench_learning.prepare(config, "reader", 24, 4, control=True)
+    assert sorted(material.rewards) == sorted(seen[sample] for sample in material.train)
+    assert not {sample.fact for sample in material.train} & {sample.fact for sample in material.test}
+
+
+def test_trl_must_be_there_and_be_the_version_that_is_compared(bench, tmp_path, monkeypatch):
+    assert "holds no trl: pip install --no-deps --target" in bench("--trl", str(tmp_path))[1]
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl" / "__init__.py").write_text("__version__ = '0.12.0'\nPPOTrainer = None\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "trl", raising=False)
+    status, output, record = bench("--trl", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "trl", raising=False)
+    assert (status, record) == (2, None)
+    assert "holds trl 0.12.0, expected 0.11.4" in output

@@ -1,0 +1,420 @@
+"""How many answers, and how many seconds, it takes to learn: this project's PPO beside TRL 0.11.4's.
+
+    pip install --no-deps --target DIR trl==0.11.4 tyro docstring-parser typeguard
+    python tools/bench_learning.py --trl DIR          both, over five seeds
+    python tools/bench_learning.py                    this project's alone
+    python tools/bench_learning.py --control          rewards shuffled among questions: this must not learn
+
+One answer a step, as a person drives the tutor, with the simulated learner of `tasks/quiz.py` in the person's place.
+Every run of a seed has the same start, questions in the same order, random numbers and held-out facts; the quizzes are
+written beforehand by the base model, and are the same for all. Seconds are those of sampling, judging and steps.
+
+TRL's PPOTrainer (the last release line with a `step` for one batch) is driven as its documentation drives it: with its
+defaults, except for a batch of one, and with this project's settings. It trains the same LoRA adapters from the same
+weights. It has no notion of a sampling temperature: its log-probabilities are those of temperature 1.
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config import Config, ConfigError  # noqa: E402
+from evaluate import answer_all, newcombe_interval, percent, write_json  # noqa: E402
+from lora_ppo_demo import (  # noqa: E402
+    TUTOR_PROMPT,
+    Policy,
+    StepSkipped,
+    chat,
+    clean,
+    collate,
+    encode_chat,
+    generate,
+    load_policy,
+    ppo_step,
+    turn_seed,
+)
+from tasks.quiz import QuizTask, Sample  # noqa: E402
+from train import wilson_interval  # noqa: E402
+
+TRL_VERSION = "0.11.4"
+TRL_NEEDS = "trl==0.11.4 tyro docstring-parser typeguard"
+ARMS = {"ours": "ours", "trl": "TRL, our settings", "trl-defaults": "TRL, its defaults"}
+EVALUATION_SEED = 1_000_000  # added to the run's: evaluation draws from generators of its own
+
+
+# ------------------------------------------------------------------------------------------------------ two trainers
+
+
+class Ours:
+    """The core's PPO, one answer a step."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def answer(self, prompt: list[int]) -> list[int]:
+        return generate(self.policy, prompt, self.policy.config.temperature)
+
+    def step(self, prompt: list[int], response: list[int], reward: float) -> None:
+        batch = collate([prompt], [response], self.policy.pad_id, self.policy.device)
+        try:
+            ppo_step(self.policy, batch, [reward])
+        except StepSkipped as skipped:
+            print(f"a step was skipped: {skipped}", file=sys.stderr)
+
+
+class Trl:
+    """TRL's PPOTrainer on the same model and adapters; `settings` are the PPOConfig's that differ from its defaults."""
+
+    def __init__(self, policy: Policy, seed: int, settings: dict[str, Any]):
+        from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+        config = PPOConfig(batch_size=1, mini_batch_size=1, seed=seed, **settings)
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(policy.model)
+        self.policy = policy
+        self.trainer = PPOTrainer(config=config, model=model, ref_model=None, tokenizer=policy.tokenizer)
+
+    def answer(self, prompt: list[int]) -> list[int]:
+        import torch
+
+        config = self.policy.config
+        reply = self.trainer.generate(
+            torch.tensor(prompt, device=self.policy.device),
+            return_prompt=False,
+            do_sample=True,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=0,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=self.policy.stop_ids,
+            pad_token_id=self.policy.pad_id,
+        )
+        return reply[0].tolist()
+
+    def step(self, prompt: list[int], response: list[int], reward: float) -> None:
+        import torch
+
+        self.trainer.step([torch.tensor(prompt)], [torch.tensor(response)], [torch.tensor(reward)])
+
+
+def trl_settings(config: Config) -> dict[str, Any]:
+    """This project's settings under the names of TRL's PPOConfig."""
+    return {
+        "learning_rate": config.learning_rate,
+        "ppo_epochs": config.ppo_epochs,
+        "init_kl_coef": config.kl_coef,
+        "adap_kl_ctrl": config.adaptive_kl,
+        "gamma": config.gamma,
+        "lam": config.lam,
+        "cliprange": config.cliprange,
+        "cliprange_value": config.cliprange_value,
+        "vf_coef": config.vf_coef,
+        "max_grad_norm": config.max_grad_norm,
+    }
+
+
+def find_trl(folder: str) -> None:
+    """Makes `import trl` mean the one in `folder`. Raises ConfigError if it is not there, or another version."""
+    if not (Path(folder) / "trl").is_dir():
+        raise ConfigError(f"--trl {folder} holds no trl: pip install --no-deps --target {folder} {TRL_NEEDS}")
+    sys.path.insert(0, str(Path(folder).resolve()))
+    warnings.filterwarnings("ignore")
+    try:
+        import trl
+        from trl import PPOTrainer  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--trl {folder}: trl can't be imported ({reason}); it needs {TRL_NEEDS}") from None
+    if trl.__version__ != TRL_VERSION:
+        raise ConfigError(f"--trl {folder} holds trl {trl.__version__}, expected {TRL_VERSION}")
+
+
+def make_trainer(arm: str, config: Config) -> Ours | Trl:
+    """A trainer with fresh adapters: the same ones for every arm of a seed."""
+    policy, config = load_policy(config)
+    if arm == "ours":
+        return Ours(policy)
+    return Trl(policy, config.seed, trl_settings(config) if arm == "trl" else {})
+
+
+# -------------------------------------------------------------------------------------------------------- experiment
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all runs of a seed share: the task, with its quizzes written, and the questions of both splits."""
+
+    task: QuizTask
+    train: list[Sample]
+    test: list[Sample]
+    rewards: list[float] | None  # with --control: the rewards to give, shuffled among the training questions
+
+
+def prepare(config: Config, learner: str, steps: int, samples: int, control: bool) -> Material:
+    """Writes the quizzes of a seed. Questions on which no sound quiz can be made are left out, in both splits."""
+    task = QuizTask(load_policy(config)[0], config.seed, learner)
+    train = quizzed(task, task.samples("train"), steps, "training")
+    test = quizzed(task, task.samples("test"), samples, "held-out")
+    rewards = None
+    if control:
+        answers = answer_all(task.policy, task, train, adapter=False, seed=config.seed)
+        rewards = [answer.outcome.reward for answer in answers]
+        random.Random(config.seed).shuffle(rewards)
+    return Material(task, train, test, rewards)
+
+
+def quizzed(task: QuizTask, samples: Sequence[Sample], count: int, what: str) -> list[Sample]:
+    """The first `count` samples that have a quiz. Raises ConfigError if there are fewer."""
+    found: list[Sample] = []
+    for sample in samples:
+        if len(found) == count:
+            break
+        if task.quiz(sample):
+            found.append(sample)
+    if len(found) < count:
+        raise ConfigError(f"only {len(found)} of {len(samples)} {what} questions have a sound quiz, wanted {count}")
+    return found
+
+
+def train(trainer: Ours | Trl, material: Material, seed: int, every: int) -> list[dict[str, Any]]:
+    """One run: a step on each training question, and the figures on held-out facts before and after `every` steps."""
+    import torch
+
+    seconds = {"sampling": 0.0, "judging": 0.0, "steps": 0.0}
+    tokenizer, task = trainer.policy.tokenizer, material.task
+    points = [measure(trainer, material, seed, 0, seconds)]
+    for number, sample in enumerate(material.train):
+        torch.manual_seed(turn_seed(seed, number))
+        prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, sample.question))
+        with timed(seconds, "sampling"):
+            response = trainer.answer(prompt)
+        with timed(seconds, "judging"):
+            outcome = task.outcomes([sample], [tokenizer.decode(response, skip_special_tokens=True)])[0]
+        reward = outcome.reward if material.rewards is None else material.rewards[number]
+        with timed(seconds, "steps"):
+            trainer.step(prompt, response, reward)
+        if (number + 1) % every == 0 or number + 1 == len(material.train):
+            points.append(measure(trainer, material, seed, number + 1, seconds))
+    return points
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the time spent in here to `seconds[name]`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - started
+
+
+def measure(trainer: Ours | Trl, material: Material, seed: int, step: int, seconds: dict[str, float]) -> dict[str, Any]:
+    """The trainer's policy on the held-out facts, in numbers; `right` says sample by sample who was."""
+    trainer.policy.model.eval()
+    answers = answer_all(trainer.policy, material.task, material.test, adapter=True, seed=EVALUATION_SEED + seed)
+    return {
+        "step": step,
+        "right": [answer.outcome.verdict == "correct" for answer in answers],
+        "states_fact": sum(answer.outcome.details["states_fact"] for answer in answers),
+        "mean_tokens": fmean(answer.tokens for answer in answers),
+        "most_tokens": max(answer.tokens for answer in answers),
+        "example": answers[0].text,
+        "seconds": dict(seconds),
+    }
+
+
+def experiment(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
+    """Every arm with every seed: lists of runs by arm. A run is its seed and its points."""
+    arms = ["ours"] + (["trl", "trl-defaults"] if arguments.trl and not arguments.control else [])
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    settings = dict(pair.split("=", 1) for pair in arguments.set)
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+        config = replace(settings_with(settings), seed=seed)
+        say(f"seed {seed}: writing quizzes")
+        material = prepare(config, arguments.learner, arguments.steps, arguments.samples, arguments.control)
+        for arm in arms:
+            points = train(make_trainer(arm, config), material, seed, arguments.every)
+            runs[arm].append({"seed": seed, "points": points})
+            curve = ", ".join(f"{point['step']}: {100 * fmean(point['right']):.1f} %" for point in points)
+            say(f"seed {seed}: {ARMS[arm]}: {curve}; {sum(points[-1]['seconds'].values()):.1f} s")
+    return runs
+
+
+def settings_with(settings: dict[str, str]) -> Config:
+    """The tutor's configuration with `settings` set, as its command line sets them. Raises ConfigError."""
+    from config import parse
+
+    return parse(Config, [f"{name}={value}" for name, value in settings.items()])
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An arm's runs, averaged point by point over the seeds."""
+    rows = []
+    for points in zip(*(run["points"] for run in runs), strict=True):
+        accuracies = [fmean(point["right"]) for point in points]
+        facts = [point["states_fact"] / len(point["right"]) for point in points]
+        rows.append(
+            {
+                "step": points[0]["step"],
+                "accuracy": fmean(accuracies),
+                "worst": min(accuracies),
+                "best": max(accuracies),
+                "states_fact": fmean(facts),
+                "mean_tokens": fmean(point["mean_tokens"] for point in points),
+                "seconds": fmean(sum(point["seconds"].values()) for point in points),
+                "seconds_in_steps": fmean(point["seconds"]["steps"] for point in points),
+            }
+        )
+    return rows
+
+
+def show(summaries: dict[str, list[dict[str, Any]]], seeds: int) -> None:
+    """The table: held-out accuracy, mean over seeds, lowest and highest seed in brackets."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = next(iter(summaries.values()))
+    table = Table(title=f"held-out accuracy, mean of {seeds} seeds (lowest to highest)")
+    table.add_column("trainer")
+    for row in first:
+        table.add_column(f"{row['step']} answers", justify="right")
+    for heading in ("facts stated", "tokens", "seconds", "in steps"):
+        table.add_column(heading, justify="right")
+    for arm, rows in summaries.items():
+        cells = [f"{100 * r['accuracy']:.1f} % ({100 * r['worst']:.0f} to {100 * r['best']:.0f})" for r in rows]
+        last = rows[-1]
+        cells += [percent(last["states_fact"]), f"{rows[0]['mean_tokens']:.1f} -> {last['mean_tokens']:.1f}"]
+        cells += [f"{last['seconds']:.1f}", f"{last['seconds_in_steps']:.1f}"]
+        table.add_row(ARMS[arm], *cells)
+    width = None if sys.stdout.isatty() else 160
+    Console(highlight=False, markup=False, emoji=False, width=width).print(table)
+
+
+def verdicts(summaries: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Ours beside each of TRL's arms, in sentences."""
+    lines = []
+    ours = summaries["ours"]
+    for arm in [arm for arm in summaries if arm != "ours"]:
+        pairs = list(zip(ours, summaries[arm], strict=True))[1:]
+        ahead = ["ahead" if a["accuracy"] > b["accuracy"] else "not ahead" for a, b in pairs]
+        share = ours[-1]["seconds"] / summaries[arm][-1]["seconds"]
+        in_steps = ours[-1]["seconds_in_steps"] / summaries[arm][-1]["seconds_in_steps"]
+        points = ", ".join(f"{word} after {a['step']}" for word, (a, _) in zip(ahead, pairs, strict=True))
+        lines.append(f"ours beside {ARMS[arm]}: {points}; {share:.2f} of its seconds, {in_steps:.2f} of those in steps")
+    return lines
+
+
+def control_verdicts(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every seed and point of a control run, and for all seeds together: is it within the base's interval?"""
+    rows = []
+    seeds = [(str(run["seed"]), run["points"]) for run in runs]
+    pooled = [
+        {"step": points[0]["step"], "right": [hit for point in points for hit in point["right"]]}
+        for points in zip(*(points for _, points in seeds), strict=True)
+    ]
+    for seed, points in [*seeds, ("all", pooled)]:
+        base = points[0]["right"]
+        low, high = wilson_interval(sum(base), len(base))
+        for point in points[1:]:
+            cells = list(zip(point["right"], base, strict=True))
+            table = [cells.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False))]
+            rows.append(
+                {
+                    "seed": seed,
+                    "step": point["step"],
+                    "base": fmean(base),
+                    "base_interval": (low, high),
+                    "accuracy": fmean(point["right"]),
+                    "inside": low <= fmean(point["right"]) <= high,
+                    "difference_interval": newcombe_interval(*table),
+                }
+            )
+    return rows
+
+
+def show_control(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        verdict = "within" if row["inside"] else "OUTSIDE"
+        print(
+            f"control, seed {row['seed']}, {row['step']} answers: {percent(row['accuracy'])}, {verdict} the base's "
+            f"{percent(row['base'], row['base_interval'])}; difference "
+            f"{100 * row['difference_interval'][0]:+.1f} to {100 * row['difference_interval'][1]:+.1f} points"
+        )
+
+
+def versions() -> dict[str, str]:
+    """What the seconds depend on."""
+    import torch
+    import transformers
+
+    names = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    return names | {
+        "machine": platform.machine(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", metavar="DIR", default="", help=f"folder into which trl {TRL_VERSION} was installed")
+    parser.add_argument("--steps", type=int, default=300, help="answers to learn from [300]")
+    parser.add_argument("--every", type=int, default=100, help="answers between two evaluations [100]")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each trainer [5]")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them [0]")
+    parser.add_argument("--samples", type=int, default=200, help="held-out facts [200]")
+    parser.add_argument(
+        "--learner", choices=("reader", "gain"), default="reader", help="who takes the quizzes [reader]"
+    )
+    parser.add_argument("--control", action="store_true", help="shuffle the rewards among the questions")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the tutor")
+    parser.add_argument("--output", default="bench_learning.json", help="JSON file [bench_learning.json]")
+    arguments = parser.parse_args()
+    for name in ("steps", "every", "seeds", "samples"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)} is out of range: expected at least 1")
+    for pair in arguments.set:
+        if "=" not in pair:
+            parser.error(f"--set {pair}: expected NAME=VALUE")
+    if not Path(arguments.output).absolute().parent.is_dir():
+        parser.error(f"--output {arguments.output}: {Path(arguments.output).parent} is no folder")
+    return arguments
+
+
+def main() -> int:
+    """The program. Exit status: 0, or 2 for what can't be used."""
+    arguments = parse_arguments()
+    try:
+        if arguments.trl and not arguments.control:
+            find_trl(arguments.trl)
+        runs = experiment(arguments, lambda text: print(text, flush=True))
+    except ConfigError as error:
+        print(f"error: {clean(str(error))}", file=sys.stderr)
+        return 2
+    summaries = {arm: summary(runs[arm]) for arm in runs}
+    show(summaries, arguments.seeds)
+    record = {"arguments": vars(arguments), "versions": versions(), "summary": summaries, "runs": runs}
+    if arguments.control:
+        record["control"] = control_verdicts(runs["ours"])
+        show_control(record["control"])
+    for line in verdicts(summaries):
+        print(line)
+    write_json(Path(arguments.output), record)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
