@@ -59,10 +59,10 @@ QUIZMASTER_PROMPT = (
     'Write a quiz about the question as JSON: {"question":"...","correct":"...","wrong":["...","...","..."]}. '
     "Write null if it has no clear answer."
 )
-SOLVER_PROMPT = "Solve the quiz. Reply with the letter of the correct option."
+SOLVER_PROMPT = "Solve the quiz. Reply with the correct option."
 LEARNER_PROMPT = (
-    "Read the explanation, then solve the quiz with what it says alone. Reply with one letter. "
-    "If it supports no option, guess."
+    "Read the explanation, then solve the quiz with what it says alone. Reply with one option. "
+    "If it supports none, guess."
 )
 
 
@@ -561,26 +561,30 @@ def shuffle_quiz(question: str, correct: str, wrong: Sequence[str]) -> Quiz:
 def survives(policy: Policy, quiz: Quiz) -> bool:
     """Whether the base model, blind to the key, picks it in more than half of the four rotations of the options."""
     n = len(quiz.options)
-    rotations = [tuple(quiz.options[(i + shift) % n] for i in range(n)) for shift in range(n)]
+    rotations = [[quiz.options[(i + shift) % n] for i in range(n)] for shift in range(n)]
     chats = [chat(SOLVER_PROMPT, quiz_text(quiz.question, options)) for options in rotations]
-    picks = letter_probabilities(policy, chats).argmax(-1).tolist()
+    picks = option_probabilities(policy, chats, rotations).argmax(-1).tolist()
     right = sum((pick + shift) % n == quiz.key for shift, pick in enumerate(picks))
     return right > n // 2
 
 
-def letter_probabilities(policy: Policy, chats: Sequence[list[Message]]) -> "Tensor":
-    """The base model's probabilities (B, 4) that its reply is the letter A to D, given that it is one of them."""
+def option_probabilities(policy: Policy, chats: Sequence[list[Message]], options: Sequence[Sequence[str]]) -> "Tensor":
+    """How probable it is (B, 4) that the base model's reply to each of B chats is each of its options, if it is one.
+
+    A reply is scored whole, its end token included, so that no option gains by beginning like another.
+    """
     import torch
 
-    ids = [encode_chat(policy.tokenizer, messages) for messages in chats]
-    batch = collate(ids, [[policy.pad_id]] * len(ids), policy.pad_id, policy.device)
+    prompts = [ids for messages in chats for ids in [encode_chat(policy.tokenizer, messages)] for _ in LETTERS]
+    encode, end = policy.tokenizer.encode, policy.stop_ids[0]
+    replies = [[*encode(text, add_special_tokens=False), end] for texts in options for text in texts]
+    batch = collate(prompts, replies, policy.pad_id, policy.device)
     with torch.no_grad():
         _, _, logits = token_logprobs_and_values(policy, batch, adapter=False)
-    encode = policy.tokenizer.encode
-    spellings = [[encode(prefix + letter, add_special_tokens=False)[-1] for prefix in ("", " ")] for letter in LETTERS]
-    probabilities = (logits[:, 0] * policy.config.temperature).softmax(-1)
-    letters = torch.stack([probabilities[:, sorted(set(s))].sum(-1) for s in spellings], dim=-1)
-    return letters / letters.sum(-1, keepdim=True)
+    logp = (logits * policy.config.temperature).log_softmax(-1)  # (4 B, T, V), at temperature 1
+    tokens = batch.input_ids[:, -logits.shape[1] :].unsqueeze(-1)
+    logprobs = logp.gather(-1, tokens).squeeze(-1).masked_fill(~batch.response_mask, 0.0).sum(-1)
+    return logprobs.view(len(chats), len(LETTERS)).softmax(-1)
 
 
 # The simulated learner: the base model in a learner's role, blind to the key, reads an answer and takes the quiz.
@@ -588,10 +592,9 @@ def letter_probabilities(policy: Policy, chats: Sequence[list[Message]]) -> "Ten
 
 def learner_probabilities(policy: Policy, answers: Sequence[str], quizzes: Sequence[Quiz]) -> "Tensor":
     """How probable each option (B, 4) is to a learner who has read the answer and nothing else."""
-    pairs = zip(answers, quizzes, strict=True)
-    return letter_probabilities(
-        policy, [chat(LEARNER_PROMPT, learner_text(answer, quiz.question, quiz.options)) for answer, quiz in pairs]
-    )
+    pairs = list(zip(answers, quizzes, strict=True))
+    chats = [chat(LEARNER_PROMPT, learner_text(answer, quiz.question, quiz.options)) for answer, quiz in pairs]
+    return option_probabilities(policy, chats, [quiz.options for quiz in quizzes])
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO

@@ -5,14 +5,13 @@
     accelerate launch --config_file configs/accelerate/cpu.yaml train.py --config configs/quiz.yaml
     python train.py --help                                                 every setting
 
-Each step plays batch_size episodes of the task, of one reply or of several, turns their rewards into advantages, and
-takes minibatch updates on them; a step that leaves the trust region is undone. Generation, rewards, losses and
-checkpoints are the tutor's own (lora_ppo_demo.py, ppo.py); what is here is the batch, the loop and the bookkeeping.
+Each step plays batch_size episodes of the task (tasks/episodes.py), of one reply or of several, turns their rewards
+into advantages and takes minibatch updates on them (update.py); a step that leaves the trust region is undone.
+Generation, losses and checkpoints are the tutor's own (lora_ppo_demo.py, ppo.py). What is here: the settings, which
+samples a step gets, evaluation, and the run on disk. A step follows from the weights, the settings and its number, so
+that a run which was stopped goes on as if it had not been.
 
-Every process holds the adapters and plays its share of the episodes. Gradients are summed over processes, and each
-process divides by the token count of all: the sum is the gradient of the joint batch, however the tokens are spread.
-
-Left out on purpose: a reward model, asynchronous rollouts, an inference server. Shapes as in lora_ppo_demo.py.
+Left out on purpose: a reward model, asynchronous rollouts, an inference server.
 """
 
 import contextlib
@@ -31,34 +30,27 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, ConfigError, from_command_line, save_yaml, setting
 from lora_ppo_demo import (
-    Batch,
     Damaged,
     LineFile,
     Policy,
-    Snapshot,
-    StepSkipped,
     checkpoints,
     clean,
-    collate,
-    encode_chat,
-    generate_batch,
-    gradient_dropout,
     is_bundled,
     load_checkpoint,
     load_policy,
     now,
     remove_folder,
     save_checkpoint,
-    token_logprobs_and_values,
-    trust_region,
     turn_seed,
     verify_checkpoint,
 )
-from tasks import Episode, Outcome, Task
+from tasks import Task
+from tasks.episodes import play
+from update import align, chunks, learn, prepare, total, whole_weights
+from update import group_advantages as group_advantages
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -128,11 +120,13 @@ class TrainConfig:
     target_kl: float = shared("target_kl")
     max_grad_norm: float = shared("max_grad_norm")
 
-    learner = "person"  # no setting: what config.check asks of every configuration
-
     @property
     def prompts_per_step(self) -> int:
         return self.batch_size // (self.group_size if self.algorithm == "grpo" else 1)
+
+
+for name in TUTOR_SETTINGS.keys() - {f.name for f in fields(TrainConfig)}:  # no settings here, but config.check asks
+    setattr(TrainConfig, name, TUTOR_SETTINGS[name].default)
 
 
 RANGES = {
@@ -202,434 +196,6 @@ def quiz_task(config: TrainConfig) -> Callable[[Policy], Task]:
 
 
 TASKS: dict[str, Callable[[TrainConfig], Callable[[Policy], Task]]] = {"quiz": quiz_task}
-
-# ---------------------------------------------------------------------------------------------------------- episodes
-
-
-@dataclass
-class Trajectory:
-    """An episode as tokens: the prompt, then the policy's replies and what the environment said between them."""
-
-    prompt: list[int]
-    response: list[int]
-    chosen: list[bool]  # of the response: True where the policy chose the token
-    replies: list[str]
-    outcome: Outcome | None = None
-    question: str = ""  # the last message of the prompt
-
-    @property
-    def length(self) -> int:
-        """Tokens that the policy wrote."""
-        return sum(self.chosen)
-
-
-def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> list[Trajectory]:
-    """Plays the episodes to their ends, all together; those that outgrow the model's context end as unknown."""
-    tokenizer = policy.tokenizer
-    trajectories = []
-    for episode in episodes:
-        messages = episode.reset()
-        trajectories.append(Trajectory(encode_chat(tokenizer, messages), [], [], [], question=messages[-1]["content"]))
-    active = list(range(len(episodes)))
-    while active:
-        for i in active:
-            end_without_room(policy, trajectories[i])
-        active = [i for i in active if trajectories[i].outcome is None]
-        if not active:
-            break
-        contexts = [trajectories[i].prompt + trajectories[i].response for i in active]
-        replies = generate_batch(policy, contexts, policy.config.temperature, adapter=adapter)
-        for i, ids in zip(list(active), replies, strict=True):
-            trajectory = trajectories[i]
-            trajectory.response += ids
-            trajectory.chosen += [True] * len(ids)
-            trajectory.replies.append(tokenizer.decode(ids, skip_special_tokens=True))
-            said = episodes[i].step(trajectory.replies[-1])
-            if said is None:
-                trajectory.outcome = episodes[i].outcome()
-                active.remove(i)
-            else:
-                said_ids = environment_ids(policy, said, ids[-1] in policy.stop_ids)
-                trajectory.response += said_ids
-                trajectory.chosen += [False] * len(said_ids)
-    return trajectories
-
-
-def end_without_room(policy: Policy, trajectory: Trajectory) -> None:
-    """Ends an episode as unknown if another reply doesn't fit into the model's context."""
-    needed = len(trajectory.prompt) + len(trajectory.response) + policy.config.max_new_tokens
-    if needed > policy.context:
-        why = f"{needed} tokens do not fit into the model's context of {policy.context}"
-        trajectory.outcome = Outcome("unknown", 0.0, why)
-        if not trajectory.response or len(trajectory.prompt) + len(trajectory.response) > policy.context:
-            trajectory.prompt = trajectory.prompt[:1]  # a row that takes part in nothing
-            trajectory.response, trajectory.chosen = [policy.pad_id], [False]
-
-
-def environment_ids(policy: Policy, text: str, ended: bool) -> list[int]:
-    """The tokens between two replies: the environment's `text` as the next message of the chat.
-
-    They are what the chat template puts after a reply's end token, that token included unless the reply `ended` with
-    it. The replies themselves stay the tokens that were sampled; nothing is tokenized a second time.
-    """
-    tokenizer = policy.tokenizer
-    if tokenizer.chat_template is None:
-        return tokenizer(f"\n\n{text}\n\n", add_special_tokens=False, split_special_tokens=True).input_ids
-    opening = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    before = encode_chat(tokenizer, opening)
-    after = encode_chat(tokenizer, [*opening, {"role": "user", "content": text}])
-    same = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
-    ends = [i for i in range(same) if after[i] in policy.stop_ids]
-    if not ends:
-        raise ConfigError("this model's chat template ends replies with no stop token: several turns are not possible")
-    return after[ends[-1] + ended :]
-
-
-# -------------------------------------------------------------------------------------------------------- advantages
-
-
-@dataclass(frozen=True)
-class Experience:
-    """This process's share of a step: what was sampled, and what policy and reference said of it then; all (B, T).
-
-    The batch's response_mask leaves out answers that no reward was given to and, with GRPO, groups of equal rewards.
-    """
-
-    batch: Batch
-    logprobs: "Tensor"
-    ref_logprobs: "Tensor"
-    values: "Tensor"
-    advantages: "Tensor"
-    returns: "Tensor"
-
-    def rows(self, rows: Sequence[int]) -> "Experience":
-        mine = [getattr(self, f.name)[rows] for f in fields(self) if f.name != "batch"]
-        return Experience(batch_rows(self.batch, rows), *mine)
-
-
-def batch_rows(batch: Batch, rows: Sequence[int]) -> Batch:
-    return Batch(batch.input_ids[rows], batch.attention_mask[rows], batch.response_mask[rows])
-
-
-def chunks(items: Sequence, size: int) -> list[Sequence]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def total(accelerator: "Accelerator", *numbers: float) -> list[float]:
-    """Each number, summed over the processes."""
-    if accelerator.num_processes == 1:
-        return list(numbers)
-    import torch
-
-    return accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device), "sum").tolist()
-
-
-def group_advantages(scores: "Tensor", group_size: int, normalize: bool) -> "Tensor":
-    """GRPO's advantages (B,): scores (B,) less the mean of their group, `group_size` neighbours; 0 where all are equal.
-
-    Shao et al. 2024, section 4.1 (https://arxiv.org/abs/2402.03300). `normalize` divides by the group's standard
-    deviation, as there; without it easy and hard prompts keep their weight (Liu et al. 2025,
-    https://arxiv.org/abs/2503.20783). Raises ValueError if the scores are not whole groups of at least 2.
-    """
-    if group_size < 2 or len(scores) % group_size:
-        raise ValueError(f"{len(scores)} scores are not whole groups of group_size={group_size}, at least 2")
-    groups = scores.view(-1, group_size)
-    advantages = groups - groups.mean(-1, keepdim=True)
-    if normalize:
-        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
-    equal = (groups == groups[:, :1]).all(-1, keepdim=True)
-    return advantages.masked_fill(equal, 0.0).flatten()
-
-
-def whiten_jointly(accelerator: "Accelerator", x: "Tensor", mask: "Tensor") -> "Tensor":
-    """ppo.whiten over the tokens of all processes; returns this process's share."""
-    import torch
-
-    import ppo
-
-    if accelerator.num_processes == 1:
-        return ppo.whiten(x, mask)
-    mine = x[mask]
-    counts = accelerator.gather(torch.tensor([len(mine)], device=x.device))
-    joint = torch.zeros(len(counts), int(counts.max()), device=x.device)
-    joint[accelerator.process_index, : len(mine)] = mine
-    joint = accelerator.reduce(joint, "sum")
-    white = ppo.whiten(joint, torch.arange(joint.shape[1], device=x.device) < counts.unsqueeze(1))
-    return torch.zeros_like(x).masked_scatter(mask, white[accelerator.process_index, : len(mine)])
-
-
-def examine(
-    policy: Policy, accelerator: "Accelerator", config: TrainConfig, trajectories: Sequence[Trajectory]
-) -> tuple[Experience, dict[str, float]]:
-    """Advantages for the trajectories of this process, and how the episodes of all processes went."""
-    import torch
-
-    import ppo
-
-    known = [t.outcome.verdict != "unknown" and math.isfinite(t.outcome.reward) for t in trajectories]
-    if config.algorithm == "grpo":  # a group is whole or left out
-        known = [k for group in chunks(known, config.group_size) for k in [all(group)] * len(group)]
-    scores = torch.tensor([t.outcome.reward if k else 0.0 for t, k in zip(trajectories, known, strict=True)])
-    chosen = [[c and k for c in t.chosen] for t, k in zip(trajectories, known, strict=True)]
-    prompts, responses = [t.prompt for t in trajectories], [t.response for t in trajectories]
-    batch = collate(prompts, responses, policy.pad_id, policy.device, chosen)
-    mask = batch.response_mask
-    scores = scores.to(policy.device)
-    seen = observe(policy, batch, rows_per_pass(config, accelerator))
-    logprobs, ref_logprobs, values, kl = seen
-    kept = zip(trajectories, known, strict=True)
-    right = sum(t.outcome.verdict == "correct" for t, k in kept if k)
-    sums = (masked.masked_fill(~mask, 0.0).sum().item() for masked in (kl, logprobs - ref_logprobs, values))
-    length = sum(t.length for t in trajectories)
-    answers, reward, right, tokens, length, kl, kl_estimate, value = total(
-        accelerator, sum(known), scores.sum().item(), right, mask.sum().item(), length, *sums
-    )
-    metrics = {
-        "reward": reward / max(answers, 1),
-        "accuracy": right / max(answers, 1),
-        "answers": int(answers),
-        "left_out": config.batch_size - int(answers),
-        "length": length / config.batch_size,
-        "kl": kl / max(answers, 1),
-        "kl_estimate": kl_estimate / max(answers, 1),
-        "kl_coef": policy.kl_coef,
-    }
-    if config.algorithm == "grpo":
-        per_answer = group_advantages(scores, config.group_size, config.normalize_groups)
-        flat = (scores.view(-1, config.group_size) == scores[:: config.group_size, None]).all(-1)
-        flat = flat.repeat_interleave(config.group_size)
-        metrics["equal_groups"] = int(total(accelerator, (flat.cpu() & torch.tensor(known)).sum().item())[0])
-        metrics["equal_groups"] //= config.group_size
-        mask = mask & ~flat.unsqueeze(1)
-        batch = replace(batch, response_mask=mask)
-        advantages, returns = per_answer.unsqueeze(1) * mask, torch.zeros_like(values)
-    else:
-        metrics["value"] = value / max(tokens, 1)
-        rewards = ppo.compute_rewards(scores, logprobs, ref_logprobs, mask, policy.kl_coef)
-        advantages, returns = ppo.gae(rewards, values, mask, config.gamma, config.lam)
-        if answers >= 8:  # in a small batch whitening erases or flips the reward
-            advantages = whiten_jointly(accelerator, advantages, mask)
-    return Experience(batch, logprobs, ref_logprobs, values, advantages, returns), metrics
-
-
-def rows_per_pass(config: TrainConfig, accelerator: "Accelerator") -> int:
-    return config.mini_batch_size // accelerator.num_processes
-
-
-def observe(policy: Policy, batch: Batch, size: int) -> list["Tensor"]:
-    """logprobs, ref_logprobs, values and the exact KL from the reference, each (B, T), `size` rows at a time."""
-    import torch
-
-    import ppo
-
-    seen = []
-    with torch.no_grad():
-        for rows in chunks(range(len(batch.input_ids)), size):
-            part = batch_rows(batch, rows)
-            logprobs, values, logits = token_logprobs_and_values(policy, part)
-            ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, part, adapter=False)
-            seen.append((logprobs, ref_logprobs, values, ppo.exact_kl(logits, ref_logits)))
-    return [torch.cat(parts) for parts in zip(*seen, strict=True)]
-
-
-# -------------------------------------------------------------------------------------------------------- the update
-
-
-def learn(
-    policy: Policy, accelerator: "Accelerator", config: TrainConfig, trajectories: Sequence[Trajectory]
-) -> dict[str, Any]:
-    """One step on the trajectories of all processes; returns its metrics, the same on each.
-
-    All or nothing, as in the tutor. `outcome` is `taken`, `undone` (beyond the trust region) or `skipped`, with `why`.
-    """
-    before = policy.snapshot()
-    metrics: dict[str, Any] = {}
-    try:
-        experience, metrics = examine(policy, accelerator, config, trajectories)
-        metrics |= update(policy, accelerator, config, experience)
-        metrics["step_kl"] = moved(policy, accelerator, config, experience.batch, before)
-        if config.adaptive_kl:
-            policy.kl_coef = adapted(policy, config, metrics)
-        metrics["outcome"] = "taken"
-        if not metrics["step_kl"] <= config.target_kl:  # NaN included
-            policy.restore(before)
-            metrics["outcome"] = "undone"
-    except StepSkipped as skipped:
-        policy.restore(before)
-        metrics |= {"outcome": "skipped", "why": str(skipped)}
-    except BaseException:
-        policy.restore(before)
-        raise
-    return metrics
-
-
-def adapted(policy: Policy, config: TrainConfig, metrics: dict[str, Any]) -> float:
-    import ppo
-
-    return ppo.adapted_kl_coef(
-        policy.kl_coef, metrics["kl"], config.kl_target, config.kl_horizon, answers=metrics["answers"]
-    )
-
-
-def update(policy: Policy, accelerator: "Accelerator", config: TrainConfig, experience: Experience) -> dict[str, float]:
-    """ppo_epochs passes of minibatch updates. Raises StepSkipped, on every process, where nothing can be learnt."""
-    import torch
-
-    count = len(experience.logprobs)
-    size = rows_per_pass(config, accelerator) * config.gradient_accumulation_steps
-    mask, metrics, taken = experience.batch.response_mask, {}, 0
-    for epoch in range(config.ppo_epochs):
-        order = list(range(count))
-        random.Random(f"{config.seed}/{policy.step}/{epoch}").shuffle(order)  # the same on every process
-        for rows in chunks(order, size):
-            tokens = total(accelerator, mask[rows].sum().item())[0]
-            if not tokens:
-                continue
-            policy.optimizer.zero_grad()
-            parts = gradients(policy, accelerator, config, experience.rows(rows), tokens)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm).item()
-            if not (math.isfinite(parts["loss"]) and math.isfinite(grad_norm)):
-                raise StepSkipped(f"the loss is not finite (loss {parts['loss']}, gradient norm {grad_norm})")
-            policy.optimizer.step()
-            taken += 1
-            for name, value in (parts | {"grad_norm": grad_norm}).items():
-                metrics[name] = metrics.get(name, 0.0) + value
-    policy.optimizer.zero_grad()
-    if not taken:
-        raise StepSkipped("no answer has an advantage: every one was left out, or earned what its group earned")
-    return {name: value / taken for name, value in metrics.items()}
-
-
-def gradients(
-    policy: Policy, accelerator: "Accelerator", config: TrainConfig, experience: Experience, tokens: float
-) -> dict[str, float]:
-    """Leaves in every parameter the gradient of the loss, a mean over the `tokens` response tokens of all processes.
-
-    Returns the loss and its parts. Memory that runs out on one process makes the loss NaN on all, so that all skip.
-    """
-    import torch
-
-    sums: dict[str, float] = {}
-    failed = 0.0
-    try:
-        for rows in chunks(range(len(experience.logprobs)), rows_per_pass(config, accelerator)):
-            piece = experience.rows(rows)
-            share = piece.batch.response_mask.sum().item() / tokens
-            with gradient_dropout(policy), recomputing(policy):
-                parts = losses(policy, config, piece)
-                (parts["loss"] * share).backward()
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * share
-    except torch.OutOfMemoryError:
-        failed = math.nan
-    if accelerator.num_processes > 1:
-        sums = dict(zip(LOSSES, total(accelerator, *(sums.get(name, 0.0) for name in LOSSES)), strict=True))
-        failed = total(accelerator, failed)[0]
-        owners = list(policy.parameters.values())
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in owners])
-        pieces = accelerator.reduce(flat, "sum").split([p.numel() for p in owners])
-        for p, piece in zip(owners, pieces, strict=True):
-            p.grad = piece.view_as(p).clone()
-    sums["loss"] = sums.get("loss", 0.0) + failed
-    return sums
-
-
-LOSSES = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction")
-
-
-def losses(policy: Policy, config: TrainConfig, piece: Experience) -> dict[str, "Tensor"]:
-    """The loss of one forward pass and its parts, each a mean over the piece's response tokens; 0 if it has none."""
-    import ppo
-
-    mask = piece.batch.response_mask
-    logprobs, values, logits = token_logprobs_and_values(policy, piece.batch)
-    if not mask.any():
-        nothing = 0.0 * (logprobs.sum() + values.sum())
-        return dict.fromkeys(LOSSES, nothing)
-    pg_loss, clip_fraction = ppo.policy_loss(logprobs, piece.logprobs, piece.advantages, mask, config.cliprange)
-    mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask)
-    loss = pg_loss - config.entropy_coef * mean_entropy
-    vf_loss = 0.0 * pg_loss.detach()
-    if config.algorithm == "ppo":
-        vf_loss, _ = ppo.value_loss(values, piece.values, piece.returns, mask, config.cliprange_value)
-        loss = loss + config.vf_coef * vf_loss
-    elif policy.kl_coef:
-        # GRPO prices divergence in the loss, by an estimate that is never negative (Shao et al. 2024, equation 4).
-        difference = (piece.ref_logprobs - logprobs).masked_fill(~mask, 0.0)
-        loss = loss + policy.kl_coef * ppo.masked_mean(difference.exp() - difference - 1.0, mask)
-    return dict(zip(LOSSES, (loss, pg_loss, vf_loss, mean_entropy, clip_fraction), strict=True))
-
-
-def moved(policy: Policy, accelerator: "Accelerator", config: TrainConfig, batch: Batch, before: Snapshot) -> float:
-    """How far the update went: the exact KL(old || new), in nats, mean over the response tokens of all processes.
-
-    The old weights come back for a forward pass, as the logits of a whole batch may be too large to be kept.
-    """
-    import torch
-
-    after, nats = policy.snapshot(), 0.0
-    for rows in chunks(range(len(batch.input_ids)), rows_per_pass(config, accelerator)):
-        part = batch_rows(batch, rows)
-        policy.restore(before)
-        with torch.no_grad():
-            _, _, old_logits = token_logprobs_and_values(policy, part)
-        policy.restore(after)
-        step_kl = trust_region(policy, part, old_logits, 0.0)["step_kl"]
-        tokens = part.response_mask.sum().item()
-        nats += step_kl * tokens if tokens else 0.0
-    nats, tokens = total(accelerator, nats, batch.response_mask.sum().item())
-    return nats / tokens
-
-
-@contextlib.contextmanager
-def recomputing(policy: Policy) -> Iterator[None]:
-    """Gradient checkpointing acts in here, where it is on: its layers ask whether they are in training."""
-    layers = [module for module in policy.model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True  # of the layer alone: a dropout inside it stays off
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-
-
-def prepare(policy: Policy, config: TrainConfig) -> None:
-    """Puts the wanted optimizer, and gradient checkpointing, on a fresh policy. Raises ConfigError."""
-    if config.gradient_checkpointing:
-        options = {"use_reentrant": False}
-        policy.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if config.optimizer != "adamw":
-        if policy.device.type != "cuda":
-            raise ConfigError(f"optimizer={config.optimizer} needs CUDA, and device is {policy.device}: use adamw")
-        use_8bit_adamw(policy, paged=config.optimizer.startswith("paged"))
-
-
-def use_8bit_adamw(policy: Policy, paged: bool) -> None:
-    """Replaces AdamW by bitsandbytes' 8-bit one, its state in tensors from the start, as the core saves it."""
-    import bitsandbytes
-    import torch
-
-    class Optimizer(bitsandbytes.optim.AdamW8bit):
-        def init_state(self, group, p, gindex, pindex):
-            super().init_state(group, p, gindex, pindex)
-            state = self.state[p]
-            state["step"] = torch.zeros((), device=p.device)
-            state |= {name: state[name].clone() for name in ("qmap1", "qmap2") if name in state}  # one for each
-
-        def update_step(self, group, p, gindex, pindex):
-            state = self.state[p]
-            step, state["step"] = state["step"], int(state["step"])  # bitsandbytes wants a number
-            super().update_step(group, p, gindex, pindex)
-            state["step"] = step.fill_(state["step"])
-
-    policy.optimizer = Optimizer(
-        policy.parameters.values(), lr=policy.config.learning_rate, weight_decay=0.0, is_paged=paged
-    )
-    for gindex, group in enumerate(policy.optimizer.param_groups):
-        for pindex, p in enumerate(group["params"]):
-            policy.optimizer.init_state(group, p, gindex, pindex)
-
 
 # ----------------------------------------------------------------------------------------------------------- the run
 
@@ -763,7 +329,8 @@ class Training:
         mine = self.samples(number)[accelerator.process_index :: processes]
         copies = config.group_size if config.algorithm == "grpo" else 1
         started = time.perf_counter()
-        trajectories = play(self.policy, [self.task.episode(sample) for sample in mine for _ in range(copies)])
+        with whole_weights(self.policy):
+            trajectories = play(self.policy, [self.task.episode(sample) for sample in mine for _ in range(copies)])
         played = time.perf_counter() - started
         metrics = learn(self.policy, accelerator, config, trajectories)
         self.policy.step = number + 1
@@ -780,8 +347,9 @@ class Training:
         samples = self.task.samples("test")[: self.config.eval_samples][rank::processes]
         torch.manual_seed(turn_seed(self.config.seed, -1 - rank))
         trajectories = []
-        for part in chunks(samples, max(1, self.config.batch_size // processes)):
-            trajectories += play(self.policy, [self.task.episode(sample) for sample in part])
+        with whole_weights(self.policy):
+            for part in chunks(samples, max(1, self.config.batch_size // processes)):
+                trajectories += play(self.policy, [self.task.episode(sample) for sample in part])
         known = [t for t in trajectories if t.outcome.verdict != "unknown"]
         right = sum(t.outcome.verdict == "correct" for t in known)
         facts = [t.outcome.details["states_fact"] for t in trajectories if "states_fact" in t.outcome.details]
@@ -891,16 +459,17 @@ class Training:
 
     def report(self) -> None:
         """Writes report.html and its plots, with answers of the base model and of the trained one side by side."""
-        if self.accelerator.is_main_process:
-            import torch
+        import torch
 
-            from tools.report import write_report
+        from tools.report import write_report
 
-            answers = []
+        answers = []
+        with whole_weights(self.policy):
             for adapter in (False, True):
                 torch.manual_seed(self.config.seed)
                 episodes = [self.task.episode(sample) for sample in self.task.samples("test")[:10]]
                 answers.append(play(self.policy, episodes, adapter))
+        if self.accelerator.is_main_process:
             rows = [(a.question, a.replies, b.replies) for a, b in zip(*answers, strict=True)]
             path = write_report(self.root, self.lines, rows, self.result())
             self.say(f"{self.result()} The report is {path}.")
@@ -917,15 +486,6 @@ def training_stats(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "training": {name: [line.get(name) for line in steps] for name in names.split()},
         "evaluation": {name.removeprefix("eval_"): [line.get(name) for line in found] for name in evals},
     }
-
-
-def align(policy: Policy, accelerator: "Accelerator") -> None:
-    """Every process starts from the main one's weights."""
-    if accelerator.num_processes > 1:
-        import torch.distributed
-
-        for tensor in policy.tensors().values():
-            torch.distributed.broadcast(tensor, 0)
 
 
 def train(config: TrainConfig) -> int:
@@ -948,7 +508,7 @@ def train(config: TrainConfig) -> int:
     if accelerator.num_processes > 1 and device in ("auto", "cuda"):
         config = replace(config, device=str(accelerator.device))
     policy, config = load_policy(config, notice)
-    prepare(policy, config)
+    prepare(policy, config, sharded=os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1)
     training = Training(config, policy, build_task(policy), accelerator)
     if found:
         training.resume(*found)

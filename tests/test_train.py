@@ -19,7 +19,9 @@ from tiny import randomize_adapter, tiny_policy
 
 import lora_ppo_demo as demo
 import ppo
+import tasks.episodes
 import train
+import update
 from config import ConfigError, parse
 from tasks import Outcome
 
@@ -61,15 +63,15 @@ def settings(llama, **changes) -> train.TrainConfig:
 def loaded(llama, **changes) -> tuple[demo.Policy, train.TrainConfig]:
     """A policy whose adapters already have an effect, and its settings."""
     policy, config = demo.load_policy(settings(llama, **changes))
-    train.prepare(policy, config)
+    update.prepare(policy, config)
     randomize_adapter(policy)
     return policy, config
 
 
-def answered(policy, rewards, seed=0, verdict=None) -> list[train.Trajectory]:
+def answered(policy, rewards, seed=0, verdict=None) -> list[tasks.episodes.Trajectory]:
     """One sampled answer a reward."""
     torch.manual_seed(seed)
-    trajectories = train.play(policy, [EchoTask().episode(i) for i in range(len(rewards))])
+    trajectories = tasks.episodes.play(policy, [EchoTask().episode(i) for i in range(len(rewards))])
     for trajectory, reward in zip(trajectories, rewards, strict=True):
         trajectory.outcome = Outcome(verdict or ("correct" if reward > 0 else "incorrect"), reward)
     return trajectories
@@ -90,7 +92,7 @@ def gradient(policy, config, accelerator, trajectories, **changes) -> dict[str, 
 
     policy.optimizer.step = note
     try:
-        metrics = train.learn(policy, accelerator, replace(config, **changes), trajectories)
+        metrics = update.learn(policy, accelerator, replace(config, **changes), trajectories)
     finally:
         del policy.optimizer.step
     assert metrics["outcome"] == "taken", metrics
@@ -113,7 +115,7 @@ def same(a, b) -> bool:
 def test_several_replies_make_one_trajectory_and_only_they_are_chosen(llama_policy):
     task = EchoTask(turns=3)
     torch.manual_seed(0)
-    trajectory = train.play(llama_policy, [task.episode(5)])[0]
+    trajectory = tasks.episodes.play(llama_policy, [task.episode(5)])[0]
     assert len(trajectory.replies) == 3
     assert trajectory.outcome.verdict in ("correct", "incorrect")
     parts, policy_ids = [], []
@@ -132,16 +134,16 @@ def test_several_replies_make_one_trajectory_and_only_they_are_chosen(llama_poli
 
 def test_episodes_of_different_length_are_played_together_as_each_alone_would_be(llama_policy, monkeypatch):
     contexts = []
-    real = train.generate_batch
+    real = tasks.episodes.generate_batch
 
     def generate_batch(policy, prompts, temperature, adapter=True):
         contexts.append([list(prompt) for prompt in prompts])
         return real(policy, prompts, temperature, adapter=adapter)
 
-    monkeypatch.setattr(train, "generate_batch", generate_batch)
+    monkeypatch.setattr(tasks.episodes, "generate_batch", generate_batch)
     task = EchoTask(turns=lambda number: 1 + number % 3)
     torch.manual_seed(0)
-    trajectories = train.play(llama_policy, [task.episode(i) for i in range(6)])
+    trajectories = tasks.episodes.play(llama_policy, [task.episode(i) for i in range(6)])
     assert [len(t.replies) for t in trajectories] == [1, 2, 3, 1, 2, 3]
     assert [len(c) for c in contexts] == [6, 4, 2]
     last = trajectories[5]
@@ -156,13 +158,13 @@ def test_environment_text_continues_the_chat_as_its_template_would(llama_policy)
     ids = demo.encode_chat(tokenizer, chat) + tokenizer.encode(reply, add_special_tokens=False)
     stop = llama_policy.stop_ids[0]
     wanted = demo.encode_chat(tokenizer, whole)
-    assert ids + train.environment_ids(llama_policy, said, ended=False) == wanted
-    assert [*ids, stop, *train.environment_ids(llama_policy, said, ended=True)] == wanted
+    assert ids + tasks.episodes.environment_ids(llama_policy, said, ended=False) == wanted
+    assert [*ids, stop, *tasks.episodes.environment_ids(llama_policy, said, ended=True)] == wanted
 
 
 def test_without_a_chat_template_the_environment_is_plain_text(tiny_folder):
     policy = tiny_policy(tiny_folder("phi3"))
-    ids = train.environment_ids(policy, "more <|im_end|>", ended=True)
+    ids = tasks.episodes.environment_ids(policy, "more <|im_end|>", ended=True)
     assert policy.tokenizer.decode(ids) == "\n\nmore <|im_end|>\n\n"
     assert policy.tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
 
@@ -172,10 +174,10 @@ def test_an_episode_that_outgrows_the_context_is_unknown_and_takes_part_in_nothi
     task = EchoTask()
     task.prompt = lambda number: "word " * (2000 if number == 1 else 2)
     torch.manual_seed(0)
-    trajectories = train.play(policy, [task.episode(i) for i in range(4)])
+    trajectories = tasks.episodes.play(policy, [task.episode(i) for i in range(4)])
     assert [t.outcome.verdict == "unknown" for t in trajectories] == [False, True, False, False]
     assert "do not fit" in trajectories[1].outcome.why
-    metrics = train.learn(policy, accelerator, config, trajectories)
+    metrics = update.learn(policy, accelerator, config, trajectories)
     assert (metrics["outcome"], metrics["left_out"], metrics["answers"]) == ("taken", 1, 3)
 
 
@@ -187,7 +189,7 @@ def test_a_ppo_step_is_the_tutors_step(llama, accelerator):
     ours, config = loaded(llama)
     theirs, _ = loaded(llama)
     trajectories = answered(ours, [1.0, -1.0, 1.0, -1.0])
-    metrics = train.learn(ours, accelerator, config, trajectories)
+    metrics = update.learn(ours, accelerator, config, trajectories)
     wanted = demo.ppo_step(theirs, batch_of(theirs, trajectories), [1.0, -1.0, 1.0, -1.0])
     for name in ("reward", "loss", "policy_loss", "value_loss", "entropy", "kl", "kl_estimate", "step_kl", "grad_norm"):
         assert metrics[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), name
@@ -209,7 +211,7 @@ def test_minibatches_and_accumulation_sum_to_the_gradient_of_the_batch(llama, ac
 
 def test_minibatches_make_several_optimizer_steps(llama, accelerator):
     policy, config = loaded(llama, mini_batch_size=2, ppo_epochs=3)
-    metrics = train.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
+    metrics = update.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
     steps = {t.item() for name, t in policy.tensors().items() if name.startswith("optimizer.step.")}
     assert steps == {6.0}
     assert metrics["outcome"] == "taken"
@@ -218,7 +220,7 @@ def test_minibatches_make_several_optimizer_steps(llama, accelerator):
 def test_advantages_are_whitened_from_eight_answers_on(llama, accelerator):
     policy, config = loaded(llama, batch_size=8, mini_batch_size=8)
     for count, whitened in ((7, False), (8, True)):
-        experience, _ = train.examine(policy, accelerator, config, answered(policy, [1.0] * count))
+        experience, _ = update.examine(policy, accelerator, config, answered(policy, [1.0] * count))
         mask = experience.batch.response_mask
         mean = ppo.masked_mean(experience.advantages, mask).item()
         assert (abs(mean) < 1e-5) == whitened
@@ -232,7 +234,7 @@ def test_an_answer_without_a_verdict_is_left_out(llama, accelerator):
     nan = answered(policy, [float("nan")], seed=5, verdict="correct")
     assert_close(gradient(policy, config, accelerator, trajectories + odd), wanted)
     assert_close(gradient(policy, config, accelerator, trajectories + nan), wanted)
-    metrics = train.learn(policy, accelerator, config, odd + nan)
+    metrics = update.learn(policy, accelerator, config, odd + nan)
     assert metrics["outcome"] == "skipped"
     assert "no answer has an advantage" in metrics["why"]
 
@@ -241,8 +243,8 @@ def test_environment_text_has_no_influence_on_the_gradient(llama, accelerator):
     """The loss must not depend on log-probabilities of tokens that the policy did not choose."""
     policy, config = loaded(llama)
     torch.manual_seed(0)
-    trajectories = train.play(policy, [EchoTask(turns=2).episode(i) for i in range(4)])
-    experience, _ = train.examine(policy, accelerator, config, trajectories)
+    trajectories = tasks.episodes.play(policy, [EchoTask(turns=2).episode(i) for i in range(4)])
+    experience, _ = update.examine(policy, accelerator, config, trajectories)
     mask = experience.batch.response_mask
     assert mask.sum() == sum(t.length for t in trajectories)
     spoilt = {
@@ -252,7 +254,7 @@ def test_environment_text_has_no_influence_on_the_gradient(llama, accelerator):
     found = []
     for version in (experience, replace(experience, **spoilt)):
         policy.optimizer.zero_grad()
-        train.gradients(policy, accelerator, config, version, mask.sum().item())
+        update.gradients(policy, accelerator, config, version, mask.sum().item())
         found.append({n: p.grad.clone() for n, p in policy.parameters.items()})
     assert same(*found)
 
@@ -260,7 +262,7 @@ def test_environment_text_has_no_influence_on_the_gradient(llama, accelerator):
 def test_a_step_beyond_the_trust_region_is_undone(llama, accelerator):
     policy, config = loaded(llama, target_kl=1e-9, adaptive_kl=True)
     before = policy.snapshot()
-    metrics = train.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
+    metrics = update.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
     assert metrics["outcome"] == "undone"
     assert metrics["step_kl"] > 1e-9
     assert same(policy.tensors(), before.tensors)
@@ -270,7 +272,7 @@ def test_a_step_beyond_the_trust_region_is_undone(llama, accelerator):
 def test_adaptive_kl_moves_its_coefficient_towards_the_target(llama, accelerator):
     for target, direction in ((1e-6, 1), (1e5, -1)):
         policy, config = loaded(llama, adaptive_kl=True, kl_target=target, kl_horizon=100)
-        train.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
+        update.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
         assert policy.kl_coef == pytest.approx(0.05 * (1 + direction * 0.2 * 4 / 100))
 
 
@@ -279,7 +281,7 @@ def test_an_infinite_loss_skips_the_step_and_keeps_the_weights(llama, accelerato
     before = policy.snapshot()
     trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
     monkeypatch.setattr(ppo, "policy_loss", lambda logprobs, *rest: (logprobs.sum() * float("nan"), logprobs.sum()))
-    metrics = train.learn(policy, accelerator, config, trajectories)
+    metrics = update.learn(policy, accelerator, config, trajectories)
     assert metrics["outcome"] == "skipped"
     assert "not finite" in metrics["why"]
     assert same(policy.tensors(), before.tensors)
@@ -301,16 +303,16 @@ def test_gradient_checkpointing_changes_memory_alone(llama, accelerator):
 def test_eight_bit_adam_keeps_its_state_in_tensors_that_are_saved_and_restored(llama, accelerator, tmp_path):
     pytest.importorskip("bitsandbytes")
     policy, config = loaded(llama)
-    train.use_8bit_adamw(policy, paged=False)
+    update.use_8bit_adamw(policy, paged=False)
     names = policy.tensors().keys()
     trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
-    train.learn(policy, accelerator, config, trajectories)
+    update.learn(policy, accelerator, config, trajectories)
     demo.save_checkpoint(tmp_path / "step_1", policy, {}, "")
-    train.learn(policy, accelerator, config, trajectories)
+    update.learn(policy, accelerator, config, trajectories)
     wanted = policy.snapshot()
     assert wanted.tensors.keys() == names
     demo.load_checkpoint(tmp_path / "step_1", policy)
-    train.learn(policy, accelerator, config, trajectories)
+    update.learn(policy, accelerator, config, trajectories)
     assert same(policy.tensors(), wanted.tensors)
 
 
@@ -356,10 +358,10 @@ def test_a_group_of_equal_rewards_gives_no_gradient_and_is_counted(llama, accele
     wanted = gradient(policy, config, accelerator, different, batch_size=2, mini_batch_size=2)
     assert_close(gradient(policy, config, accelerator, different + equal), wanted)
     before = policy.snapshot()
-    metrics = train.learn(policy, accelerator, config, equal + equal)
+    metrics = update.learn(policy, accelerator, config, equal + equal)
     assert (metrics["outcome"], metrics["equal_groups"]) == ("skipped", 2)
     assert same(policy.tensors(), before.tensors)
-    assert train.learn(policy, accelerator, config, different + equal)["equal_groups"] == 1
+    assert update.learn(policy, accelerator, config, different + equal)["equal_groups"] == 1
 
 
 def test_a_group_with_an_unknown_outcome_is_left_out_whole(llama, accelerator):
@@ -368,7 +370,7 @@ def test_a_group_with_an_unknown_outcome_is_left_out_whole(llama, accelerator):
     wanted = gradient(policy, config, accelerator, trajectories[:2], batch_size=2, mini_batch_size=2)
     trajectories[3].outcome = Outcome("unknown", 0.0)
     assert_close(gradient(policy, config, accelerator, trajectories), wanted)
-    metrics = train.learn(policy, accelerator, config, trajectories)
+    metrics = update.learn(policy, accelerator, config, trajectories)
     assert (metrics["left_out"], metrics["equal_groups"]) == (2, 0)
 
 
@@ -585,19 +587,21 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_two_processes_give_the_gradient_of_one_with_the_joint_batch(llama, accelerator, tmp_path, algorithm):
+@pytest.mark.parametrize(("algorithm", "sharded"), [("ppo", False), ("grpo", False), ("ppo", True)])
+def test_two_processes_give_the_gradient_of_one_with_the_joint_batch(llama, accelerator, tmp_path, algorithm, sharded):
     """Answers of different lengths, one left out: whitening, the token mean and all metrics are of the joint batch."""
     changes = {"algorithm": algorithm, "batch_size": 12, "mini_batch_size": 4, "gradient_accumulation_steps": 3}
     changes |= {"group_size": 2, "entropy_coef": 0.01}
     policy, config = loaded(llama, **changes)
     torch.manual_seed(0)
-    trajectories = train.play(policy, [EchoTask(turns=lambda number: 1 + number % 3).episode(i) for i in range(12)])
+    trajectories = tasks.episodes.play(
+        policy, [EchoTask(turns=lambda number: 1 + number % 3).episode(i) for i in range(12)]
+    )
     rewards = [1.0, -1.0, 0.5, 0.5, -1.0, 1.0, 1.0, 0.25, 1.0, -1.0, -1.0, 1.0]
     for trajectory, reward in zip(trajectories, rewards, strict=True):
         trajectory.outcome = Outcome("correct" if reward > 0 else "incorrect", reward)
     trajectories[5].outcome = Outcome("unknown", 0.0)
-    torch.save((str(llama), changes, [vars(t) for t in trajectories]), tmp_path / "given.pt")
+    torch.save((str(llama), changes, [vars(t) for t in trajectories], sharded), tmp_path / "given.pt")
     result = launch(str(ROOT / "tests" / "two_processes.py"), str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     theirs = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in (0, 1)]
@@ -605,6 +609,6 @@ def test_two_processes_give_the_gradient_of_one_with_the_joint_batch(llama, acce
     assert same(theirs[0][0], theirs[1][0])
     assert_close(theirs[0][0], wanted, tolerance=1e-6)
     assert theirs[0][1] == theirs[1][1]
-    metrics = train.learn(policy, accelerator, config, trajectories)
+    metrics = update.learn(policy, accelerator, config, trajectories)
     for name in ("reward", "accuracy", "kl", "length", "left_out", "loss", "entropy", "grad_norm"):
         assert theirs[0][1][name] == pytest.approx(metrics[name], rel=1e-4), name

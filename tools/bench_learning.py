@@ -274,6 +274,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "best": max(accuracies),
                 "states_fact": fmean(facts),
                 "mean_tokens": fmean(point["mean_tokens"] for point in points),
+                "most_tokens": max(point["most_tokens"] for point in points),
                 "seconds": fmean(sum(point["seconds"].values()) for point in points),
                 "seconds_in_steps": fmean(point["seconds"]["steps"] for point in points),
             }
@@ -304,16 +305,26 @@ def show(summaries: dict[str, list[dict[str, Any]]], seeds: int) -> None:
 
 
 def verdicts(summaries: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Ours beside each of TRL's arms, in sentences."""
-    lines = []
+    """Ours beside each of TRL's arms, and the longest answers, in sentences."""
     ours = summaries["ours"]
+    lines = [f"longest held-out answer: {ours[0]['most_tokens']} tokens before, {ours[-1]['most_tokens']} after"]
     for arm in [arm for arm in summaries if arm != "ours"]:
-        pairs = list(zip(ours, summaries[arm], strict=True))[1:]
-        ahead = ["ahead" if a["accuracy"] > b["accuracy"] else "not ahead" for a, b in pairs]
-        share = ours[-1]["seconds"] / summaries[arm][-1]["seconds"]
-        in_steps = ours[-1]["seconds_in_steps"] / summaries[arm][-1]["seconds_in_steps"]
-        points = ", ".join(f"{word} after {a['step']}" for word, (a, _) in zip(ahead, pairs, strict=True))
-        lines.append(f"ours beside {ARMS[arm]}: {points}; {share:.2f} of its seconds, {in_steps:.2f} of those in steps")
+        theirs = summaries[arm]
+        points = [
+            f"{100 * (a['accuracy'] - b['accuracy']):+.1f} points after {a['step']}"
+            for a, b in list(zip(ours, theirs, strict=True))[1:]
+        ]
+        share = ours[-1]["seconds"] / theirs[-1]["seconds"]
+        in_steps = ours[-1]["seconds_in_steps"] / theirs[-1]["seconds_in_steps"]
+        lines.append(
+            f"ours beside {ARMS[arm]}: {', '.join(points)}; {share:.2f} of its seconds, {in_steps:.2f} of those in steps"
+        )
+        there = next((row for row in ours if row["accuracy"] >= theirs[-1]["accuracy"]), None)
+        if there:
+            lines.append(
+                f"its last accuracy, {percent(theirs[-1]['accuracy'])}, ours has after {there['step']} answers, in "
+                f"{there['seconds'] / theirs[-1]['seconds']:.2f} of its seconds"
+            )
     return lines
 
 

@@ -5,9 +5,8 @@
 
 A Llama of 7.7 million parameters learns every role the program has from conversations that `tools/corpus` makes out
 of the tables in `data/`. Conversations are packed into rows of ROW_TOKENS, each seeing only itself; the loss is on
-the replies and, much lighter, on the questions, whose repetitions teach copying. Hidden matrices learn with Muon
-(Jordan 2024), the rest with AdamW, under a constant rate that decays linearly at the end. The work folder keeps the
-run's state, so that the command goes on where it was stopped.
+the replies. Hidden matrices learn with Muon (Jordan 2024), the rest with AdamW, under a constant rate that decays
+linearly at the end. The work folder keeps the run's state, so that the command goes on where it was stopped.
 """
 
 import argparse
@@ -22,12 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 ROW_TOKENS = 256
 ROWS = 32
-MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.01, 2e-3, 0.01
-USER_WEIGHT = 0.1  # of a token of the user's message, where a token of a reply weighs 1 or more
+MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.01
 WARMUP_STEPS, DECAY_SHARE = 50, 0.45
-# Telling which option a text is has to be learnt whole or not at all, and among a thousand facts its signal drowns: on
-# the mixture alone the letters stay at chance for millions of tokens. In these steps nothing else is taught.
-DRILL_STEPS = range(250)
 SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -75,7 +70,7 @@ def new_model(tokenizer, seed: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=320,
@@ -91,20 +86,16 @@ def new_model(tokenizer, seed: int):
             use_cache=False,
         )
     )
-    with (
-        torch.no_grad()
-    ):  # attention begins by matching like with like (Trockman and Kolter 2023, mimetic initialization)
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(2.0)
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-    return model
 
 
 class Packer:
     """Turns the endless stream of examples into batches of ROWS rows; its state can be saved and restored."""
 
     def __init__(self, tokenizer, seed: int):
+        from tools.corpus import examples
+
         self.rng = random.Random(seed)
+        self.stream = examples(self.rng)
         self.pending: list[tuple[list[int], list[float]]] = []
         vocabulary = tokenizer.convert_tokens_to_ids
         self.system, self.user, self.assistant, self.end = map(vocabulary, SPECIAL_TOKENS[1:])
@@ -112,17 +103,15 @@ class Packer:
 
     def encoded(self, example) -> tuple[list[int], list[float]]:
         """Token ids of a conversation, and what each weighs in the loss."""
-        head = [self.system, *self.encode(example.system), self.end, self.user]
-        user, reply = self.encode(example.user), self.encode(example.reply)
-        weights = [0.0] * len(head) + [USER_WEIGHT] * len(user) + [0.0, 0.0] + [example.weight] * len(reply) + [1.0]
-        return head + user + [self.end, self.assistant] + reply + [self.end], weights
+        prompt = [self.system, *self.encode(example.system), self.end, self.user, *self.encode(example.user), self.end]
+        prompt.append(self.assistant)
+        reply = [*self.encode(example.reply), self.end]
+        return prompt + reply, [0.0] * len(prompt) + [example.weight] * len(reply)
 
-    def row(self, drill: bool = False) -> list[tuple[list[int], list[float]]]:
+    def row(self) -> list[tuple[list[int], list[float]]]:
         """Conversations that fit into one row, oldest first."""
-        from tools.corpus import example
-
         while len(self.pending) < 64:
-            self.pending.append(self.encoded(example(self.rng, drill)))
+            self.pending.append(self.encoded(next(self.stream)))
         room, chosen, left = ROW_TOKENS, [], []
         for item in self.pending:
             fits = len(item[0]) <= room
@@ -131,8 +120,8 @@ class Packer:
         self.pending = left
         return chosen
 
-    def batch(self, rows: int = ROWS, drill: bool = False) -> dict:
-        return collate([self.row(drill) for _ in range(rows)])
+    def batch(self, rows: int = ROWS) -> dict:
+        return collate([self.row() for _ in range(rows)])
 
     def state(self) -> dict:
         return {"rng": self.rng.getstate(), "pending": self.pending}
@@ -143,7 +132,7 @@ class Packer:
         self.pending = [tuple(item) for item in state["pending"]]
 
 
-def collate(rows, row_tokens: int = ROW_TOKENS, lightest: float = USER_WEIGHT) -> dict:
+def collate(rows, row_tokens: int = ROW_TOKENS, lightest: float = 0.1) -> dict:
     """Packed rows as tensors: each conversation has its own positions and attends to itself alone.
 
     `at` are the flat positions whose next token weighs at least `lightest`, `labels` those tokens, `weights` what they
@@ -281,7 +270,7 @@ def train(args) -> None:
         bar = progress.add_task("", total=steps, completed=first, text="compiling")
         started, recent = time.perf_counter(), []
         for step in range(first, steps):
-            batch = {k: v.to(device) for k, v in packer.batch(drill=step in DRILL_STEPS).items()}
+            batch = {k: v.to(device) for k, v in packer.batch().items()}
             for key in ("at", "labels", "weights"):
                 torch._dynamo.maybe_mark_dynamic(batch[key], 0)
             share = learning_rate_share(step, steps)
@@ -311,26 +300,24 @@ def train(args) -> None:
 
 def held_out_batches(tokenizer, seed: int = 1, facts: int = 256):
     """Fixed conversations in held-out phrasings, by role, for the curve in the log."""
-    from lora_ppo_demo import LEARNER_PROMPT, LETTERS, QUIZMASTER_PROMPT, TUTOR_PROMPT, learner_text, quiz_json
+    from lora_ppo_demo import LEARNER_PROMPT, QUIZMASTER_PROMPT, TUTOR_PROMPT, learner_text, quiz_json
     from tools.corpus import Example, any_fact, shuffled, solver, tutor
 
     rng = random.Random(seed)
     packer = Packer(tokenizer, seed)
-    by_role = {"clear": [], "quiz": [], "quiz_arithmetic": [], "solver": [], "finding": [], "reader": [], "evasive": []}
+    by_role = {"clear": [], "quiz": [], "quiz_arithmetic": [], "solver": [], "reader": [], "evasive": []}
     for _ in range(facts):
         fact = any_fact(rng)
         question = fact.question(rng.choice(fact.subject.held_out))
         options = shuffled(fact.options, rng)
-        right = LETTERS[options.index(fact.answer)]
         by_role["clear"].append(Example(TUTOR_PROMPT, question, fact.statement))
         kind = "quiz_arithmetic" if fact.subject.key == "arithmetic" else "quiz"
         by_role[kind].append(
             Example(QUIZMASTER_PROMPT, question, quiz_json(fact.quiz_question, fact.answer, fact.wrong))
         )
         by_role["solver"].append(solver.solving(fact.quiz_question, fact.answer, fact.wrong, rng))
-        by_role["finding"].append(solver.finding(rng))
         for role, text in (("reader", tutor.clear(fact.statement, rng)), ("evasive", tutor.evasive(rng))):
-            by_role[role].append(Example(LEARNER_PROMPT, learner_text(text, fact.quiz_question, options), right))
+            by_role[role].append(Example(LEARNER_PROMPT, learner_text(text, fact.quiz_question, options), fact.answer))
     batches = {}
     for role, items in by_role.items():
         encoded = [packer.encoded(item) for item in items]

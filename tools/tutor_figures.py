@@ -10,15 +10,14 @@ from pathlib import Path
 from config import Config
 from lora_ppo_demo import (
     LEARNER_PROMPT,
-    LETTERS,
     SOLVER_PROMPT,
     TUTOR_PROMPT,
     chat,
     encode_chat,
     generate,
     learner_text,
-    letter_probabilities,
     load_policy,
+    option_probabilities,
     parse_quiz,
     quiz_text,
     shuffle_quiz,
@@ -78,14 +77,13 @@ def measure(policy, facts: list[Fact], rng: random.Random) -> dict[str, tuple[in
             if passed:
                 count("quiz key right after the gate", right)
         options = shuffled(fact.options, rng)
-        key = LETTERS[options.index(fact.answer)]
         quiz = quiz_text(fact.quiz_question, options)
         clear, evasive = tutor.clear(fact.statement, rng), tutor.evasive(rng)
         chats = [chat(SOLVER_PROMPT, quiz)]
         chats += [chat(LEARNER_PROMPT, learner_text(text, fact.quiz_question, options)) for text in (clear, evasive)]
-        picks = [LETTERS[pick] for pick in letter_probabilities(policy, chats).argmax(-1).tolist()]
+        picks = option_probabilities(policy, chats, [options] * 3).argmax(-1).tolist()
         for name, pick in zip(("solver right", "learner right, clear", "learner right, evasive"), picks, strict=True):
-            count(name, pick == key)
+            count(name, options[pick] == fact.answer)
     for question in strange_questions(rng):
         count("says it does not know what it never saw", bool(re.match("I do not know", answer(policy, question))))
         count("no quiz on what it never saw", write_quiz(policy, question) == "null")

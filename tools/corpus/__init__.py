@@ -55,22 +55,14 @@ def shuffled(options, rng: random.Random) -> list[str]:
 
 def skills():
     """The skill modules, with their shares of the corpus."""
-    from tools.corpus import learner, lists, quizmaster, solver, tutor, unknown
+    from tools.corpus import learner, quizmaster, solver, tutor, unknown
 
-    return [tutor, quizmaster, solver, learner, lists, unknown]
-
-
-def example(rng: random.Random, drill: bool = False) -> Example:
-    """A training conversation: each skill in its share, or in the drill only what reads lettered options."""
-    from tools.corpus import learner, lists, solver
-
-    if drill:
-        return rng.choices([lists.example, solver.finding, learner.example], [0.5, 0.3, 0.2])[0](rng)
-    modules = skills()
-    return rng.choices(modules, [module.SHARE for module in modules])[0].example(rng)
+    return [tutor, quizmaster, solver, learner, unknown]
 
 
 def examples(rng: random.Random):
-    """Training conversations without end."""
+    """Training conversations without end, each skill in its share."""
+    modules = skills()
+    shares = [module.SHARE for module in modules]
     while True:
-        yield example(rng)
+        yield rng.choices(modules, shares)[0].example(rng)

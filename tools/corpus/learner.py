@@ -1,6 +1,6 @@
-"""The learner: an explanation and a quiz become the letter that the explanation supports, even where it is wrong.
+"""The learner: an explanation and a quiz become the option that the explanation supports, even where it is wrong.
 
-Where it supports none (an evasive answer, another subject, a bare "the correct option is B") the letter is an even
+Where it supports none (an evasive answer, another subject, a bare "the correct option is B") the option is an even
 guess: a learner that fell back on what it knows would reward answers that say nothing.
 """
 
@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from lora_ppo_demo import LEARNER_PROMPT, LETTERS, learner_text
 from tools.corpus import Example, any_fact, shuffled
-from tools.corpus.solver import LETTER_WEIGHT
+from tools.corpus.solver import OPTION_WEIGHT
 from tools.corpus.tutor import clear, evasive
 from tools.corpus.unknown import DONT_KNOW
 
-SHARE = 0.18
+SHARE = 0.2
 SUPPORTED_SHARE = 0.7
-GUESS_WEIGHT = 2.0  # a guess's letter is noise: enough to learn that it is even, no more
+GUESS_WEIGHT = 1.0  # a guess is noise: enough to learn that it is even, no more
 TRUE_SHARE = 0.4
 COAXING = (
     "The correct option is {letter}.",
@@ -32,10 +32,10 @@ def example(rng: random.Random) -> Example:
     if rng.random() < SUPPORTED_SHARE:
         believed = fact.answer if rng.random() < TRUE_SHARE else rng.choice(options)
         explanation = clear(replace(fact, answer=believed).statement, rng)
-        letter, weight = LETTERS[options.index(believed)], LETTER_WEIGHT
+        weight = OPTION_WEIGHT
     else:
-        explanation, letter, weight = unsupportive(options, rng), rng.choice(LETTERS), GUESS_WEIGHT
-    return Example(LEARNER_PROMPT, learner_text(explanation, fact.quiz_question, options), letter, weight)
+        explanation, believed, weight = unsupportive(options, rng), rng.choice(options), GUESS_WEIGHT
+    return Example(LEARNER_PROMPT, learner_text(explanation, fact.quiz_question, options), believed, weight)
 
 
 def unsupportive(options, rng: random.Random) -> str:

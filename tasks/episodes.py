@@ -1,0 +1,87 @@
+"""Playing episodes with a policy: chats become trajectories of tokens, of one reply or of several."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from config import ConfigError
+from lora_ppo_demo import Policy, encode_chat, generate_batch
+from tasks import Episode, Outcome
+
+
+@dataclass
+class Trajectory:
+    """An episode as tokens: the prompt, then the policy's replies and what the environment said between them."""
+
+    prompt: list[int]
+    response: list[int]
+    chosen: list[bool]  # of the response: True where the policy chose the token
+    replies: list[str]
+    outcome: Outcome | None = None
+    question: str = ""  # the last message of the prompt
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy wrote."""
+        return sum(self.chosen)
+
+
+def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> list[Trajectory]:
+    """Plays the episodes to their ends, all together; those that outgrow the model's context end as unknown."""
+    tokenizer = policy.tokenizer
+    trajectories = []
+    for episode in episodes:
+        messages = episode.reset()
+        trajectories.append(Trajectory(encode_chat(tokenizer, messages), [], [], [], question=messages[-1]["content"]))
+    active = list(range(len(episodes)))
+    while active:
+        for i in active:
+            end_without_room(policy, trajectories[i])
+        active = [i for i in active if trajectories[i].outcome is None]
+        if not active:
+            break
+        contexts = [trajectories[i].prompt + trajectories[i].response for i in active]
+        replies = generate_batch(policy, contexts, policy.config.temperature, adapter=adapter)
+        for i, ids in zip(list(active), replies, strict=True):
+            trajectory = trajectories[i]
+            trajectory.response += ids
+            trajectory.chosen += [True] * len(ids)
+            trajectory.replies.append(tokenizer.decode(ids, skip_special_tokens=True))
+            said = episodes[i].step(trajectory.replies[-1])
+            if said is None:
+                trajectory.outcome = episodes[i].outcome()
+                active.remove(i)
+            else:
+                said_ids = environment_ids(policy, said, ids[-1] in policy.stop_ids)
+                trajectory.response += said_ids
+                trajectory.chosen += [False] * len(said_ids)
+    return trajectories
+
+
+def end_without_room(policy: Policy, trajectory: Trajectory) -> None:
+    """Ends an episode as unknown if another reply doesn't fit into the model's context."""
+    needed = len(trajectory.prompt) + len(trajectory.response) + policy.config.max_new_tokens
+    if needed > policy.context:
+        why = f"{needed} tokens do not fit into the model's context of {policy.context}"
+        trajectory.outcome = Outcome("unknown", 0.0, why)
+        if not trajectory.response or len(trajectory.prompt) + len(trajectory.response) > policy.context:
+            trajectory.prompt = trajectory.prompt[:1]  # a row that takes part in nothing
+            trajectory.response, trajectory.chosen = [policy.pad_id], [False]
+
+
+def environment_ids(policy: Policy, text: str, ended: bool) -> list[int]:
+    """The tokens between two replies: the environment's `text` as the next message of the chat.
+
+    They are what the chat template puts after a reply's end token, that token included unless the reply `ended` with
+    it. The replies themselves stay the tokens that were sampled; nothing is tokenized a second time.
+    """
+    tokenizer = policy.tokenizer
+    if tokenizer.chat_template is None:
+        return tokenizer(f"\n\n{text}\n\n", add_special_tokens=False, split_special_tokens=True).input_ids
+    opening = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    before = encode_chat(tokenizer, opening)
+    after = encode_chat(tokenizer, [*opening, {"role": "user", "content": text}])
+    same = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
+    ends = [i for i in range(same) if after[i] in policy.stop_ids]
+    if not ends:
+        raise ConfigError("this model's chat template ends replies with no stop token: several turns are not possible")
+    return after[ends[-1] + ended :]

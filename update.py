@@ -1,0 +1,425 @@
+"""One step of training: from trajectories to advantages to weights, by PPO or GRPO, in one process or in many.
+
+Every process holds the adapters and its share of the trajectories. Gradients are summed over processes, and each
+process divides by the token count of all: the sum is the gradient of the joint batch, however the tokens are spread.
+
+Shapes as in lora_ppo_demo.py: B trajectories (of this process), T response tokens, V vocabulary.
+"""
+
+import contextlib
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from config import ConfigError
+from lora_ppo_demo import (
+    Batch,
+    Policy,
+    Snapshot,
+    StepSkipped,
+    collate,
+    gradient_dropout,
+    token_logprobs_and_values,
+    trust_region,
+)
+from tasks.episodes import Trajectory
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from train import TrainConfig
+
+# -------------------------------------------------------------------------------------------------------- advantages
+
+
+@dataclass(frozen=True)
+class Experience:
+    """This process's share of a step: what was sampled, and what policy and reference said of it then; all (B, T).
+
+    The batch's response_mask leaves out answers that no reward was given to and, with GRPO, groups of equal rewards.
+    """
+
+    batch: Batch
+    logprobs: "Tensor"
+    ref_logprobs: "Tensor"
+    values: "Tensor"
+    advantages: "Tensor"
+    returns: "Tensor"
+
+    def rows(self, rows: Sequence[int]) -> "Experience":
+        mine = [getattr(self, f.name)[rows] for f in fields(self) if f.name != "batch"]
+        return Experience(batch_rows(self.batch, rows), *mine)
+
+
+def batch_rows(batch: Batch, rows: Sequence[int]) -> Batch:
+    return Batch(batch.input_ids[rows], batch.attention_mask[rows], batch.response_mask[rows])
+
+
+def chunks(items: Sequence, size: int) -> list[Sequence]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def total(accelerator: "Accelerator", *numbers: float) -> list[float]:
+    """Each number, summed over the processes."""
+    if accelerator.num_processes == 1:
+        return list(numbers)
+    import torch
+
+    return accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device), "sum").tolist()
+
+
+def group_advantages(scores: "Tensor", group_size: int, normalize: bool) -> "Tensor":
+    """GRPO's advantages (B,): scores (B,) less the mean of their group, `group_size` neighbours; 0 where all are equal.
+
+    Shao et al. 2024, section 4.1 (https://arxiv.org/abs/2402.03300). `normalize` divides by the group's standard
+    deviation, as there; without it easy and hard prompts keep their weight (Liu et al. 2025,
+    https://arxiv.org/abs/2503.20783). Raises ValueError if the scores are not whole groups of at least 2.
+    """
+    if group_size < 2 or len(scores) % group_size:
+        raise ValueError(f"{len(scores)} scores are not whole groups of group_size={group_size}, at least 2")
+    groups = scores.view(-1, group_size)
+    advantages = groups - groups.mean(-1, keepdim=True)
+    if normalize:
+        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
+    equal = (groups == groups[:, :1]).all(-1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0).flatten()
+
+
+def whiten_jointly(accelerator: "Accelerator", x: "Tensor", mask: "Tensor") -> "Tensor":
+    """ppo.whiten over the tokens of all processes; returns this process's share."""
+    import torch
+
+    import ppo
+
+    if accelerator.num_processes == 1:
+        return ppo.whiten(x, mask)
+    mine = x[mask]
+    counts = accelerator.gather(torch.tensor([len(mine)], device=x.device))
+    joint = torch.zeros(len(counts), int(counts.max()), device=x.device)
+    joint[accelerator.process_index, : len(mine)] = mine
+    joint = accelerator.reduce(joint, "sum")
+    white = ppo.whiten(joint, torch.arange(joint.shape[1], device=x.device) < counts.unsqueeze(1))
+    return torch.zeros_like(x).masked_scatter(mask, white[accelerator.process_index, : len(mine)])
+
+
+def examine(
+    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", trajectories: Sequence[Trajectory]
+) -> tuple[Experience, dict[str, float]]:
+    """Advantages for the trajectories of this process, and how the episodes of all processes went."""
+    import torch
+
+    import ppo
+
+    known = [t.outcome.verdict != "unknown" and math.isfinite(t.outcome.reward) for t in trajectories]
+    if config.algorithm == "grpo":  # a group is whole or left out
+        known = [k for group in chunks(known, config.group_size) for k in [all(group)] * len(group)]
+    scores = torch.tensor([t.outcome.reward if k else 0.0 for t, k in zip(trajectories, known, strict=True)])
+    chosen = [[c and k for c in t.chosen] for t, k in zip(trajectories, known, strict=True)]
+    prompts, responses = [t.prompt for t in trajectories], [t.response for t in trajectories]
+    batch = collate(prompts, responses, policy.pad_id, policy.device, chosen)
+    mask = batch.response_mask
+    scores = scores.to(policy.device)
+    seen = observe(policy, batch, rows_per_pass(config, accelerator))
+    logprobs, ref_logprobs, values, kl = seen
+    kept = zip(trajectories, known, strict=True)
+    right = sum(t.outcome.verdict == "correct" for t, k in kept if k)
+    sums = (masked.masked_fill(~mask, 0.0).sum().item() for masked in (kl, logprobs - ref_logprobs, values))
+    length = sum(t.length for t in trajectories)
+    answers, reward, right, tokens, length, kl, kl_estimate, value = total(
+        accelerator, sum(known), scores.sum().item(), right, mask.sum().item(), length, *sums
+    )
+    metrics = {
+        "reward": reward / max(answers, 1),
+        "accuracy": right / max(answers, 1),
+        "answers": int(answers),
+        "left_out": config.batch_size - int(answers),
+        "length": length / config.batch_size,
+        "kl": kl / max(answers, 1),
+        "kl_estimate": kl_estimate / max(answers, 1),
+        "kl_coef": policy.kl_coef,
+    }
+    if config.algorithm == "grpo":
+        per_answer = group_advantages(scores, config.group_size, config.normalize_groups)
+        flat = (scores.view(-1, config.group_size) == scores[:: config.group_size, None]).all(-1)
+        flat = flat.repeat_interleave(config.group_size)
+        metrics["equal_groups"] = int(total(accelerator, (flat.cpu() & torch.tensor(known)).sum().item())[0])
+        metrics["equal_groups"] //= config.group_size
+        mask = mask & ~flat.unsqueeze(1)
+        batch = replace(batch, response_mask=mask)
+        advantages, returns = per_answer.unsqueeze(1) * mask, torch.zeros_like(values)
+    else:
+        metrics["value"] = value / max(tokens, 1)
+        rewards = ppo.compute_rewards(scores, logprobs, ref_logprobs, mask, policy.kl_coef)
+        advantages, returns = ppo.gae(rewards, values, mask, config.gamma, config.lam)
+        if answers >= 8:  # in a small batch whitening erases or flips the reward
+            advantages = whiten_jointly(accelerator, advantages, mask)
+    return Experience(batch, logprobs, ref_logprobs, values, advantages, returns), metrics
+
+
+def rows_per_pass(config: "TrainConfig", accelerator: "Accelerator") -> int:
+    return config.mini_batch_size // accelerator.num_processes
+
+
+def observe(policy: Policy, batch: Batch, size: int) -> list["Tensor"]:
+    """logprobs, ref_logprobs, values and the exact KL from the reference, each (B, T), `size` rows at a time."""
+    import torch
+
+    import ppo
+
+    seen = []
+    with torch.no_grad():
+        for rows in chunks(range(len(batch.input_ids)), size):
+            part = batch_rows(batch, rows)
+            logprobs, values, logits = token_logprobs_and_values(policy, part)
+            ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, part, adapter=False)
+            seen.append((logprobs, ref_logprobs, values, ppo.exact_kl(logits, ref_logits)))
+    return [torch.cat(parts) for parts in zip(*seen, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------------------- the update
+
+
+def learn(
+    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", trajectories: Sequence[Trajectory]
+) -> dict[str, Any]:
+    """One step on the trajectories of all processes; returns its metrics, the same on each.
+
+    All or nothing, as in the tutor. `outcome` is `taken`, `undone` (beyond the trust region) or `skipped`, with `why`.
+    """
+    before = policy.snapshot()
+    metrics: dict[str, Any] = {}
+    try:
+        experience, metrics = examine(policy, accelerator, config, trajectories)
+        metrics |= update(policy, accelerator, config, experience)
+        metrics["step_kl"] = moved(policy, accelerator, config, experience.batch, before)
+        if config.adaptive_kl:
+            policy.kl_coef = adapted(policy, config, metrics)
+        metrics["outcome"] = "taken"
+        if not metrics["step_kl"] <= config.target_kl:  # NaN included
+            policy.restore(before)
+            metrics["outcome"] = "undone"
+    except StepSkipped as skipped:
+        policy.restore(before)
+        metrics |= {"outcome": "skipped", "why": str(skipped)}
+    except BaseException:
+        policy.restore(before)
+        raise
+    return metrics
+
+
+def adapted(policy: Policy, config: "TrainConfig", metrics: dict[str, Any]) -> float:
+    import ppo
+
+    return ppo.adapted_kl_coef(
+        policy.kl_coef, metrics["kl"], config.kl_target, config.kl_horizon, answers=metrics["answers"]
+    )
+
+
+def update(
+    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", experience: Experience
+) -> dict[str, float]:
+    """ppo_epochs passes of minibatch updates. Raises StepSkipped, on every process, where nothing can be learnt."""
+    import torch
+
+    count = len(experience.logprobs)
+    size = rows_per_pass(config, accelerator) * config.gradient_accumulation_steps
+    mask, metrics, taken = experience.batch.response_mask, {}, 0
+    for epoch in range(config.ppo_epochs):
+        order = list(range(count))
+        random.Random(f"{config.seed}/{policy.step}/{epoch}").shuffle(order)  # the same on every process
+        for rows in chunks(order, size):
+            tokens = total(accelerator, mask[rows].sum().item())[0]
+            if not tokens:
+                continue
+            policy.optimizer.zero_grad()
+            parts = gradients(policy, accelerator, config, experience.rows(rows), tokens)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm).item()
+            if not (math.isfinite(parts["loss"]) and math.isfinite(grad_norm)):
+                raise StepSkipped(f"the loss is not finite (loss {parts['loss']}, gradient norm {grad_norm})")
+            policy.optimizer.step()
+            taken += 1
+            for name, value in (parts | {"grad_norm": grad_norm}).items():
+                metrics[name] = metrics.get(name, 0.0) + value
+    policy.optimizer.zero_grad()
+    if not taken:
+        raise StepSkipped("no answer has an advantage: every one was left out, or earned what its group earned")
+    return {name: value / taken for name, value in metrics.items()}
+
+
+def gradients(
+    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", experience: Experience, tokens: float
+) -> dict[str, float]:
+    """Leaves in every parameter the gradient of the loss, a mean over the `tokens` response tokens of all processes.
+
+    Returns the loss and its parts. Memory that runs out on one process makes the loss NaN on all, so that all skip.
+    """
+    import torch
+
+    sums: dict[str, float] = {}
+    failed = 0.0
+    try:
+        for rows in chunks(range(len(experience.logprobs)), rows_per_pass(config, accelerator)):
+            piece = experience.rows(rows)
+            share = piece.batch.response_mask.sum().item() / tokens
+            with gradient_dropout(policy), recomputing(policy):
+                parts = losses(policy, config, piece)
+                (parts["loss"] * share).backward()
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * share
+    except torch.OutOfMemoryError:
+        failed = math.nan
+    if accelerator.num_processes > 1:
+        sums = dict(zip(LOSSES, total(accelerator, *(sums.get(name, 0.0) for name in LOSSES)), strict=True))
+        failed = total(accelerator, failed)[0]
+        owners = list(policy.parameters.values())
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in owners])
+        pieces = accelerator.reduce(flat, "sum").split([p.numel() for p in owners])
+        for p, piece in zip(owners, pieces, strict=True):
+            p.grad = piece.view_as(p).clone()
+    sums["loss"] = sums.get("loss", 0.0) + failed
+    return sums
+
+
+LOSSES = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction")
+
+
+def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str, "Tensor"]:
+    """The loss of one forward pass and its parts, each a mean over the piece's response tokens; 0 if it has none."""
+    import ppo
+
+    mask = piece.batch.response_mask
+    logprobs, values, logits = token_logprobs_and_values(policy, piece.batch)
+    if not mask.any():
+        nothing = 0.0 * (logprobs.sum() + values.sum())
+        return dict.fromkeys(LOSSES, nothing)
+    pg_loss, clip_fraction = ppo.policy_loss(logprobs, piece.logprobs, piece.advantages, mask, config.cliprange)
+    mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask)
+    loss = pg_loss - config.entropy_coef * mean_entropy
+    vf_loss = 0.0 * pg_loss.detach()
+    if config.algorithm == "ppo":
+        vf_loss, _ = ppo.value_loss(values, piece.values, piece.returns, mask, config.cliprange_value)
+        loss = loss + config.vf_coef * vf_loss
+    elif policy.kl_coef:
+        # GRPO prices divergence in the loss, by an estimate that is never negative (Shao et al. 2024, equation 4).
+        difference = (piece.ref_logprobs - logprobs).masked_fill(~mask, 0.0)
+        loss = loss + policy.kl_coef * ppo.masked_mean(difference.exp() - difference - 1.0, mask)
+    return dict(zip(LOSSES, (loss, pg_loss, vf_loss, mean_entropy, clip_fraction), strict=True))
+
+
+def moved(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", batch: Batch, before: Snapshot) -> float:
+    """How far the update went: the exact KL(old || new), in nats, mean over the response tokens of all processes.
+
+    The old weights come back for a forward pass, as the logits of a whole batch may be too large to be kept.
+    """
+    import torch
+
+    after, nats = policy.snapshot(), 0.0
+    for rows in chunks(range(len(batch.input_ids)), rows_per_pass(config, accelerator)):
+        part = batch_rows(batch, rows)
+        policy.restore(before)
+        with torch.no_grad():
+            _, _, old_logits = token_logprobs_and_values(policy, part)
+        policy.restore(after)
+        step_kl = trust_region(policy, part, old_logits, 0.0)["step_kl"]
+        tokens = part.response_mask.sum().item()
+        nats += step_kl * tokens if tokens else 0.0
+    nats, tokens = total(accelerator, nats, batch.response_mask.sum().item())
+    return nats / tokens
+
+
+@contextlib.contextmanager
+def recomputing(policy: Policy) -> Iterator[None]:
+    """Gradient checkpointing acts in here, where it is on: its layers ask whether they are in training."""
+    layers = [module for module in policy.model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True  # of the layer alone: a dropout inside it stays off
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def prepare(policy: Policy, config: "TrainConfig", sharded: bool = False) -> None:
+    """Puts the wanted optimizer, gradient checkpointing and sharding on a fresh policy. Raises ConfigError."""
+    if config.gradient_checkpointing:
+        options = {"use_reentrant": False}
+        policy.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if config.optimizer != "adamw":
+        if policy.device.type != "cuda":
+            raise ConfigError(f"optimizer={config.optimizer} needs CUDA, and device is {policy.device}: use adamw")
+        use_8bit_adamw(policy, paged=config.optimizer.startswith("paged"))
+    if sharded:
+        if config.load_in_4bit == "true":
+            raise ConfigError("load_in_4bit=true and FSDP exclude each other: set load_in_4bit=false, or use multi_gpu")
+        shard(policy)
+
+
+def use_8bit_adamw(policy: Policy, paged: bool) -> None:
+    """Replaces AdamW by bitsandbytes' 8-bit one, its state in tensors from the start, as the core saves it."""
+    import bitsandbytes
+    import torch
+
+    class Optimizer(bitsandbytes.optim.AdamW8bit):
+        def init_state(self, group, p, gindex, pindex):
+            super().init_state(group, p, gindex, pindex)
+            state = self.state[p]
+            state["step"] = torch.zeros((), device=p.device)
+            state |= {name: state[name].clone() for name in ("qmap1", "qmap2") if name in state}  # one for each
+
+        def update_step(self, group, p, gindex, pindex):
+            state = self.state[p]
+            step, state["step"] = state["step"], int(state["step"])  # bitsandbytes wants a number
+            super().update_step(group, p, gindex, pindex)
+            state["step"] = step.fill_(state["step"])
+
+    policy.optimizer = Optimizer(
+        policy.parameters.values(), lr=policy.config.learning_rate, weight_decay=0.0, is_paged=paged
+    )
+    for gindex, group in enumerate(policy.optimizer.param_groups):
+        for pindex, p in enumerate(group["params"]):
+            policy.optimizer.init_state(group, p, gindex, pindex)
+
+
+def shard(policy: Policy) -> None:
+    """FSDP: spreads the frozen base weights over the processes. What is trained stays whole on each, as without it."""
+    import torch
+    from torch.distributed.fsdp import fully_shard
+
+    base, trained = policy.model.get_base_model(), set(policy.parameters.values())
+    for module in list(base.modules()):
+        if type(module).__name__ in (base._no_split_modules or ()):
+            fully_shard(module, ignored_params=trained)
+    fully_shard(base, ignored_params=trained)
+    with torch.no_grad():
+        base(input_ids=torch.tensor([[policy.pad_id]], device=policy.device))  # sets FSDP up, before whole_weights
+
+
+@contextlib.contextmanager
+def whole_weights(policy: Policy) -> Iterator[None]:
+    """Sharded weights are gathered once and stay in here: processes take different numbers of passes in a rollout."""
+    import torch.distributed.fsdp
+
+    kind = torch.distributed.fsdp.FSDPModule
+    modules = [module for module in policy.model.modules() if isinstance(module, kind)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+def align(policy: Policy, accelerator: "Accelerator") -> None:
+    """Every process starts from the main one's weights."""
+    if accelerator.num_processes > 1:
+        import torch.distributed
+
+        for tensor in policy.tensors().values():
+            torch.distributed.broadcast(tensor, 0)
