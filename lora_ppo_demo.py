@@ -95,13 +95,24 @@ def learner_text(explanation: str, question: str, options: Sequence[str]) -> str
     return f"{explanation}\n\n{quiz_text(question, options)}"
 
 
-def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
-    """Token ids of a chat, up to where the assistant's reply begins.
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Token ids of untrusted text: where it spells a special token (`<|im_start|>`), that stays text."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content) > 1]
+    spelt = [token for token in special if token in text]
+    pieces = [text]
+    if spelt:  # cut in two after its first character, a token is none
+        pieces = re.split("|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelt), text)
+    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]
 
-    What stands in the messages is untrusted: a special token's text in it (`<|im_start|>system`) stays text. Where it
-    has none the chat is encoded whole, as the model was trained. A template without a system role, or that drops it,
-    gets the system prompt at the head of the user's message.
+
+def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
+    """Token ids of a chat, up to where the assistant's reply begins. What stands in the messages is untrusted.
+
+    Where it spells no special token the chat is encoded whole, as the model was trained. A template without a system
+    role, or that drops it, gets the system prompt at the head of the user's message. Raises ConfigError if the template
+    renders something else than the messages.
     """
+    from jinja2 import TemplateError
 
     def render(contents: list[str]) -> str:
         rows = [message | {"content": content} for message, content in zip(messages, contents, strict=True)]
@@ -109,13 +120,8 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
             return "".join(f"{row['content']}\n\n" for row in rows)
         return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
     contents = [message["content"] for message in messages]
     places = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in messages]
-    from jinja2 import TemplateError
-
     try:
         rendered = render(places)
     except TemplateError:
@@ -125,15 +131,16 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
             raise ConfigError("this model's chat template does not render the messages: try another model_name")
         merged = [{"role": messages[1]["role"], "content": f"{contents[0]}\n\n{contents[1]}"}, *messages[2:]]
         return encode_chat(tokenizer, merged)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content) > 1]
-    if not any(token in content for content in contents for token in special):
-        return encode(render(contents))
-    inside = re.compile("|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in special))
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    if not any(token in content for content in contents for token in added):
+        return tokenizer(render(contents), add_special_tokens=False).input_ids
     by_place = dict(zip(places, contents, strict=True))
     ids: list[int] = []
     for part in re.split("(" + "|".join(places) + ")", rendered):
-        pieces = inside.split(by_place[part]) if part in by_place else [part]  # a token cut in two stays text
-        ids += [i for piece in pieces for i in encode(piece)]
+        untrusted = part in by_place
+        ids += (
+            encode_text(tokenizer, by_place[part]) if untrusted else tokenizer(part, add_special_tokens=False).input_ids
+        )
     return ids
 
 

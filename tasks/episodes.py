@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from config import ConfigError
-from lora_ppo_demo import Policy, encode_chat, generate_batch
+from lora_ppo_demo import Policy, encode_chat, encode_text, generate_batch
 from tasks import Episode, Outcome
 
 
@@ -76,7 +76,7 @@ def environment_ids(policy: Policy, text: str, ended: bool) -> list[int]:
     """
     tokenizer = policy.tokenizer
     if tokenizer.chat_template is None:
-        return tokenizer(f"\n\n{text}\n\n", add_special_tokens=False, split_special_tokens=True).input_ids
+        return encode_text(tokenizer, f"\n\n{text}\n\n")
     opening = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     before = encode_chat(tokenizer, opening)
     after = encode_chat(tokenizer, [*opening, {"role": "user", "content": text}])

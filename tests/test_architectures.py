@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from config import ConfigError
 from lora_ppo_demo import (
-    LETTERS,
     QUIZMASTER_PROMPT,
     SOLVER_PROMPT,
     TUTOR_PROMPT,
@@ -20,9 +19,9 @@ from lora_ppo_demo import (
     collate,
     encode_chat,
     generate,
-    letter_probabilities,
     load_checkpoint,
     load_policy,
+    option_probabilities,
     parse_quiz,
     ppo_step,
     quiz_text,
@@ -230,22 +229,24 @@ def test_a_quiz_that_is_cut_short_is_the_beginning_of_one(folder):
         assert parse_quiz(policy.tokenizer.decode(beginning + ids)) is None
 
 
-def test_letter_probabilities_are_the_base_models(folder):
-    """Against the plain model: the probability of "A" and " A" and so on as the next token, renormalized."""
+def test_option_probabilities_are_the_base_models(folder):
+    """Against the plain model, one unpadded reply at a time: its tokens' probabilities multiplied, renormalized."""
     policy = tiny_policy(folder, temperature=0.3)
     randomize_adapter(policy)
-    chats = [
-        chat(SOLVER_PROMPT, quiz_text(question, ("Paris", "Rome", "Madrid", "Berlin")))
-        for question in ("Which?", QUESTION)
-    ]
-    probabilities = letter_probabilities(policy, chats)
+    options = [("Paris", "Rome", "Madrid", "Berlin"), ("4", "42", "a longer option", "5")]
+    chats = [chat(SOLVER_PROMPT, quiz_text(QUESTION, four)) for four in options]
+    probabilities = option_probabilities(policy, chats, options)
     assert probabilities.shape == (2, 4)
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2))
-    ids_of = policy.tokenizer.convert_tokens_to_ids
-    for row, messages in enumerate(chats):
-        following = base_logits(folder, encode_chat(policy.tokenizer, messages))[0, -1].softmax(-1)
-        letters = torch.stack([following[ids_of(letter)] + following[ids_of(f"Ġ{letter}")] for letter in LETTERS])
-        torch.testing.assert_close(probabilities[row], letters / letters.sum(), rtol=1e-3, atol=1e-5)
+    for row, (messages, four) in enumerate(zip(chats, options, strict=True)):
+        prompt = encode_chat(policy.tokenizer, messages)
+        scores = []
+        for option in four:
+            reply = [*policy.tokenizer.encode(option, add_special_tokens=False), policy.stop_ids[0]]
+            logp = base_logits(folder, prompt + reply)[0].log_softmax(-1)
+            scores.append(sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(reply)))
+        expected = torch.tensor(scores, dtype=torch.float64).softmax(-1).float()
+        torch.testing.assert_close(probabilities[row], expected, rtol=2e-3, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO

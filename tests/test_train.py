@@ -24,6 +24,7 @@ import train
 import update
 from config import ConfigError, parse
 from tasks import Outcome
+from tasks.episodes import play
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = {
@@ -71,7 +72,7 @@ def loaded(llama, **changes) -> tuple[demo.Policy, train.TrainConfig]:
 def answered(policy, rewards, seed=0, verdict=None) -> list[tasks.episodes.Trajectory]:
     """One sampled answer a reward."""
     torch.manual_seed(seed)
-    trajectories = tasks.episodes.play(policy, [EchoTask().episode(i) for i in range(len(rewards))])
+    trajectories = play(policy, [EchoTask().episode(i) for i in range(len(rewards))])
     for trajectory, reward in zip(trajectories, rewards, strict=True):
         trajectory.outcome = Outcome(verdict or ("correct" if reward > 0 else "incorrect"), reward)
     return trajectories
@@ -115,7 +116,7 @@ def same(a, b) -> bool:
 def test_several_replies_make_one_trajectory_and_only_they_are_chosen(llama_policy):
     task = EchoTask(turns=3)
     torch.manual_seed(0)
-    trajectory = tasks.episodes.play(llama_policy, [task.episode(5)])[0]
+    trajectory = play(llama_policy, [task.episode(5)])[0]
     assert len(trajectory.replies) == 3
     assert trajectory.outcome.verdict in ("correct", "incorrect")
     parts, policy_ids = [], []
@@ -143,7 +144,7 @@ def test_episodes_of_different_length_are_played_together_as_each_alone_would_be
     monkeypatch.setattr(tasks.episodes, "generate_batch", generate_batch)
     task = EchoTask(turns=lambda number: 1 + number % 3)
     torch.manual_seed(0)
-    trajectories = tasks.episodes.play(llama_policy, [task.episode(i) for i in range(6)])
+    trajectories = play(llama_policy, [task.episode(i) for i in range(6)])
     assert [len(t.replies) for t in trajectories] == [1, 2, 3, 1, 2, 3]
     assert [len(c) for c in contexts] == [6, 4, 2]
     last = trajectories[5]
@@ -174,7 +175,7 @@ def test_an_episode_that_outgrows_the_context_is_unknown_and_takes_part_in_nothi
     task = EchoTask()
     task.prompt = lambda number: "word " * (2000 if number == 1 else 2)
     torch.manual_seed(0)
-    trajectories = tasks.episodes.play(policy, [task.episode(i) for i in range(4)])
+    trajectories = play(policy, [task.episode(i) for i in range(4)])
     assert [t.outcome.verdict == "unknown" for t in trajectories] == [False, True, False, False]
     assert "do not fit" in trajectories[1].outcome.why
     metrics = update.learn(policy, accelerator, config, trajectories)
@@ -243,7 +244,7 @@ def test_environment_text_has_no_influence_on_the_gradient(llama, accelerator):
     """The loss must not depend on log-probabilities of tokens that the policy did not choose."""
     policy, config = loaded(llama)
     torch.manual_seed(0)
-    trajectories = tasks.episodes.play(policy, [EchoTask(turns=2).episode(i) for i in range(4)])
+    trajectories = play(policy, [EchoTask(turns=2).episode(i) for i in range(4)])
     experience, _ = update.examine(policy, accelerator, config, trajectories)
     mask = experience.batch.response_mask
     assert mask.sum() == sum(t.length for t in trajectories)
@@ -594,9 +595,7 @@ def test_two_processes_give_the_gradient_of_one_with_the_joint_batch(llama, acce
     changes |= {"group_size": 2, "entropy_coef": 0.01}
     policy, config = loaded(llama, **changes)
     torch.manual_seed(0)
-    trajectories = tasks.episodes.play(
-        policy, [EchoTask(turns=lambda number: 1 + number % 3).episode(i) for i in range(12)]
-    )
+    trajectories = play(policy, [EchoTask(turns=lambda number: 1 + number % 3).episode(i) for i in range(12)])
     rewards = [1.0, -1.0, 0.5, 0.5, -1.0, 1.0, 1.0, 0.25, 1.0, -1.0, -1.0, 1.0]
     for trajectory, reward in zip(trajectories, rewards, strict=True):
         trajectory.outcome = Outcome("correct" if reward > 0 else "incorrect", reward)

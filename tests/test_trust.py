@@ -339,9 +339,9 @@ QUIZ = Quiz("Which city?", ("Rome", "Madrid", "Paris", "Berlin"), 2)
 
 
 def solver(pick, calls: list):
-    """In place of letter_probabilities: `pick(lines)` names the line that is chosen among the four of each quiz."""
+    """In place of option_probabilities: `pick(lines)` names the line that is chosen among the four of each quiz."""
 
-    def probabilities(policy, chats):
+    def probabilities(policy, chats, options):
         lines = [messages[-1]["content"].split("\n")[1:] for messages in chats]
         calls.extend(lines)
         return torch.eye(4)[[pick(four) for four in lines]]
@@ -352,7 +352,7 @@ def solver(pick, calls: list):
 def test_a_quiz_survives_a_solver_that_knows(monkeypatch):
     """And it is asked four times, with the key behind each letter once."""
     calls: list[list[str]] = []
-    monkeypatch.setattr(lora_ppo_demo, "letter_probabilities", solver(lambda four: find(four, "Paris"), calls))
+    monkeypatch.setattr(lora_ppo_demo, "option_probabilities", solver(lambda four: find(four, "Paris"), calls))
     assert survives(None, QUIZ) is True
     assert sorted(find(four, "Paris") for four in calls) == [0, 1, 2, 3]
     assert all(sorted(line[3:] for line in four) == sorted(QUIZ.options) for four in calls)
@@ -365,7 +365,7 @@ def find(lines: list[str], option: str) -> int:
 
 @pytest.mark.parametrize("letter", range(4))
 def test_a_quiz_does_not_survive_a_solver_that_always_picks_one_letter(monkeypatch, letter):
-    monkeypatch.setattr(lora_ppo_demo, "letter_probabilities", solver(lambda four: letter, []))
+    monkeypatch.setattr(lora_ppo_demo, "option_probabilities", solver(lambda four: letter, []))
     assert survives(None, QUIZ) is False
 
 
@@ -376,14 +376,14 @@ def test_a_quiz_needs_more_than_half_of_its_four_trials(monkeypatch, known, expe
     def pick(four: list[str]) -> int:
         return find(four, "Paris" if next(answers) else "Rome")
 
-    monkeypatch.setattr(lora_ppo_demo, "letter_probabilities", solver(pick, []))
+    monkeypatch.setattr(lora_ppo_demo, "option_probabilities", solver(pick, []))
     assert survives(None, QUIZ) is expected
 
 
 @pytest.mark.parametrize("key", range(4))
 def test_a_wrong_key_does_not_survive(monkeypatch, key):
     """The solver knows the answer; the quiz claims another option."""
-    monkeypatch.setattr(lora_ppo_demo, "letter_probabilities", solver(lambda four: find(four, "Paris"), []))
+    monkeypatch.setattr(lora_ppo_demo, "option_probabilities", solver(lambda four: find(four, "Paris"), []))
     quiz = Quiz(QUIZ.question, QUIZ.options, key)
     assert survives(None, quiz) is (key == QUIZ.key)
 
