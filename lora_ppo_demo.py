@@ -492,8 +492,8 @@ class QuizGrammar:
             allowed[self.policy.stop_ids] = True
         else:
             allowed |= self.next_tokens(scores.shape[-1])
-            repeats = self.repeating_tokens(written)
-            if repeats and (allowed.sum() > len(repeats)):
+            repeats = self.repeating_tokens(written, allowed)
+            if allowed.sum() > len(repeats):
                 allowed[repeats] = False
         return scores.masked_fill(~allowed.to(scores.device), -math.inf)
 
@@ -507,18 +507,15 @@ class QuizGrammar:
         llguidance.numpy.fill_next_token_bitmask(self.matcher, bits)
         return torch.from_numpy(np.unpackbits(bits.view(np.uint8), bitorder="little")[:vocabulary].astype(bool))
 
-    def repeating_tokens(self, written: list[int]) -> list[int]:
-        """The tokens that would end an option that an earlier one equals."""
+    def repeating_tokens(self, written: list[int], allowed: "Tensor") -> list[int]:
+        """The allowed tokens that would end an option that an earlier one equals."""
         _, found, options = self.policy.tokenizer.decode(written).partition('"correct":')
-        options = options.replace('"wrong":', "")
-        earlier = JSON_STRING.findall(options)
-        _, unfinished, beginning = JSON_STRING.sub("", options).rpartition('"')
-        if not found or not unfinished or not any(option.startswith(beginning) for option in earlier):
-            return []
-        endings = (
-            (token, JSON_STRING.match(f'"{beginning}{text}')) for token, text in self.policy.quote_tokens.items()
-        )
-        return [token for token, ending in endings if ending and ending[1] in earlier]
+        repeats = []
+        for token, text in self.policy.quote_tokens.items() if found else ():
+            if allowed[token]:
+                strings = JSON_STRING.findall((options + text).replace('"wrong":', ""))
+                repeats += [token] if len(set(strings)) < len(strings) else []
+        return repeats
 
 
 def parse_quiz(text: str) -> tuple[str, str, list[str]] | None:

@@ -451,8 +451,8 @@ class Training:
             item = bar.add_task("the first step", total=self.last, completed=self.policy.step)
 
             def show(line: dict[str, Any]) -> None:
-                text = f"reward {line['reward']:+.2f}  accuracy {line['accuracy']:.0%}  KL {line['kl']:.2f}"
-                text += f"  {line['tokens_per_second']:.0f} tokens/s"
+                text = f"reward {line.get('reward', 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
+                text += f"  KL {line.get('kl', 0):.2f}  {line['tokens_per_second']:.0f} tokens/s"
                 bar.update(item, completed=line["step"], description=text)
 
             yield show

@@ -145,8 +145,8 @@ def examine(
         per_answer = group_advantages(scores, config.group_size, config.normalize_groups)
         flat = (scores.view(-1, config.group_size) == scores[:: config.group_size, None]).all(-1)
         flat = flat.repeat_interleave(config.group_size)
-        metrics["equal_groups"] = int(total(accelerator, (flat.cpu() & torch.tensor(known)).sum().item())[0])
-        metrics["equal_groups"] //= config.group_size
+        equal = (flat.cpu() & torch.tensor(known)).sum().item() // config.group_size
+        metrics["equal_groups"] = int(total(accelerator, equal)[0])
         mask = mask & ~flat.unsqueeze(1)
         batch = replace(batch, response_mask=mask)
         advantages, returns = per_answer.unsqueeze(1) * mask, torch.zeros_like(values)
@@ -164,7 +164,11 @@ def rows_per_pass(config: "TrainConfig", accelerator: "Accelerator") -> int:
 
 
 def observe(policy: Policy, batch: Batch, size: int) -> list["Tensor"]:
-    """logprobs, ref_logprobs, values and the exact KL from the reference, each (B, T), `size` rows at a time."""
+    """logprobs, ref_logprobs, values and the exact KL from the reference, each (B, T), `size` rows at a time.
+
+    From the second minibatch on the policy is no longer the one that sampled: the ratio's denominator is what is kept
+    here. In the first update it is the current policy's, and the ratio is 1 up to rounding.
+    """
     import torch
 
     import ppo
@@ -189,6 +193,8 @@ def learn(
 
     All or nothing, as in the tutor. `outcome` is `taken`, `undone` (beyond the trust region) or `skipped`, with `why`.
     """
+    import torch
+
     before = policy.snapshot()
     metrics: dict[str, Any] = {}
     try:
@@ -204,9 +210,12 @@ def learn(
     except StepSkipped as skipped:
         policy.restore(before)
         metrics |= {"outcome": "skipped", "why": str(skipped)}
-    except BaseException:
+    except BaseException as error:
         policy.restore(before)
-        raise
+        no_memory = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+        if not no_memory or accelerator.num_processes > 1:  # the other processes could not be told
+            raise
+        metrics |= {"outcome": "skipped", "why": "out of memory: try a smaller mini_batch_size or max_new_tokens"}
     return metrics
 
 
