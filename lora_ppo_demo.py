@@ -1375,11 +1375,16 @@ class SimulatedLearner(Terminal):
     def __init__(self, policy: Policy, questions: Sequence[str], steps: int):
         super().__init__(None)
         self.policy, self.questions, self.last = policy, questions, policy.step + steps
-        self.asked = 0
+        self.asked, self.step_then = 0, -1
 
     def ask(self, prompt: str, remember: bool = True) -> str:
         """The next question, over and over, until the steps are taken; then EOFError, as when a person leaves."""
-        if self.policy.step >= self.last or self.asked > 10 * len(self.questions) * self.last:
+        if self.asked % len(self.questions) == 0:
+            if self.policy.step == self.step_then:
+                self.say("\nNot one of the questions led to a step.", "yellow")
+                raise EOFError
+            self.step_then = self.policy.step
+        if self.policy.step >= self.last:
             raise EOFError
         question = self.questions[self.asked % len(self.questions)]
         self.asked += 1

@@ -317,7 +317,7 @@ def verdicts(summaries: dict[str, list[dict[str, Any]]]) -> list[str]:
         share = ours[-1]["seconds"] / theirs[-1]["seconds"]
         in_steps = ours[-1]["seconds_in_steps"] / theirs[-1]["seconds_in_steps"]
         lines.append(
-            f"ours beside {ARMS[arm]}: {', '.join(points)}; {share:.2f} of its seconds, {in_steps:.2f} of those in steps"
+            f"ours beside {ARMS[arm]}: {', '.join(points)}; {share:.2f} of its seconds, {in_steps:.2f} in steps alone"
         )
         there = next((row for row in ours if row["accuracy"] >= theirs[-1]["accuracy"]), None)
         if there:
