@@ -508,13 +508,24 @@ class QuizGrammar:
         return torch.from_numpy(np.unpackbits(bits.view(np.uint8), bitorder="little")[:vocabulary].astype(bool))
 
     def repeating_tokens(self, written: list[int], allowed: "Tensor") -> list[int]:
-        """The allowed tokens that would end an option that an earlier one equals."""
+        """The allowed tokens that would end an option that an earlier one equals, or complete one of its words.
+
+        Refused at its end alone, a word would go on as another that nobody knows; numbers may begin alike.
+        """
         _, found, options = self.policy.tokenizer.decode(written).partition('"correct":')
+        if not found:
+            return []
         repeats = []
-        for token, text in self.policy.quote_tokens.items() if found else ():
+        for token, text in self.policy.quote_tokens.items():
             if allowed[token]:
                 strings = JSON_STRING.findall((options + text).replace('"wrong":', ""))
                 repeats += [token] if len(set(strings)) < len(strings) else []
+        options = options.replace('"wrong":', "")
+        _, unfinished, beginning = JSON_STRING.sub("", options).partition('"')
+        for option in JSON_STRING.findall(options) if unfinished else ():
+            if option.startswith(beginning) and not option.isdigit():
+                last = self.policy.tokenizer.encode(option[len(beginning) :], add_special_tokens=False)
+                repeats += last if len(last) == 1 else []
         return repeats
 
 
