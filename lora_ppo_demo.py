@@ -493,7 +493,7 @@ class QuizGrammar:
         else:
             allowed |= self.next_tokens(scores.shape[-1])
             repeats = self.repeating_tokens(written, allowed)
-            if allowed.sum() > len(repeats):
+            if allowed.sum() > len(repeats):  # else the quiz is thrown away when it is parsed
                 allowed[repeats] = False
         return scores.masked_fill(~allowed.to(scores.device), -math.inf)
 
@@ -515,30 +515,40 @@ class QuizGrammar:
         _, found, options = self.policy.tokenizer.decode(written).partition('"correct":')
         if not found:
             return []
-        repeats = []
+        repeats = set()
         for token, text in self.policy.quote_tokens.items():
             if allowed[token]:
-                strings = JSON_STRING.findall((options + text).replace('"wrong":', ""))
-                repeats += [token] if len(set(strings)) < len(strings) else []
+                options_then = option_keys(options + text)
+                repeats |= {token} if len(set(options_then)) < len(options_then) else set()
         options = options.replace('"wrong":', "")
         _, unfinished, beginning = JSON_STRING.sub("", options).partition('"')
         for option in JSON_STRING.findall(options) if unfinished else ():
             if option.startswith(beginning) and not option.isdigit():
                 last = self.policy.tokenizer.encode(option[len(beginning) :], add_special_tokens=False)
-                repeats += last if len(last) == 1 else []
-        return repeats
+                repeats |= {token for token in last if len(last) == 1 and allowed[token]}
+        return list(repeats)
+
+
+def option_keys(options: str) -> list[str]:
+    """The finished options in the JSON behind `"correct":`, in a form in which equal options are equal."""
+    return [one_line(json.loads(f'"{raw}"')).casefold() for raw in JSON_STRING.findall(options.replace('"wrong":', ""))]
+
+
+def one_line(text: str) -> str:
+    """`text` with every run of white space, line breaks included, as one space: an option can't forge another line."""
+    return " ".join(text.split())
 
 
 def parse_quiz(text: str) -> tuple[str, str, list[str]] | None:
     """(question, correct, wrong) from the quizmaster's JSON; None for `null`, broken JSON or options that repeat."""
     try:
         quiz = json.loads(text)
-    except json.JSONDecodeError:
+        question, *options = (one_line(part) for part in (quiz["question"], quiz["correct"], *quiz["wrong"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    if not isinstance(quiz, dict):
+    if len({option.casefold() for option in options}) != len(LETTERS) or not all((question, *options)):
         return None
-    options = [" ".join(option.split()).casefold() for option in (quiz["correct"], *quiz["wrong"])]
-    return (quiz["question"], quiz["correct"], quiz["wrong"]) if len(set(options)) == len(LETTERS) else None
+    return question, options[0], options[1:]
 
 
 def write_quiz(policy: Policy, question: str) -> str:

@@ -21,6 +21,7 @@ from lora_ppo_demo import (
     generate,
     load_checkpoint,
     load_policy,
+    one_line,
     option_probabilities,
     parse_quiz,
     ppo_step,
@@ -213,7 +214,8 @@ def test_a_quiz_written_under_the_grammar_is_json(folder):
         assert 1 <= len(quiz["question"]) <= 200
         assert len(quiz["wrong"]) == 3
         assert all(1 <= len(option) <= 80 for option in (quiz["correct"], *quiz["wrong"]))
-        assert parse_quiz(text) in (None, (quiz["question"], quiz["correct"], quiz["wrong"]))
+        question, correct, *wrong = (one_line(part) for part in (quiz["question"], quiz["correct"], *quiz["wrong"]))
+        assert parse_quiz(text) in (None, (question, correct, wrong))
 
 
 def test_a_quiz_that_is_cut_short_is_the_beginning_of_one(folder):

@@ -272,6 +272,16 @@ def test_no_option_repeats_an_earlier_one(llama_policy, option, long):
     assert len(options) == len(set(options)) == 4, options
 
 
+@pytest.mark.parametrize("text", ['{"a":1}', "[1,2]", '{"question":"q","correct":1,"wrong":["a","b","c"]}', '"q"'])
+def test_json_of_another_shape_is_no_quiz(text):
+    assert parse_quiz(text) is None
+
+
+def test_an_option_cannot_forge_another_line():
+    text = quiz_json("Which\none?", "x\nC) Paris", ["b", "c", "d"])
+    assert parse_quiz(text) == ("Which one?", "x C) Paris", ["b", "c", "d"])
+
+
 def test_a_word_is_refused_before_it_is_whole(llama_policy):
     """Refused at its end alone, "Paris" would go on as "Parisian" or worse."""
     tokenizer = llama_policy.tokenizer
