@@ -850,12 +850,8 @@ def save_checkpoint(
         tensors = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
         save_file(tensors, new / "optimizer.safetensors")
         config = policy.config
-        kept = {
-            "step": policy.step,
-            "kl_coef": policy.kl_coef,
-            "base_model": base_name(config),
-            "lora_r": config.lora_r,
-        }
+        kept = {"step": policy.step, "kl_coef": policy.kl_coef, "base_model": base_name(config)}
+        kept |= {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
         state = kept | {"target_modules": policy.targets, "config": asdict(config)} | state
         texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)} | (extra or {})
         for name, text in texts.items():
@@ -920,7 +916,8 @@ def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     state = verify_checkpoint(folder)
-    here = {"base_model": base_name(policy.config), "lora_r": policy.config.lora_r, "target_modules": policy.targets}
+    here = {"base_model": base_name(policy.config), "target_modules": policy.targets}
+    here |= {name: getattr(policy.config, name) for name in ("lora_r", "lora_alpha")}
     for name, value in here.items():
         if state.get(name) != value:
             setting = {"base_model": "model_name"}.get(name, name)

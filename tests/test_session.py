@@ -255,6 +255,7 @@ def test_a_new_run_leaves_the_old_one_alone(play):
     ("settings", "words"),
     [
         ({"lora_r": 8}, ("lora_r=4", "now it is 8")),
+        ({"lora_alpha": 8}, ("lora_alpha=32", "now it is 8")),
         ({"target_modules": "q_proj"}, ("target_modules=", "now it is ['q_proj']")),
         ({"resume": "nowhere"}, ("resume=nowhere", "manifest.json is missing")),
     ],
