@@ -124,10 +124,10 @@ def check(config: Config) -> Config:
     for name, allowed in CHOICES.items():
         if getattr(config, name, allowed[0]) not in allowed:
             raise ConfigError(f"{name}={getattr(config, name)!r} is unknown: expected one of {', '.join(allowed)}")
-    if config.learner == "simulated" and not config.questions:
+    if getattr(config, "learner", "") == "simulated" and not config.questions:
         raise ConfigError("learner=simulated needs questions=FILE, a text file with one question a line")
     for name in ("model_name", "device", "checkpoint_dir", "log_dir", "resume"):
-        if not getattr(config, name):
+        if not getattr(config, name, True):
             raise ConfigError(f"{name} is empty: give it a value, or leave it out for its default")
     if not config.target_modules or not all(isinstance(name, str) for name in config.target_modules):
         raise ConfigError(f"target_modules={config.target_modules}: name at least one linear layer, such as q_proj")

@@ -923,7 +923,7 @@ def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
             setting = {"base_model": "model_name"}.get(name, name)
             raise ConfigError(
                 f"{folder} was trained with {setting}={state.get(name)}, now it is {value}: "
-                f"set {setting} back, or resume=none for a new run"
+                f"set {setting} back, or begin a new run"
             )
     set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
     policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))

@@ -125,10 +125,6 @@ class TrainConfig:
         return self.batch_size // (self.group_size if self.algorithm == "grpo" else 1)
 
 
-for name in TUTOR_SETTINGS.keys() - {f.name for f in fields(TrainConfig)}:  # no settings here, but config.check asks
-    setattr(TrainConfig, name, TUTOR_SETTINGS[name].default)
-
-
 RANGES = {
     "num_epochs": (1, 1_000_000),
     "samples_per_epoch": (0, 1e9),

@@ -1,4 +1,4 @@
-"""Tasks: what earns the reward. One file a task; `load(name, ...)` finds it.
+"""Tasks: what earns the reward. One file a task.
 
     class Task(Protocol): samples(split) -> Sequence[Sample];  episode(sample) -> Episode
     class Episode(Protocol): reset() -> list[Message];  step(reply) -> str | None;  outcome() -> Outcome
