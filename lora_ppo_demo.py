@@ -1605,7 +1605,7 @@ def progress_chart(rewards: Sequence[float], columns: int = 60, rows: int = 5, w
         [
             f"right answers, running over {window} quizzes",
             *lines,
-            f"       {'1':<{max(width - len(str(len(rewards))), 1)}}{len(rewards)}",
+            "       1" + (f"{len(rewards):>{width - 1}}" if width > 1 else ""),
             f"accuracy {sum(right) / len(right):.0%} of {len(right)}, mean reward {mean_reward:+.2f}; "
             f"last {len(last)}: {sum(right[-window:]) / len(last):.0%}, {sum(last) / len(last):+.2f}",
         ]

@@ -46,7 +46,7 @@ from lora_ppo_demo import (
 )
 from tasks import Task
 from tasks.episodes import play
-from update import align, chunks, learn, prepare, total, whole_weights
+from update import align, chunks, learn, prepare, total
 from update import group_advantages as group_advantages
 
 if TYPE_CHECKING:
@@ -325,8 +325,7 @@ class Training:
         mine = self.samples(number)[accelerator.process_index :: processes]
         copies = config.group_size if config.algorithm == "grpo" else 1
         started = time.perf_counter()
-        with whole_weights(self.policy):
-            trajectories = play(self.policy, [self.task.episode(sample) for sample in mine for _ in range(copies)])
+        trajectories = play(self.policy, [self.task.episode(sample) for sample in mine for _ in range(copies)])
         played = time.perf_counter() - started
         metrics = learn(self.policy, accelerator, config, trajectories)
         self.policy.step = number + 1
@@ -343,9 +342,8 @@ class Training:
         samples = self.task.samples("test")[: self.config.eval_samples][rank::processes]
         torch.manual_seed(turn_seed(self.config.seed, -1 - rank))
         trajectories = []
-        with whole_weights(self.policy):
-            for part in chunks(samples, max(1, self.config.batch_size // processes)):
-                trajectories += play(self.policy, [self.task.episode(sample) for sample in part])
+        for part in chunks(samples, max(1, self.config.batch_size // processes)):
+            trajectories += play(self.policy, [self.task.episode(sample) for sample in part])
         known = [t for t in trajectories if t.outcome.verdict != "unknown"]
         right = sum(t.outcome.verdict == "correct" for t in known)
         facts = [t.outcome.details["states_fact"] for t in trajectories if "states_fact" in t.outcome.details]
@@ -460,11 +458,10 @@ class Training:
         from tools.report import write_report
 
         answers = []
-        with whole_weights(self.policy):
-            for adapter in (False, True):
-                torch.manual_seed(self.config.seed)
-                episodes = [self.task.episode(sample) for sample in self.task.samples("test")[:10]]
-                answers.append(play(self.policy, episodes, adapter))
+        for adapter in (False, True):
+            torch.manual_seed(self.config.seed)
+            episodes = [self.task.episode(sample) for sample in self.task.samples("test")[:10]]
+            answers.append(play(self.policy, episodes, adapter))
         if self.accelerator.is_main_process:
             rows = [(a.question, a.replies, b.replies) for a, b in zip(*answers, strict=True)]
             path = write_report(self.root, self.lines, rows, self.result())
@@ -504,7 +501,7 @@ def train(config: TrainConfig) -> int:
     if accelerator.num_processes > 1 and device in ("auto", "cuda"):
         config = replace(config, device=str(accelerator.device))
     policy, config = load_policy(config, notice)
-    prepare(policy, config, sharded=os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1)
+    prepare(policy, config)
     training = Training(config, policy, build_task(policy), accelerator)
     if found:
         training.resume(*found)

@@ -352,8 +352,8 @@ def recomputing(policy: Policy) -> Iterator[None]:
             layer.training = False
 
 
-def prepare(policy: Policy, config: "TrainConfig", sharded: bool = False) -> None:
-    """Puts the wanted optimizer, gradient checkpointing and sharding on a fresh policy. Raises ConfigError."""
+def prepare(policy: Policy, config: "TrainConfig") -> None:
+    """Puts the wanted optimizer and gradient checkpointing on a fresh policy. Raises ConfigError."""
     if config.gradient_checkpointing:
         options = {"use_reentrant": False}
         policy.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -361,10 +361,6 @@ def prepare(policy: Policy, config: "TrainConfig", sharded: bool = False) -> Non
         if policy.device.type != "cuda":
             raise ConfigError(f"optimizer={config.optimizer} needs CUDA, and device is {policy.device}: use adamw")
         use_8bit_adamw(policy, paged=config.optimizer.startswith("paged"))
-    if sharded:
-        if config.load_in_4bit == "true":
-            raise ConfigError("load_in_4bit=true and FSDP exclude each other: set load_in_4bit=false, or use multi_gpu")
-        shard(policy)
 
 
 def use_8bit_adamw(policy: Policy, paged: bool) -> None:
@@ -391,38 +387,6 @@ def use_8bit_adamw(policy: Policy, paged: bool) -> None:
     for gindex, group in enumerate(policy.optimizer.param_groups):
         for pindex, p in enumerate(group["params"]):
             policy.optimizer.init_state(group, p, gindex, pindex)
-
-
-def shard(policy: Policy) -> None:
-    """FSDP: spreads the frozen base weights over the processes. What is trained stays whole on each, as without it."""
-    import torch
-    from torch.distributed.fsdp import fully_shard
-
-    base, trained = policy.model.get_base_model(), set(policy.parameters.values())
-    for module in list(base.modules()):
-        if type(module).__name__ in (base._no_split_modules or ()):
-            fully_shard(module, ignored_params=trained)
-    fully_shard(base, ignored_params=trained)
-    with torch.no_grad():
-        base(input_ids=torch.tensor([[policy.pad_id]], device=policy.device))  # sets FSDP up, before whole_weights
-
-
-@contextlib.contextmanager
-def whole_weights(policy: Policy) -> Iterator[None]:
-    """Sharded weights are gathered once and stay in here: processes take different numbers of passes in a rollout."""
-    import torch.distributed.fsdp
-
-    kind = torch.distributed.fsdp.FSDPModule
-    modules = [module for module in policy.model.modules() if isinstance(module, kind)]
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
 
 
 def align(policy: Policy, accelerator: "Accelerator") -> None:

@@ -15,15 +15,12 @@ from tasks.episodes import Trajectory, play
 def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    llama, changes, given, sharded = torch.load(folder / "given.pt", weights_only=False)
+    llama, changes, given = torch.load(folder / "given.pt", weights_only=False)
     policy, config = loaded(llama, **changes)
-    if sharded:
-        update.shard(policy)
     trajectories = [Trajectory(**fields) for fields in given]
     rank, group = accelerator.process_index, config.group_size if config.algorithm == "grpo" else 1
     mine = [t for part in update.chunks(trajectories, group)[rank::2] for t in part]
-    with update.whole_weights(policy):
-        play(policy, [EchoTask(turns=1 + rank).episode(1)])  # not the same number of passes on each
+    play(policy, [EchoTask(turns=1 + rank).episode(1)])  # not the same number of passes on each
     found = gradient(policy, config, accelerator, mine)
     metrics = update.learn(policy, accelerator, config, mine)
     torch.save((found, metrics), folder / f"rank_{rank}.pt")
