@@ -194,7 +194,7 @@ def test_numbers_that_are_not_finite_are_refused(name, value):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_value_that_is_no_choice_is_refused_with_the_choices(name):
-    assert refusal(f"{name}=int3") == f"{name}=int3 is unknown: expected one of {', '.join(CHOICES[name])}"
+    assert refusal(f"{name}=int3") == f"{name}='int3' is unknown: expected one of {', '.join(CHOICES[name])}"
 
 
 @pytest.mark.parametrize(
