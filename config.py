@@ -146,11 +146,11 @@ def parse(schema: type[Config], arguments: list[str]) -> Config:
         try:
             loaded = OmegaConf.load(file)
         except OSError as error:
-            raise ConfigError(f"--config {file!r}: {error.strerror or error}") from None
+            raise ConfigError(f"--config {file}: {error.strerror or error}") from None
         except Exception as error:  # whatever the YAML parser raises
-            raise ConfigError(f"--config {file!r} is not valid YAML: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
         if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"--config {file!r}: expected lines of the form `name: value`")
+            raise ConfigError(f"--config {file}: expected lines of the form `name: value`")
         pairs = [*((str(name), value) for name, value in OmegaConf.to_container(loaded).items()), *pairs]
     for name, value in pairs:
         known_name(schema, name)
