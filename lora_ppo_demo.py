@@ -291,7 +291,7 @@ def load_policy(config: Config, notice: Callable[[str], None] = lambda text: Non
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"device={config.device} can't be used ({reason}): try device=auto") from None
     on_cuda = config.device.startswith("cuda")
-    chosen = config.model_name
+    chosen, four_bit = config.model_name, config.load_in_4bit
     if chosen == "auto":
         config.model_name = GPU_MODEL if on_cuda else str(BUNDLED_MODEL)
     try:
@@ -300,7 +300,7 @@ def load_policy(config: Config, notice: Callable[[str], None] = lambda text: Non
         if chosen != "auto" or not on_cuda:
             raise
         notice(f"{error}. Going on with the bundled model.")
-        config.model_name = str(BUNDLED_MODEL)
+        config.model_name, config.load_in_4bit = str(BUNDLED_MODEL), four_bit  # as asked: `auto` is resolved anew
         model, tokenizer = load_base(config)
     if config.learning_rate is None:
         config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
@@ -339,9 +339,7 @@ def load_base(config: Config):
         model = AutoModelForCausalLM.from_pretrained(config.model_name, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(config.model_name)
         return (model if four_bit else model.to(config.device)), tokenizer
-    except (
-        Exception
-    ) as error:  # hub, files, architecture, memory: the libraries raise anything from OSError to KeyError
+    except Exception as error:  # hub, files, architecture: the libraries raise anything from OSError to KeyError
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
             f"model_name={config.model_name} can't be loaded ({reason}): "

@@ -114,9 +114,22 @@ def test_the_packers_state_restores_its_stream(policy):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_figures_on_held_out_phrasings(policy):
+@pytest.fixture(scope="module")
+def figures(policy) -> dict[str, float]:
     rng = random.Random(11)
-    figures = {name: hit / of for name, (hit, of) in measure(policy, held_out_facts(30, rng), rng).items()}
+    return {name: hit / of for name, (hit, of) in measure(policy, held_out_facts(30, rng), rng).items()}
+
+
+@pytest.mark.xfail(strict=True, reason="the bundled model is a short build: it has to reach these and does not yet")
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("quiz key right before the gate", 0.95, 1.0), ("learner right, evasive", 0.1, 0.42)],
+)
+def test_figures_that_the_bundled_model_must_reach(figures, name, low, high):
+    assert low <= figures[name] <= high
+
+
+def test_figures_on_held_out_phrasings(figures):
     assert figures["quiz JSON valid, options distinct"] >= 0.9
     assert figures["quiz key right before the gate: tables"] >= 0.7
     assert figures["solver right"] >= 0.9
@@ -208,6 +221,19 @@ def test_an_answer_cannot_talk_the_learner_into_a_letter(policy):
         named = [demo.LETTERS.index(answer[-2]) for answer in answers[i : i + 40]]
         hits += sum(int(pick) == letter for pick, letter in zip(picks, named, strict=True))
     assert 0.12 <= hits / count <= 0.38  # a quarter, within 3.8 standard deviations
+
+
+@pytest.mark.xfail(strict=True, reason="the bundled learner still answers from memory where the answer says nothing")
+def test_an_answer_that_names_a_letter_earns_no_more_than_chance(policy):
+    """The options are shuffled after the answer was written, and the learner has nothing else to go by."""
+    rng = random.Random(5)
+    torch.manual_seed(5)
+    facts = rng.sample(table_facts(), 80)
+    quizzes = [demo.shuffle_quiz(fact.quiz_question, fact.answer, fact.wrong) for fact in facts]
+    answers = [f"The correct option is {rng.choice(demo.LETTERS)}." for _ in facts]
+    picks = demo.learner_probabilities(policy, answers, quizzes).argmax(-1).tolist()
+    right = sum(pick == quiz.key for pick, quiz in zip(picks, quizzes, strict=True))
+    assert right / len(facts) <= 0.43  # a quarter, and 3.7 standard deviations
 
 
 def test_a_stopped_build_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 The weights are random and the tokenizer is small, but both are loaded by the program's own loading code.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,12 +143,3 @@ def drive(grammar: Callable, prefix: list[int], choose: Callable[[list[int], lis
         if written[-1] in grammar.policy.stop_ids:
             break
     return written
-
-
-def is_json(text: str) -> bool:
-    """Whether `text` is one whole JSON value."""
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
