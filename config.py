@@ -70,6 +70,10 @@ class Config:
     log_dir: str = setting("logs", "where run.log is written")
     save_every: int = setting(10, "steps between checkpoints")
     keep_checkpoints: int = setting(5, "checkpoints that are kept, at least 2")
+    precompute: bool = setting(
+        True,
+        "compute both outcomes while the quiz is read: no wait after the choice, two more copies of the adapters",
+    )
     resume: str = setting(
         "auto", "auto (the newest whole checkpoint), none (a new run beside the old), or a checkpoint folder"
     )

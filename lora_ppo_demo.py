@@ -24,6 +24,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import unicodedata
 import uuid
@@ -156,6 +157,7 @@ class Policy:
     def __init__(self, model, tokenizer, config: Config):
         import torch
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
 
         targets = lora_targets(model, config.target_modules)
         for parameter in model.parameters():
@@ -175,7 +177,11 @@ class Policy:
         self.value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(self.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
-        self.dropouts = [m for name, m in self.model.named_modules() if "lora_dropout" in name]
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self.gate = AdapterGate()
+        for layer in layers:
+            layer.forward = gated_forward(layer, self.gate)
+        self.dropouts = [layer.lora_dropout["default"] for layer in layers]
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
         self.optimizer = torch.optim.AdamW(
@@ -224,9 +230,14 @@ class Policy:
         """The tokens with a quotation mark in them, and their texts."""
         return {i: self.tokenizer.decode([i]) for token, i in self.tokenizer.get_vocab().items() if '"' in token}
 
-    def adapter(self, on: bool):
-        """A context in which the adapters are on (the policy) or off (the base model, which is the reference)."""
-        return contextlib.nullcontext() if on else self.model.disable_adapter()
+    @contextlib.contextmanager
+    def adapter(self, on: "bool | Tensor") -> Iterator[None]:
+        """In here the adapters are on (the policy) or off (the base model, the reference), or so for each row (B,)."""
+        before, self.gate.share = self.gate.share, on if isinstance(on, bool) else on.float().view(-1, 1, 1)
+        try:
+            yield
+        finally:
+            self.gate.share = before
 
     def tensors(self) -> dict[str, "Tensor"]:
         """Everything that training changes, by name: adapter, value head, and the optimizer's slots for both."""
@@ -253,6 +264,33 @@ class Snapshot:
     tensors: dict[str, "Tensor"]
     step: int
     kl_coef: float
+
+
+class AdapterGate:
+    """What share of the adapters' part gets through: all (True), none (False), or 0 or 1 for each row (B, 1, 1)."""
+
+    def __init__(self):
+        self.share: bool | Tensor = True
+
+
+def gated_forward(layer, gate: AdapterGate) -> Callable[["Tensor"], "Tensor"]:
+    """A LoRA layer's forward: base(x) + share * scaling * B(A(dropout(x))), in the compute dtype.
+
+    In PEFT's place, which switches adapters for a whole batch only and takes longer to do so than a small model's pass.
+    """
+    from torch.nn.functional import linear
+
+    base, scaling, dropout = layer.base_layer, layer.scaling["default"], layer.lora_dropout["default"]
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+    def forward(x: "Tensor") -> "Tensor":
+        result = base(x)
+        if gate.share is False:
+            return result
+        low_rank = linear(dropout(x), down.to(x.dtype)) * (scaling * gate.share)
+        return result + linear(low_rank.to(x.dtype), up.to(x.dtype))
+
+    return forward
 
 
 def lora_targets(model, wanted: Sequence[str]) -> list[str]:
@@ -365,48 +403,77 @@ def silence_libraries() -> None:
 # -------------------------------------------------------------------------------------------------------- generation
 
 
+@dataclass(frozen=True)
+class Request:
+    """A reply to be written: to which prompt, how, and by whom (the policy, or with `adapter` off the base model).
+
+    `on_text` receives the text piece by piece as it is written; `grammar` restricts what may be written.
+    """
+
+    prompt_ids: Sequence[int]
+    temperature: float
+    adapter: bool = True
+    grammar: "QuizGrammar | None" = None
+    on_text: Callable[[str], None] | None = None
+
+    def stream(self, tokenizer) -> "TextStream | None":
+        return TextStream(tokenizer, self.on_text) if self.on_text else None
+
+
 def generate(policy: Policy, prompt_ids: Sequence[int], temperature: float, **options: Any) -> list[int]:
-    """Samples one reply; `generate_batch` tells the options."""
-    return generate_batch(policy, [prompt_ids], temperature, **options)[0]
+    """Samples one reply; `Request` tells the options."""
+    return replies(policy, [Request(prompt_ids, temperature, **options)])[0]
 
 
 def generate_batch(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    temperature: float,
-    adapter: bool = True,
-    grammar: "QuizGrammar | None" = None,
-    on_text: Callable[[str], None] | None = None,
+    policy: Policy, prompts: Sequence[Sequence[int]], temperature: float, adapter: bool = True
 ) -> list[list[int]]:
-    """Samples a reply to each of B prompts at `temperature`, with the configured top_p and length, up to its end token.
+    """Samples a reply to each of B prompts."""
+    return replies(policy, [Request(prompt, temperature, adapter) for prompt in prompts])
 
-    `on_text` receives the text piece by piece as it is written, `grammar` restricts what may be written; both are for a
-    batch of one. Draws from torch's global generator.
+
+def replies(policy: Policy, requests: Sequence[Request]) -> list[list[int]]:
+    """Samples a reply to each of B requests, with the configured top_p and length, up to its end token.
+
+    Each is drawn from a generator of its own, seeded from torch's global one: what is written beside it, and by which
+    of the two ways, makes no difference. Models that the decode loop can't take are left to transformers' generate.
     """
+    import torch
+
+    import decode
+
+    seeds = torch.randint(2**53, (len(requests),)).tolist()
+    if decode.takes(policy):
+        return [reply.ids for reply in decode.decode(policy, requests, seeds)]
+    return [plain_reply(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
+
+
+def plain_reply(policy: Policy, request: Request, seed: int) -> list[int]:
+    """Samples one reply through transformers' generate."""
     import torch
     from transformers import GenerationConfig
 
     settings = GenerationConfig(  # afresh: a model's own defaults (top_k, repetition_penalty) would change the policy
         do_sample=True,
-        temperature=temperature,
+        temperature=request.temperature,
         top_p=policy.config.top_p,
         top_k=0,
         max_new_tokens=policy.config.max_new_tokens,
         eos_token_id=policy.stop_ids,
         pad_token_id=policy.pad_id,
     )
-    p = max(map(len, prompts))
-    ids = torch.tensor([[policy.pad_id] * (p - len(prompt)) + list(prompt) for prompt in prompts], device=policy.device)
-    real = torch.tensor([[0] * (p - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=policy.device)
-    with torch.no_grad(), policy.adapter(adapter):
+    ids = torch.tensor([request.prompt_ids], device=policy.device)
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.no_grad(), policy.adapter(request.adapter), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
         output = policy.model.generate(
             input_ids=ids,
-            attention_mask=real,
+            attention_mask=torch.ones_like(ids),
             generation_config=settings,
-            logits_processor=[grammar] if grammar else None,
-            streamer=TextStream(policy.tokenizer, on_text) if on_text else None,
+            logits_processor=[request.grammar] if request.grammar else None,
+            streamer=request.stream(policy.tokenizer),
         )
-    return [up_to_stop(reply, policy.stop_ids) for reply in output[:, p:].tolist()]
+    return up_to_stop(output[0, len(request.prompt_ids) :].tolist(), policy.stop_ids)
 
 
 def up_to_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -416,7 +483,7 @@ def up_to_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
 
 
 class TextStream:
-    """Turns token ids, as transformers' generate hands them over, into pieces of text without half characters."""
+    """Turns token ids into pieces of text without half characters; transformers' generate can write to it."""
 
     def __init__(self, tokenizer, on_text: Callable[[str], None]):
         self.tokenizer, self.on_text = tokenizer, on_text
@@ -424,10 +491,13 @@ class TextStream:
         self.written, self.prompt_seen = 0, False
 
     def put(self, ids: "Tensor") -> None:
-        if not self.prompt_seen:  # the first call brings the prompt
-            self.prompt_seen = True
-            return
-        self.ids += ids.flatten().tolist()
+        """What generate calls: first with the prompt, then with every token."""
+        if self.prompt_seen:
+            self.add(ids.flatten().tolist())
+        self.prompt_seen = True
+
+    def add(self, ids: list[int]) -> None:
+        self.ids += ids
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):
             self.flush(text)
@@ -549,21 +619,24 @@ def parse_quiz(text: str) -> tuple[str, str, list[str]] | None:
     return question, options[0], options[1:]
 
 
-def write_quiz(policy: Policy, question: str) -> str:
-    """The quizmaster's JSON for `question`, or `null`.
+def quiz_request(policy: Policy, question: str) -> Request:
+    """Asks the quizmaster for the JSON of a quiz on `question`, or `null`.
 
-    It is written by the base model, which sees the question alone: the policy can't learn to make easy quizzes.
+    It is the base model and sees the question alone: the policy can't learn to make easy quizzes.
     """
     prompt = encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, question))
     grammar = QuizGrammar(policy, len(prompt))
-    ids = generate(policy, prompt, policy.config.quiz_temperature, adapter=False, grammar=grammar)
-    return policy.tokenizer.decode(ids, skip_special_tokens=True)
+    return Request(prompt, policy.config.quiz_temperature, adapter=False, grammar=grammar)
 
 
-def make_quiz(policy: Policy, question: str) -> Quiz | None:
-    """A quiz on `question` whose key the base model confirms; None if there is nothing to quiz, or none survives."""
+def make_quiz(policy: Policy, question: str, written: list[int] | None = None) -> Quiz | None:
+    """A quiz on `question` whose key the base model confirms; None if there is nothing to quiz, or none survives.
+
+    `written` is the quizmaster's reply where it was written already, beside the answer: then it is the first try.
+    """
     for _ in range(policy.config.quiz_tries):
-        text = write_quiz(policy, question)
+        ids = written or replies(policy, [quiz_request(policy, question)])[0]
+        text, written = policy.tokenizer.decode(ids, skip_special_tokens=True), None
         if text == "null":
             return None
         parts = parse_quiz(text)
@@ -705,79 +778,135 @@ def ppo_step(policy: Policy, batch: Batch, scores: Sequence[float], before: Snap
     is taken back, and `undone` in the metrics says so; it still counts as a step. `before`: a snapshot of the policy
     as it is, if the caller has one.
     """
-    import torch
-
     if not all(map(math.isfinite, scores)):
         raise StepSkipped(f"the reward is not finite ({', '.join(map(str, scores))})")
     try:
         before = before or policy.snapshot()
-        scores = torch.tensor(scores, dtype=torch.float32, device=policy.device)
-        metrics, old_logits = ppo_update(policy, batch, scores)
-        metrics |= trust_region(policy, batch, old_logits, metrics.pop("old_logprob_sum"))
-        if not metrics["step_kl"] <= policy.config.target_kl:  # NaN included
-            policy.restore(before)
-            metrics["undone"] = True
+        look = look_at(policy, batch)
+        return finish_update(policy, look, begin_update(policy, look, scores), before)
     except BaseException as error:
         if before:
             policy.restore(before)
         if out_of_memory(error):
             raise StepSkipped(OUT_OF_MEMORY) from error
         raise
-    policy.step += 1
-    return metrics
 
 
-def ppo_update(policy: Policy, batch: Batch, scores: "Tensor") -> tuple[dict[str, float], "Tensor"]:
-    """The epochs of one PPO update. Returns its metrics and the logits (B, T, V) of the policy before it."""
+@dataclass(frozen=True)
+class Look:
+    """What reference and policy say of sampled answers, before any score is known."""
+
+    batch: Batch
+    ref_logprobs: "Tensor"  # (B, T)
+    old: tuple["Tensor", "Tensor", "Tensor"]  # logprobs (B, T), values (B, T), logits (B, T, V) of the policy as it is
+    first: tuple["Tensor", "Tensor", "Tensor"]  # the same from the first epoch's forward pass, with its graph
+    kl: "Tensor"  # exact, from the reference, in nats an answer
+
+
+@dataclass(frozen=True)
+class Update:
+    """The first epoch of an update: what the scores make of the answers, and the gradient, which is not applied yet."""
+
+    scores: "Tensor"  # (B,)
+    advantages: "Tensor"  # (B, T)
+    returns: "Tensor"  # (B, T)
+    metrics: dict[str, "Tensor"]
+    gradients: list["Tensor"]
+
+
+def look_at(policy: Policy, batch: Batch) -> Look:
+    """The passes of an update that need no score: the reference's, and the policy's with its graph."""
     import torch
 
     import ppo
 
-    config, mask = policy.config, batch.response_mask
-    kl_coef = policy.kl_coef
     with torch.no_grad():
         ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, batch, adapter=False)
         # With one epoch on a fresh sample the old policy is the current one: the gradient pass below yields its
         # logprobs, the ratio is exactly 1, and the clip does nothing. Dropout would make the two differ.
-        rollout = token_logprobs_and_values(policy, batch) if config.lora_dropout else None
-    for epoch in range(config.ppo_epochs):
-        with gradient_dropout(policy):
-            logprobs, values, logits = token_logprobs_and_values(policy, batch)
-        if epoch == 0:
-            old_logprobs, old_values, old_logits = rollout or (logprobs.detach(), values.detach(), logits.detach())
-            kl = ppo.exact_kl(old_logits, ref_logits).masked_fill(~mask, 0.0).sum(-1).mean()  # nats per answer
-            kl_estimate = (old_logprobs - ref_logprobs).masked_fill(~mask, 0.0).sum(-1).mean()
-            rewards = ppo.compute_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef)
-            advantages, returns = ppo.gae(rewards, old_values, mask, config.gamma, config.lam)
-            if len(scores) >= 8:  # in a small batch whitening erases or flips the reward
-                advantages = ppo.whiten(advantages, mask)
-        pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
-        vf_loss, _ = ppo.value_loss(values, old_values, returns, mask, config.cliprange_value)
-        mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask)
-        loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
-        policy.optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm)
-        if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
-            raise StepSkipped(f"the loss is not finite (loss {loss.item()}, gradient norm {grad_norm.item()})")
-        policy.optimizer.step()
+        old = token_logprobs_and_values(policy, batch) if policy.config.lora_dropout else None
+    with gradient_dropout(policy):
+        first = token_logprobs_and_values(policy, batch)
+    old = old or tuple(x.detach() for x in first)
+    kl = ppo.exact_kl(old[2], ref_logits).masked_fill(~batch.response_mask, 0.0).sum(-1).mean()
+    return Look(batch, ref_logprobs, old, first, kl)
+
+
+def begin_update(policy: Policy, look: Look, scores: Sequence[float], keep_graph: bool = False) -> Update:
+    """Advantages, and the gradient of the first epoch. `keep_graph`: other scores are to come. Raises StepSkipped."""
+    import torch
+
+    import ppo
+
+    config, mask, (old_logprobs, old_values, _) = policy.config, look.batch.response_mask, look.old
+    scores = torch.tensor(scores, dtype=torch.float32, device=policy.device)
+    rewards = ppo.compute_rewards(scores, old_logprobs, look.ref_logprobs, mask, policy.kl_coef)
+    advantages, returns = ppo.gae(rewards, old_values, mask, config.gamma, config.lam)
+    if len(scores) >= 8:  # in a small batch whitening erases or flips the reward
+        advantages = ppo.whiten(advantages, mask)
+    metrics, gradients = ppo_gradient(policy, look, look.first, advantages, returns, keep_graph)
+    return Update(scores, advantages, returns, metrics, gradients)
+
+
+def ppo_gradient(
+    policy: Policy,
+    look: Look,
+    forward: tuple["Tensor", "Tensor", "Tensor"],
+    advantages: "Tensor",
+    returns: "Tensor",
+    keep_graph: bool = False,
+) -> tuple[dict[str, "Tensor"], list["Tensor"]]:
+    """Metrics and clipped gradient of the PPO loss of one forward pass. Raises StepSkipped if they are not finite."""
+    import torch
+
+    import ppo
+
+    config, mask, (old_logprobs, old_values, _) = policy.config, look.batch.response_mask, look.old
+    logprobs, values, logits = forward
+    pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
+    vf_loss, _ = ppo.value_loss(values, old_values, returns, mask, config.cliprange_value)
+    mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask)
+    loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
     policy.optimizer.zero_grad()
+    loss.backward(retain_graph=keep_graph)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm)
+    if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
+        raise StepSkipped(f"the loss is not finite (loss {loss.item()}, gradient norm {grad_norm.item()})")
+    metrics = {"loss": loss, "policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy}
+    metrics |= {"clip_fraction": clip_fraction, "grad_norm": grad_norm}
+    gradients = [p.grad for p in policy.parameters.values()]
+    policy.optimizer.zero_grad()
+    return {name: value.detach() for name, value in metrics.items()}, gradients
+
+
+def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) -> dict[str, float]:
+    """Takes the optimizer's steps, looks how far they went, and takes them back where that is beyond `target_kl`."""
+    import ppo
+
+    config, mask, (old_logprobs, old_values, old_logits) = policy.config, look.batch.response_mask, look.old
+    metrics, gradients = update.metrics, update.gradients
+    for epoch in range(config.ppo_epochs):
+        if epoch:
+            with gradient_dropout(policy):
+                forward = token_logprobs_and_values(policy, look.batch)
+            metrics, gradients = ppo_gradient(policy, look, forward, update.advantages, update.returns)
+        for parameter, gradient in zip(policy.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
+        policy.optimizer.step()
+        policy.optimizer.zero_grad()
+    kl_coef, kl = policy.kl_coef, look.kl.item()
     if config.adaptive_kl:
-        policy.kl_coef = ppo.adapted_kl_coef(kl_coef, kl.item(), config.kl_target, config.kl_horizon, len(scores))
-    metrics = {
-        "reward": scores.mean(),
-        "loss": loss,
-        "policy_loss": pg_loss,
-        "value_loss": vf_loss,
-        "entropy": mean_entropy,
-        "kl": kl,
-        "kl_estimate": kl_estimate,
-        "value": ppo.masked_mean(old_values, mask),
-        "clip_fraction": clip_fraction,
-        "grad_norm": grad_norm,
-        "old_logprob_sum": old_logprobs.masked_fill(~mask, 0.0).sum(),
-    }
-    return {name: value.item() for name, value in metrics.items()} | {"kl_coef": kl_coef}, old_logits
+        policy.kl_coef = ppo.adapted_kl_coef(kl_coef, kl, config.kl_target, config.kl_horizon, len(update.scores))
+    estimate = (old_logprobs - look.ref_logprobs).masked_fill(~mask, 0.0).sum(-1).mean()
+    metrics = {"reward": update.scores.mean(), **metrics, "kl_estimate": estimate}
+    metrics["value"] = ppo.masked_mean(old_values, mask)
+    result = {name: value.item() for name, value in metrics.items()} | {"kl": kl, "kl_coef": kl_coef}
+    result |= trust_region(policy, look.batch, old_logits, old_logprobs.masked_fill(~mask, 0.0).sum().item())
+    if not result["step_kl"] <= config.target_kl:  # NaN included
+        policy.restore(before)
+        result["undone"] = True
+    policy.step += 1
+    return result
 
 
 def trust_region(policy: Policy, batch: Batch, old_logits: "Tensor", old_logprob_sum: float) -> dict[str, float]:
@@ -792,6 +921,62 @@ def trust_region(policy: Policy, batch: Batch, old_logits: "Tensor", old_logprob
     step_kl = ppo.masked_mean(ppo.exact_kl(old_logits, logits), batch.response_mask).item()
     logprob_sum = logprobs.masked_fill(~batch.response_mask, 0.0).sum().item()
     return {"step_kl": step_kl, "likelihood_ratio": math.exp(min(logprob_sum - old_logprob_sum, 700.0))}
+
+
+class Foresight:
+    """Both outcomes of a turn, computed while the person reads the quiz: their key only picks one.
+
+    Reference and policy look at the answer once; then each reward has its own gradient, step and check, one after the
+    other in a thread. The policy is nobody else's until `take` or `discard`, which leave it as the plain step would,
+    bit for bit, or as it was.
+    """
+
+    REWARDS = (1.0, -1.0)
+
+    def __init__(self, policy: Policy, batch: Batch, earlier: Sequence[float] = ()):
+        self.policy, self.batch, self.earlier = policy, batch, earlier
+        self.before = policy.snapshot()
+        self.outcomes: dict[float, tuple[dict[str, float], Snapshot]] = {}
+        self.wanted = set(self.REWARDS)
+        self.thread = threading.Thread(target=self.work, name="foresight", daemon=True)
+        self.thread.start()
+
+    def scores(self, reward: float) -> list[float]:
+        """The rewards of the batch, its last answer's being `reward`."""
+        return [*self.earlier, reward]
+
+    def work(self) -> None:
+        try:
+            look = look_at(self.policy, self.batch)
+            rewards = [reward for reward in self.REWARDS if reward in self.wanted]
+            updates = [begin_update(self.policy, look, self.scores(reward), keep_graph=True) for reward in rewards]
+            for reward, update in zip(rewards, updates, strict=True):
+                if reward in self.wanted:
+                    metrics = finish_update(self.policy, look, update, self.before)
+                    self.outcomes[reward] = metrics, self.policy.snapshot()
+                    self.policy.restore(self.before)
+        except Exception:  # `take` takes the plain step, which meets the same trouble and knows what to say
+            self.policy.restore(self.before)
+
+    def wait(self) -> None:
+        """Until both outcomes are there."""
+        self.thread.join()
+
+    def take(self, reward: float) -> dict[str, float]:
+        """Makes the outcome of `reward` the policy's state; returns its metrics. Raises what `ppo_step` raises."""
+        self.wanted = {reward}
+        self.wait()
+        if reward not in self.outcomes:
+            return ppo_step(self.policy, self.batch, self.scores(reward), self.before)
+        metrics, after = self.outcomes[reward]
+        self.policy.restore(after)
+        return metrics
+
+    def discard(self) -> None:
+        """Leaves the policy as it was."""
+        self.wanted = set()
+        self.wait()
+        self.policy.restore(self.before)
 
 
 @contextlib.contextmanager
@@ -1025,6 +1210,7 @@ class Run:
         self.turn = 0  # the number of the turn to come
         self.pending: list[Turn] = []  # answered, waiting for batch_size of them
         self.undo_snapshot: Snapshot | None = None
+        self.foresight: Foresight | None = None
         self.taken_turns = 0  # by the step that the snapshot precedes
         self.saved_step = -1
         self.covered = 0  # bytes of the journal that the policy's weights contain
@@ -1148,14 +1334,31 @@ class Run:
                 if line["timestamp"] not in there:
                     self.log.append(line)
 
+    def batch(self, turns: Sequence[Turn]) -> Batch:
+        prompts, responses = ([getattr(turn, name) for turn in turns] for name in ("prompt_ids", "response_ids"))
+        return collate(prompts, responses, self.policy.pad_id, self.policy.device)
+
     def take_step(self) -> dict[str, float]:
         """One PPO step on the pending turns, from the state in `undo_snapshot`."""
         import torch
 
         torch.manual_seed(turn_seed(self.policy.config.seed, self.pending[-1].number) ^ 1)  # for dropout
-        prompts, responses = ([getattr(turn, name) for turn in self.pending] for name in ("prompt_ids", "response_ids"))
-        batch = collate(prompts, responses, self.policy.pad_id, self.policy.device)
-        return ppo_step(self.policy, batch, [turn.reward for turn in self.pending], self.undo_snapshot)
+        scores = [turn.reward for turn in self.pending]
+        return ppo_step(self.policy, self.batch(self.pending), scores, self.undo_snapshot)
+
+    def foresee(self, turn: Turn) -> None:
+        """Begins to compute both outcomes of a turn whose reward is not known yet, if it is to lead to a step."""
+        config = self.config
+        if config.precompute and not config.lora_dropout and len(self.pending) + 1 >= config.batch_size:
+            with contextlib.suppress(MemoryError, RuntimeError):  # no memory for it: the plain step will do
+                earlier = [turn.reward for turn in self.pending]
+                self.foresight = Foresight(self.policy, self.batch([*self.pending, turn]), earlier)
+
+    def forget(self) -> None:
+        """Ends `foresee` where no step came of it."""
+        if self.foresight:
+            self.foresight.discard()
+            self.foresight = None
 
     def finish_turn(self, turn: Turn, line: dict[str, Any]) -> dict[str, Any]:
         """Learns from a turn and makes it durable; returns its log line, completed with the step's metrics.
@@ -1169,8 +1372,9 @@ class Run:
         if len(self.pending) >= self.config.batch_size:
             self.undo_snapshot = None
             try:
-                self.undo_snapshot = self.policy.snapshot()
-                metrics = self.take_step()
+                self.undo_snapshot = self.foresight.before if self.foresight else self.policy.snapshot()
+                metrics = self.foresight.take(turn.reward) if self.foresight else self.take_step()
+                self.foresight = None
                 outcome = "undone" if metrics.pop("undone", False) else "taken"
             except StepSkipped as skipped:
                 outcome, metrics, self.undo_snapshot = "skipped", {"why": str(skipped)}, None
@@ -1231,6 +1435,8 @@ class Run:
 
     def save(self) -> bool:
         """Writes a checkpoint and removes those beyond keep_checkpoints, oldest first."""
+        if self.foresight:  # interrupted while it worked on the weights: the journal has every turn
+            return False
         with self.surviving("save a checkpoint"):
             state = {"turn": self.turn, "journal_offset": self.covered, "log_offset": self.log.size}
             state["rng"] = {"seed": self.config.seed, "turn": self.turn}  # every turn's generator is seeded from these
@@ -1313,6 +1519,8 @@ def clean(text: str) -> str:
 class Terminal:
     """Reads lines (with history and editing at a terminal, plainly from a pipe) and writes untrusted text safely."""
 
+    waits_for_a_person = True
+
     def __init__(self, history: Path | None):
         from rich.console import Console
 
@@ -1387,6 +1595,8 @@ class SecondInterrupt(KeyboardInterrupt):
 
 class SimulatedLearner(Terminal):
     """Sits at the tutor in a person's place: asks the questions of a list, and chooses by what the answers say."""
+
+    waits_for_a_person = False  # it thinks with the policy's own base model
 
     def __init__(self, policy: Policy, questions: Sequence[str], steps: int):
         super().__init__(None)
@@ -1512,24 +1722,32 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
     number, run.turn = run.turn, run.turn + 1
     torch.manual_seed(turn_seed(config.seed, number))
     terminal.write("Tutor: ")
-    response = generate(policy, prompt, config.temperature, on_text=terminal.write)
+    answering = Request(prompt, config.temperature, on_text=terminal.write)
+    response, written = replies(policy, [answering, quiz_request(policy, question)])
     answer = tokenizer.decode(response, skip_special_tokens=True)
     terminal.say("" if answer.strip() else "(no answer)")
     with terminal.busy("making a quiz"):
-        quiz = make_quiz(policy, question)
+        quiz = make_quiz(policy, question, written)
     if quiz is None:
         terminal.say("No sound quiz could be made on this question, so it earns no reward and no step.", "yellow")
         return
     terminal.say(f"\nQuiz: {quiz_text(quiz.question, quiz.options)}", "bold")
-    choice = terminal.choose(quiz, answer)
-    if choice == "skip":
-        terminal.say("Skipped: no reward, no step.")
-        return
-    reward = 1.0 if choice == quiz.key else -1.0
-    line = {"question": question, "answer": answer, "quiz_id": f"quiz-{number}", "user_answer": LETTERS[choice]}
-    with interrupts_deferred():
-        line = run.finish_turn(Turn(number, prompt, response, reward), line)
-        show_outcome(line, run, terminal)
+    turn = Turn(number, prompt, response, math.nan)
+    try:
+        if terminal.waits_for_a_person:
+            run.foresee(turn)
+        choice = terminal.choose(quiz, answer)
+        if choice == "skip":
+            terminal.say("Skipped: no reward, no step.")
+            return
+        turn.reward = 1.0 if choice == quiz.key else -1.0
+        line = {"question": question, "answer": answer, "quiz_id": f"quiz-{number}", "user_answer": LETTERS[choice]}
+        with interrupts_deferred():
+            line = run.finish_turn(turn, line)
+            show_outcome(line, run, terminal)
+    finally:
+        with interrupts_deferred():
+            run.forget()
 
 
 def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:

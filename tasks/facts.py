@@ -105,9 +105,9 @@ def arithmetic_facts() -> tuple[Fact, ...]:
 
 
 def numeric_distractors(value: int) -> tuple[str, ...]:
-    """Three fixed near misses; none begins with the whole of another option, so the quiz grammar can write them."""
-    near = (value + 1, value - 1, value + 10) if value >= 10 else (value + 1, value + 2, value + 3)
-    return tuple(str(number) for number in near)
+    """The other numbers of the value's block of four (80 to 83 for 82): the options tell nothing about the answer."""
+    first = value // 4 * 4
+    return tuple(str(number) for number in range(first, first + 4) if number != value)
 
 
 def in_words(question: str) -> str:

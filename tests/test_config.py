@@ -45,6 +45,7 @@ OTHER = {
     "log_dir": ("elsewhere/l", "elsewhere/l"),
     "save_every": ("3", 3),
     "keep_checkpoints": ("2", 2),
+    "precompute": ("off", False),
     "resume": ("none", "none"),
     "seed": ("42", 42),
     "learner": ("simulated", "simulated"),

@@ -24,7 +24,7 @@ OPTIONS = ("alpha", "beta", "gamma", "delta")
 SETTINGS = {"learning_rate": 1e-2, "save_every": 3, "max_new_tokens": 6, "temperature": 1.0, "target_kl": 1e6}
 
 
-def scripted_quiz(policy, question):
+def scripted_quiz(policy, question, written=None):
     """A quiz whose key follows from the question's length, so that a script knows it and no file needs to."""
     return demo.Quiz(f"About {question}", OPTIONS, len(question) % 4)
 
@@ -332,12 +332,12 @@ def test_what_the_disk_refused_is_written_when_it_recovers(tmp_path):
 
 
 def test_escape_codes_of_a_model_do_not_reach_the_terminal(play, monkeypatch):
-    def forged(policy, prompt, temperature, adapter=True, grammar=None, on_text=None):
+    def forged(policy, requests):
         text = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202eevil"
-        on_text(text)
-        return policy.tokenizer.encode(text, add_special_tokens=False)
+        requests[0].on_text(text)
+        return [policy.tokenizer.encode(text, add_special_tokens=False)] * len(requests)
 
-    monkeypatch.setattr(demo, "generate", forged)
+    monkeypatch.setattr(demo, "replies", forged)
     monkeypatch.setattr(demo, "make_quiz", lambda *_: demo.Quiz("\x1b[2Jq", ("\x1b]0;x\x07a", "b", "c", "d"), 0))
     status, output, _ = play(["hi", "a"])
     assert status == 0
@@ -371,7 +371,7 @@ def run_model() -> str:
 
 
 def test_ctrl_c_in_an_answer_interrupts_the_turn_alone(play, monkeypatch):
-    real, calls = demo.generate, []
+    real, calls = demo.replies, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -379,7 +379,7 @@ def test_ctrl_c_in_an_answer_interrupts_the_turn_alone(play, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(demo, "generate", interrupted)
+    monkeypatch.setattr(demo, "replies", interrupted)
     status, output, run = play(["first", *turns(1)])
     assert status == 0
     assert "Interrupted. Finished turns are kept." in output
@@ -395,7 +395,7 @@ def test_ctrl_c_in_a_step_waits_for_its_end(play, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(demo, "ppo_step", step)
-    status, output, run = play(turns(1))
+    status, output, run = play(turns(1), precompute=False)
     assert status == 0
     assert run.policy.step == 1
     assert "Interrupted. Finished turns are kept." in output
@@ -413,7 +413,7 @@ def test_a_second_ctrl_c_in_a_step_ends_without_the_turn(play, monkeypatch):
     _, _, run = play(turns(1))
     wanted = weights(run)
     monkeypatch.setattr(demo, "ppo_step", step)
-    status, _, run = play([*turns(1, first=1), *turns(1, first=2)])
+    status, _, run = play([*turns(1, first=1), *turns(1, first=2)], precompute=False)
     assert status == 130
     assert same(weights(run), wanted)
     assert run.pending == []

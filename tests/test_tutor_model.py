@@ -102,7 +102,7 @@ def test_packed_conversations_give_the_loss_of_each_alone(policy):
     assert len(row) >= 2
     with torch.no_grad(), policy.adapter(False):
         packed = reply_logits(model, collate([row]))
-        alone = torch.cat([reply_logits(model, collate([[item]], len(item[0]))) for item in row])
+        alone = torch.cat([reply_logits(model, collate([[item]], len(item[0]) + len(item[1]))) for item in row])
     torch.testing.assert_close(packed, alone, atol=2e-4, rtol=1e-4)
 
 
@@ -161,7 +161,7 @@ def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, c
     prompts, quizzes = [], []
     encode, make = demo.encode_chat, demo.make_quiz
     monkeypatch.setattr(demo, "encode_chat", lambda t, messages: prompts.append(messages) or encode(t, messages))
-    monkeypatch.setattr(demo, "make_quiz", lambda p, q: quizzes.append(make(p, q)) or quizzes[-1])
+    monkeypatch.setattr(demo, "make_quiz", lambda *args: quizzes.append(make(*args)) or quizzes[-1])
     config = Config(
         model_name=str(BUNDLED_MODEL), device="cpu", learning_rate=1e-4, checkpoint_dir=str(tmp_path / "c"),
         log_dir=str(tmp_path / "l"), dtype="float32", load_in_4bit="false",

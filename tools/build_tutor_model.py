@@ -4,9 +4,10 @@
     python tools/build_tutor_model.py --evaluate      print its figures on phrasings that never occur in training
 
 A Llama of 7.7 million parameters learns every role the program has from conversations that `tools/corpus` makes out
-of the tables in `data/`. Conversations are packed into rows of ROW_TOKENS, each seeing only itself; the loss is on
-the replies. Hidden matrices learn with Muon (Jordan 2024), the rest with AdamW, under a constant rate that decays
-linearly at the end. The work folder keeps the run's state, so that the command goes on where it was stopped.
+of the tables in `data/`. Those of one role are packed into rows of ROW_TOKENS behind their one system prompt, each
+seeing it and itself; later on some rows are drills in arithmetic. The loss is on the replies. Hidden matrices learn
+with Muon (Jordan 2024), the rest with AdamW, under a constant rate that decays linearly at the end. The work folder
+keeps the run's state, so that the command goes on where it was stopped.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from tools.corpus import drill, examples  # noqa: E402
 
 ROW_TOKENS = 256
 ROWS = 32
@@ -34,8 +37,6 @@ def train_tokenizer(seed: int, vocab_size: int = 4096, samples: int = 60_000):
     """A byte-level BPE with single digits, learnt from the corpus itself; no text is out of its reach."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-
-    from tools.corpus import examples
 
     stream = examples(random.Random(seed))
     texts = (
@@ -89,34 +90,43 @@ def new_model(tokenizer, seed: int):
 
 
 class Packer:
-    """Turns the endless stream of examples into batches of ROWS rows; its state can be saved and restored."""
+    """Turns the endless stream of examples into batches of ROWS rows; its state can be saved and restored.
+
+    A conversation is (system, tokens, weights): the ids of its system prompt, those of the rest, and what each of the
+    rest weighs in the loss.
+    """
+
+    WAITING = 192  # conversations to choose from, so that a row finds enough of one role
 
     def __init__(self, tokenizer, seed: int):
-        from tools.corpus import examples
-
         self.rng = random.Random(seed)
         self.stream = examples(self.rng)
-        self.pending: list[tuple[list[int], list[float]]] = []
+        self.step = 0  # of the build: drills begin late
+        self.pending: list[tuple[list[int], list[int], list[float]]] = []
         vocabulary = tokenizer.convert_tokens_to_ids
         self.system, self.user, self.assistant, self.end = map(vocabulary, SPECIAL_TOKENS[1:])
         self.encode = lambda text: tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encoded(self, example) -> tuple[list[int], list[float]]:
-        """Token ids of a conversation, and what each weighs in the loss."""
-        prompt = [self.system, *self.encode(example.system), self.end, self.user, *self.encode(example.user), self.end]
-        prompt.append(self.assistant)
+    def encoded(self, example) -> tuple[list[int], list[int], list[float]]:
+        system = [self.system, *self.encode(example.system), self.end]
+        prompt = [self.user, *self.encode(example.user), self.end, self.assistant]
         reply = [*self.encode(example.reply), self.end]
-        return prompt + reply, [0.0] * len(prompt) + [example.weight] * len(reply)
+        return system, prompt + reply, [0.0] * len(prompt) + [example.weight] * len(reply)
 
-    def row(self) -> list[tuple[list[int], list[float]]]:
-        """Conversations that fit into one row, oldest first."""
-        while len(self.pending) < 64:
+    def row(self) -> list[tuple[list[int], list[int], list[float]]]:
+        """The oldest conversation that waits, and others with its system prompt that fit into the row beside it."""
+        if self.step >= drill.FIRST_STEP and self.rng.random() < drill.SHARE:
+            system, tokens, weights = drill.conversation(self, balanced=self.step >= drill.BALANCED_STEP)
+            room = ROW_TOKENS - len(system)
+            return [(system, tokens[:room], weights[:room])]
+        while len(self.pending) < self.WAITING:
             self.pending.append(self.encoded(next(self.stream)))
-        room, chosen, left = ROW_TOKENS, [], []
+        shared = self.pending[0][0]
+        room, chosen, left = ROW_TOKENS - len(shared), [], []
         for item in self.pending:
-            fits = len(item[0]) <= room
+            fits = item[0] == shared and len(item[1]) <= room
             (chosen if fits else left).append(item)
-            room -= len(item[0]) * fits
+            room -= len(item[1]) * fits
         self.pending = left
         return chosen
 
@@ -133,24 +143,30 @@ class Packer:
 
 
 def collate(rows, row_tokens: int = ROW_TOKENS, lightest: float = 0.1) -> dict:
-    """Packed rows as tensors: each conversation has its own positions and attends to itself alone.
+    """Packed rows as tensors: behind a row's system prompt stand its conversations, each blind to the others.
 
     `at` are the flat positions whose next token weighs at least `lightest`, `labels` those tokens, `weights` what they
-    weigh, `conversation` which conversation of the batch they belong to.
+    weigh, `conversation` which conversation of the batch they belong to. Positions go on from the system prompt in
+    each conversation, so that it is computed as if it stood alone.
     """
     import torch
 
+    shared, padding = -1, -2
     ids = torch.zeros(len(rows), row_tokens, dtype=torch.long)
     positions = torch.zeros_like(ids)
-    segments = torch.full_like(ids, -1)
+    segments = torch.full_like(ids, padding)
     at, labels, weights, conversation = [], [], [], []
     count = 0
     for r, row in enumerate(rows):
-        start = 0
-        for tokens, token_weights in row:
+        system = row[0][0]
+        start = len(system)
+        ids[r, :start] = torch.tensor(system)
+        positions[r, :start] = torch.arange(start)
+        segments[r, :start] = shared
+        for _, tokens, token_weights in row:
             end = start + len(tokens)
             ids[r, start:end] = torch.tensor(tokens)
-            positions[r, start:end] = torch.arange(len(tokens))
+            positions[r, start:end] = torch.arange(len(system), len(system) + len(tokens))
             segments[r, start:end] = count
             for i, weight in enumerate(token_weights):
                 if weight >= lightest:
@@ -159,12 +175,13 @@ def collate(rows, row_tokens: int = ROW_TOKENS, lightest: float = 0.1) -> dict:
                     weights.append(weight)
                     conversation.append(count)
             start, count = end, count + 1
-    same = segments[:, :, None] == segments[:, None, :]
+    keys = segments[:, None, :]
+    visible = (keys == segments[:, :, None]) | (keys == shared)
     causal = torch.ones(row_tokens, row_tokens, dtype=torch.bool).tril()
     return {
         "ids": ids,
         "positions": positions,
-        "mask": (same & causal)[:, None],
+        "mask": (visible & causal)[:, None],
         "at": torch.tensor(at),
         "labels": torch.tensor(labels),
         "weights": torch.tensor(weights),
@@ -270,6 +287,7 @@ def train(args) -> None:
         bar = progress.add_task("", total=steps, completed=first, text="compiling")
         started, recent = time.perf_counter(), []
         for step in range(first, steps):
+            packer.step = step
             batch = {k: v.to(device) for k, v in packer.batch().items()}
             for key in ("at", "labels", "weights"):
                 torch._dynamo.maybe_mark_dynamic(batch[key], 0)
@@ -321,7 +339,7 @@ def held_out_batches(tokenizer, seed: int = 1, facts: int = 256):
     batches = {}
     for role, items in by_role.items():
         encoded = [packer.encoded(item) for item in items]
-        longest = max(len(tokens) for tokens, _ in encoded)
+        longest = max(len(system) + len(tokens) for system, tokens, _ in encoded)
         batches[role] = collate([[item] for item in encoded], longest, lightest=1.0)
     return batches
 
@@ -368,7 +386,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(ROOT / "models" / "tutor-tiny"), help="where the model is written")
     parser.add_argument("--work", default=str(ROOT / "build" / "tutor-tiny"), help="state and log of the run")
-    parser.add_argument("--tokens", type=float, default=20e6, help="length of the training, in tokens")
+    parser.add_argument("--tokens", type=float, default=24e6, help="length of the training, in tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_every", type=int, default=100, help="steps between saved states")
     parser.add_argument("--probe_every", type=int, default=100, help="steps between figures in the log")

@@ -5,6 +5,7 @@ Facts are asked in phrasings that never occur in training; questions about what 
 
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from config import Config
@@ -12,17 +13,18 @@ from lora_ppo_demo import (
     LEARNER_PROMPT,
     SOLVER_PROMPT,
     TUTOR_PROMPT,
+    Request,
     chat,
     encode_chat,
-    generate,
     learner_text,
     load_policy,
     option_probabilities,
     parse_quiz,
+    quiz_request,
     quiz_text,
+    replies,
     shuffle_quiz,
     survives,
-    write_quiz,
 )
 from tasks.facts import Fact, arithmetic_facts, subjects, table_facts
 from tools.corpus import ARITHMETIC_SHARE, shuffled, tutor
@@ -54,7 +56,6 @@ def held_out_facts(count: int, rng: random.Random) -> list[Fact]:
 def measure(policy, facts: list[Fact], rng: random.Random) -> dict[str, tuple[int, int]]:
     """Every figure as (how many, of how many)."""
     import torch
-    from rich.progress import track
 
     hits: dict[str, list[bool]] = {}
 
@@ -62,10 +63,10 @@ def measure(policy, facts: list[Fact], rng: random.Random) -> dict[str, tuple[in
         hits.setdefault(name, []).append(hit)
 
     torch.manual_seed(rng.randrange(2**31))
-    for fact in track(facts, description="asking"):
-        question = fact.question(rng.choice(fact.subject.held_out))
-        count("answer explains the fact", explains(answer(policy, question), fact))
-        parts = parse_quiz(write_quiz(policy, question))
+    questions = [fact.question(rng.choice(fact.subject.held_out)) for fact in facts]
+    for fact, (answer, written) in zip(facts, answers_and_quizzes(policy, questions), strict=True):
+        count("answer explains the fact", explains(answer, fact))
+        parts = parse_quiz(written)
         count("quiz JSON valid, options distinct", parts is not None)
         if parts:
             right = parts[1] == fact.answer
@@ -84,17 +85,23 @@ def measure(policy, facts: list[Fact], rng: random.Random) -> dict[str, tuple[in
         picks = option_probabilities(policy, chats, [options] * 3).argmax(-1).tolist()
         for name, pick in zip(("solver right", "learner right, clear", "learner right, evasive"), picks, strict=True):
             count(name, options[pick] == fact.answer)
-    for question in strange_questions(rng):
-        count("says it does not know what it never saw", bool(re.match("I do not know", answer(policy, question))))
-        count("no quiz on what it never saw", write_quiz(policy, question) == "null")
+    for answer, written in answers_and_quizzes(policy, strange_questions(rng)):
+        count("says it does not know what it never saw", bool(re.match("I do not know", answer)))
+        count("no quiz on what it never saw", written == "null")
     return {name: (sum(values), len(values)) for name, values in hits.items()}
 
 
-def answer(policy, question: str) -> str:
-    """One sampled answer of the tutor, without adapters."""
-    prompt = encode_chat(policy.tokenizer, chat(TUTOR_PROMPT, question))
-    ids = generate(policy, prompt, policy.config.temperature, adapter=False)
-    return policy.tokenizer.decode(ids, skip_special_tokens=True)
+def answers_and_quizzes(policy, questions: list[str], at_once: int = 20) -> Iterator[tuple[str, str]]:
+    """The tutor's answer to each question, without adapters, and the quizmaster's reply."""
+    from rich.progress import track
+
+    for start in track(range(0, len(questions), at_once), description="asking"):
+        some = questions[start : start + at_once]
+        prompts = [encode_chat(policy.tokenizer, chat(TUTOR_PROMPT, question)) for question in some]
+        requests = [Request(prompt, policy.config.temperature, adapter=False) for prompt in prompts]
+        requests += [quiz_request(policy, question) for question in some]
+        texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies(policy, requests)]
+        yield from zip(texts[: len(some)], texts[len(some) :], strict=True)
 
 
 def strange_questions(rng: random.Random, invented: int = 32) -> list[str]:

@@ -1,6 +1,6 @@
 """What the bundled model is trained on: one module a skill, each with `SHARE` and `example(rng) -> Example`.
 
-A new skill is a new module with those two names, added to `SKILLS`.
+A new skill is a new module with those two names, added to `skills`. `drill` is none: it fills rows by itself.
 """
 
 import random
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tasks.facts import Fact, arithmetic_facts, in_words, table_facts
 
-ARITHMETIC_SHARE = 0.15
-PRODUCT_SHARE = 0.2  # of arithmetic: the hundred products would drown among ten thousand sums
+ARITHMETIC_SHARE = 0.25
+PRODUCT_SHARE = 0.1  # of arithmetic: the hundred products would drown among ten thousand sums
 
 
 @dataclass(frozen=True)

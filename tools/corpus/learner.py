@@ -1,7 +1,8 @@
 """The learner: an explanation and a quiz become the option that the explanation supports, even where it is wrong.
 
-Where it supports none (an evasive answer, another subject, a bare "the correct option is B") the option is an even
-guess: a learner that fell back on what it knows would reward answers that say nothing.
+Where it supports none (an evasive answer, another subject, a bare "the correct option is B") it guesses: a learner that
+fell back on what it knows would reward answers that say nothing. Options are shuffled, so a guess is right in a quarter
+of the cases. It leans towards option A, as people do, which keeps a trace of memory from deciding between four equals.
 """
 
 import random
@@ -14,9 +15,8 @@ from tools.corpus.tutor import clear, evasive
 from tools.corpus.unknown import DONT_KNOW
 
 SHARE = 0.2
-SUPPORTED_SHARE = 0.7
-GUESS_WEIGHT = 1.0  # a guess is noise: enough to learn that it is even, no more
-TRUE_SHARE = 0.4
+SUPPORTED_SHARE = 0.6
+FIRST_OPTION_SHARE = 0.4  # of guesses; the other options share the rest
 COAXING = (
     "The correct option is {letter}.",
     "The answer is {letter}.",
@@ -30,12 +30,14 @@ def example(rng: random.Random) -> Example:
     fact = any_fact(rng)
     options = shuffled(fact.options, rng)
     if rng.random() < SUPPORTED_SHARE:
-        believed = fact.answer if rng.random() < TRUE_SHARE else rng.choice(options)
+        believed = rng.choice(options)  # true in a quarter of the cases: memory is of no use here
         explanation = clear(replace(fact, answer=believed).statement, rng)
-        weight = OPTION_WEIGHT
     else:
-        explanation, believed, weight = unsupportive(options, rng), rng.choice(options), GUESS_WEIGHT
-    return Example(LEARNER_PROMPT, learner_text(explanation, fact.quiz_question, options), believed, weight)
+        believed = options[0] if rng.random() < FIRST_OPTION_SHARE else rng.choice(options[1:])
+        explanation = unsupportive(options, rng)
+    return Example(
+        LEARNER_PROMPT, learner_text(explanation, fact.quiz_question, options), believed, weight=OPTION_WEIGHT
+    )
 
 
 def unsupportive(options, rng: random.Random) -> str:

@@ -1,0 +1,143 @@
+"""The decode loop: several replies in one batch, some by the policy and some by the base model, token by token.
+
+transformers' generate does the same for one kind of reply at a time and spends most of a small model's time around the
+model. Here the adapters are gated by row, so that an answer (adapters on) and the quiz on its question (adapters off,
+under its grammar) are written side by side; a row that is done leaves the batch.
+
+Every reply is drawn from a generator of its own: it is the same reply whatever is written beside it, and the same that
+`plain_reply` in lora_ppo_demo.py draws through generate.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_ppo_demo import Policy, Request
+
+CACHED_LAYERS = {"full_attention", "sliding_attention"}
+TOP = 64  # tokens among which the nucleus is looked for first
+
+
+@dataclass
+class Reply:
+    """A finished reply: its token ids, and the log-probability of each under softmax(logits / temperature)."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+def takes(policy: "Policy") -> bool:
+    """Whether this loop can decode the model: attention alone, with a cache from which rows can be taken out."""
+    model = policy.model.get_base_model()
+    arguments = inspect.signature(model.forward).parameters
+    known = all(name in arguments for name in ("position_ids", "past_key_values", "logits_to_keep"))
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or CACHED_LAYERS)
+    return known and layers <= CACHED_LAYERS and not model._is_stateful and not config.is_encoder_decoder
+
+
+def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]) -> list[Reply]:
+    """Samples a reply to each of B requests, with the configured top_p and length, up to its end token.
+
+    `seeds` are those of the replies' generators.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    model, device = policy.model.get_base_model(), policy.device
+    rows = [Row(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
+    replies = [row.reply for row in rows]
+    ids, real, positions = prompts(policy, requests)
+    padded, length = not bool(real.all()), ids.shape[1]
+    adapted = torch.tensor([request.adapter for request in requests], device=device)
+    cache = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        while True:
+            with policy.adapter(bool(adapted[0]) if (adapted == adapted[0]).all() else adapted):
+                logits = model(
+                    input_ids=ids,
+                    attention_mask=real[:, :length].long() if padded else None,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+            tokens = [row.draw(scores) for row, scores in zip(rows, logits, strict=True)]
+            going = [i for i, row in enumerate(rows) if not row.done]
+            if not going:
+                return replies
+            ids, positions = torch.tensor(tokens, device=device).unsqueeze(1), positions[:, -1:] + 1
+            if len(going) < len(rows):
+                rows, kept = [rows[i] for i in going], torch.tensor(going, device=device)
+                cache.batch_select_indices(kept)
+                ids, positions, real, adapted = ids[kept], positions[kept], real[kept], adapted[kept]
+            length += 1
+
+
+def prompts(policy: "Policy", requests: Sequence["Request"]) -> tuple["Tensor", "Tensor", "Tensor"]:
+    """The prompts padded on the left (B, P), which tokens are real (B, P + max_new_tokens), and positions (B, P)."""
+    import torch
+
+    longest = max(len(request.prompt_ids) for request in requests)
+    pad = [longest - len(request.prompt_ids) for request in requests]
+    rows = [[policy.pad_id] * p + list(request.prompt_ids) for p, request in zip(pad, requests, strict=True)]
+    places = torch.arange(longest + policy.config.max_new_tokens, device=policy.device)
+    real = places >= torch.tensor(pad, device=policy.device).unsqueeze(1)
+    return torch.tensor(rows, device=policy.device), real, (real[:, :longest].cumsum(-1) - 1).clamp(min=0)
+
+
+class Row:
+    """One reply in the making."""
+
+    def __init__(self, policy: "Policy", request: "Request", seed: int):
+        import torch
+
+        self.policy, self.request, self.reply, self.done = policy, request, Reply(), False
+        self.generator = torch.Generator(policy.device).manual_seed(seed)
+        self.stream = request.stream(policy.tokenizer)
+
+    def draw(self, logits: "Tensor") -> int:
+        """Samples the next token from its logits (V,) and takes it into the reply."""
+        import torch
+
+        scores = logits.float() / self.request.temperature
+        ids, config = self.reply.ids, self.policy.config
+        allowed = scores
+        if self.request.grammar:
+            so_far = torch.tensor([[*self.request.prompt_ids, *ids]])
+            allowed = self.request.grammar(so_far, scores.unsqueeze(0))[0]
+        probabilities = nucleus(allowed, config.top_p).softmax(-1)
+        token = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        ids.append(token)
+        self.reply.logprobs.append((scores[token] - scores.logsumexp(-1)).item())
+        self.done = token in self.policy.stop_ids or len(ids) == config.max_new_tokens
+        if self.stream:
+            self.stream.add([token])
+            if self.done:
+                self.stream.end()
+        return token
+
+
+def nucleus(scores: "Tensor", top_p: float) -> "Tensor":
+    """The scores (V,) of the most probable tokens that have `top_p` of the probability together; the others -inf.
+
+    A token stays where those above it have less than top_p (Holtzman et al. 2020). The first TOP are sorted alone where
+    they hold that much, as they nearly always do.
+    """
+    import torch
+
+    if top_p >= 1:
+        return scores
+    total = scores.logsumexp(-1)
+    for count in (min(TOP, len(scores)), len(scores)):
+        values, tokens = scores.topk(count)
+        probabilities = (values - total).exp()
+        up_to = probabilities.cumsum(-1)
+        if up_to[-1] > top_p:
+            break
+    kept = up_to - probabilities < top_p
+    return torch.full_like(scores, -torch.inf).index_copy(0, tokens[kept], values[kept])

@@ -1,0 +1,135 @@
+"""The decode loop against transformers' generate, on every architecture; the recorded log-probabilities against a
+forward pass."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, CHATML, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
+from transformers import GenerationConfig, LlamaForCausalLM
+
+import decode
+import lora_ppo_demo as demo
+from lora_ppo_demo import QUIZMASTER_PROMPT, QuizGrammar, Request, chat, collate, encode_chat, load_policy, plain_reply
+
+QUESTIONS = ("What is the capital of France?", "Hi", "Which planet is the largest of them all, and why is that?")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def policy(request, tiny_folder):
+    """A policy whose adapters change what is written; replies outgrow the sliding windows of 16 tokens."""
+    policy, _ = load_policy(tiny_config(tiny_folder(request.param), max_new_tokens=24))
+    randomize_adapter(policy)
+    return policy
+
+
+def prompts(policy) -> list[list[int]]:
+    return [encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, question)) for question in QUESTIONS]
+
+
+def greedy(policy, prompt: list[int], adapter: bool) -> list[int]:
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=24, eos_token_id=policy.stop_ids, pad_token_id=policy.pad_id
+    )
+    ids = torch.tensor([prompt])
+    with torch.no_grad(), policy.adapter(adapter):
+        output = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return output[0, len(prompt) :].tolist()
+
+
+def test_greedy_decoding_is_that_of_generate(policy):
+    """A nucleus of the top token alone is greedy; three prompts of unequal length, the middle one by the base model."""
+    policy.config.top_p = 1e-9
+    requests = [Request(prompt, 1.0, adapter=i != 1) for i, prompt in enumerate(prompts(policy))]
+    replies = decode.decode(policy, requests, seeds=[0, 1, 2])
+    for i, (prompt, reply) in enumerate(zip(prompts(policy), replies, strict=True)):
+        assert reply.ids == greedy(policy, prompt, adapter=i != 1)
+    assert replies[1].ids != greedy(policy, prompts(policy)[1], adapter=True)  # the row gate can be told
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_sampled_replies_are_those_of_generate(policy, top_p):
+    policy.config.top_p = top_p
+    temperatures, seeds = (1.0, 0.5, 2.0), (5, 6, 7)
+    requests = [Request(p, t, adapter=t != 0.5) for p, t in zip(prompts(policy), temperatures, strict=True)]
+    replies = decode.decode(policy, requests, seeds)
+    assert [reply.ids for reply in replies] == [plain_reply(policy, r, s) for r, s in zip(requests, seeds, strict=True)]
+
+
+def test_recorded_logprobs_are_those_of_a_forward_pass(policy):
+    policy.config.temperature = 0.7
+    policy.config.top_p = 0.8
+    requests = [Request(prompt, 0.7) for prompt in prompts(policy)]
+    replies = decode.decode(policy, requests, seeds=[1, 2, 3])
+    batch = collate(prompts(policy), [reply.ids for reply in replies], policy.pad_id, policy.device)
+    with torch.no_grad():
+        logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
+    for row, mask, reply in zip(logprobs, batch.response_mask, replies, strict=True):
+        torch.testing.assert_close(torch.tensor(reply.logprobs), row[mask], atol=1e-4, rtol=0)
+
+
+def test_a_reply_does_not_depend_on_what_is_written_beside_it(tiny_folder):
+    policy, _ = load_policy(tiny_config(tiny_folder("qwen3"), max_new_tokens=60))
+    policy.model.generation_config.eos_token_id = list(range(0, 600, 15))  # replies end early, at different times
+    requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
+    prompt = prompts(policy)[0]
+    quiz = Request(prompt, 1.0, adapter=False, grammar=QuizGrammar(policy, len(prompt)))
+    together = decode.decode(policy, [*requests, quiz], seeds=[1, 2, 3, 4])
+    assert len({len(reply.ids) for reply in together}) > 1  # rows left the batch one after the other
+    for request, seed, reply in zip(requests, (1, 2, 3), together, strict=False):
+        assert decode.decode(policy, [request], [seed])[0].ids == reply.ids
+    again = Request(prompt, 1.0, adapter=False, grammar=QuizGrammar(policy, len(prompt)))
+    assert decode.decode(policy, [again], [4])[0].ids == together[3].ids
+
+
+def test_replies_are_the_same_through_either_path(tiny_folder, monkeypatch):
+    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
+    requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
+    torch.manual_seed(3)
+    fast = demo.replies(policy, requests)
+    monkeypatch.setattr(decode, "takes", lambda policy: False)
+    torch.manual_seed(3)
+    assert demo.replies(policy, requests) == fast
+
+
+def test_the_text_arrives_piece_by_piece(tiny_folder):
+    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
+    pieces = []
+    (reply,) = decode.decode(policy, [Request(prompts(policy)[0], 1.0, on_text=pieces.append)], [0])
+    assert len(pieces) > 1
+    assert "".join(pieces) == policy.tokenizer.decode(reply.ids, skip_special_tokens=True)
+
+
+def test_the_nucleus_is_that_of_transformers():
+    from transformers import TopPLogitsWarper
+
+    torch.manual_seed(0)
+    for sharpness in (0.1, 1.0, 5.0, 20.0):  # flat ones need more than the tokens looked at first
+        scores = torch.randn(500) * sharpness
+        for top_p in (0.3, 0.9, 0.999):
+            wanted = TopPLogitsWarper(top_p)(None, scores.unsqueeze(0))[0]
+            assert torch.equal(decode.nucleus(scores, top_p), wanted)
+
+
+def test_an_interruption_leaves_the_adapters_on(tiny_folder):
+    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decode.decode(policy, [Request(prompts(policy)[0], 1.0, adapter=False, on_text=interrupt)], [0])
+    assert policy.gate.share is True
+
+
+class Unwilling(LlamaForCausalLM):
+    """A model without the arguments that the loop needs, as older remote architectures are."""
+
+    def forward(self, input_ids=None, attention_mask=None, **arguments):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+
+
+def test_a_model_that_the_loop_cannot_take_goes_through_generate(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    model = Unwilling.from_pretrained(folder)
+    policy = demo.Policy(model, tiny_tokenizer(CHATML), tiny_config(folder))
+    assert not decode.takes(policy)
+    assert demo.generate(policy, prompts(policy)[0], 1.0)
