@@ -33,6 +33,7 @@ from lora_ppo_demo import (
     Damaged,
     LineFile,
     Policy,
+    StepSkipped,
     checkpoints,
     clean,
     is_bundled,
@@ -45,8 +46,8 @@ from lora_ppo_demo import (
     verify_checkpoint,
 )
 from tasks import Task
-from tasks.episodes import play
-from update import align, chunks, learn, prepare, total
+from tasks.episodes import Trajectory, play
+from update import align, chunks, everywhere, learn, prepare, shard, sharded, total
 from update import group_advantages as group_advantages
 
 if TYPE_CHECKING:
@@ -256,6 +257,27 @@ def find_checkpoint(config: TrainConfig, notice: Callable[[str], None]) -> tuple
 
 
 @contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder. Raises ConfigError if there is one."""
+    import filelock
+
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(
+            f"another run is writing to output_dir={folder}: wait for it, or set another output_dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder} can't be written ({error.strerror}): set another output_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def stop_requests(patient: bool) -> Iterator[list[int]]:
     """Notes Ctrl-C and SIGTERM in the list it gives. A second ends at once, unless `patient`: a launcher sends two."""
     asked: list[int] = []
@@ -315,6 +337,15 @@ class Training:
             picked.append(self.train[self.laps[lap][i]])
         return picked
 
+    def play(self, parts: Sequence[Sequence[Any]], adapter: bool = True) -> list[list[Trajectory]]:
+        """Episodes on this process's samples, part by part. Raises StepSkipped where memory runs out."""
+        policy, episode = self.policy, self.task.episode
+
+        def each() -> list[list[Trajectory]]:
+            return [play(policy, [episode(sample) for sample in part], adapter) for part in parts]
+
+        return everywhere(policy, self.accelerator, each)
+
     def step(self) -> dict[str, Any]:
         """Plays and learns one batch; returns its log line."""
         import torch
@@ -325,9 +356,13 @@ class Training:
         mine = self.samples(number)[accelerator.process_index :: processes]
         copies = config.group_size if config.algorithm == "grpo" else 1
         started = time.perf_counter()
-        trajectories = play(self.policy, [self.task.episode(sample) for sample in mine for _ in range(copies)])
+        try:
+            (trajectories,) = self.play([[sample for sample in mine for _ in range(copies)]])
+        except StepSkipped as skipped:
+            trajectories, metrics = [], {"outcome": "skipped", "why": str(skipped)}
         played = time.perf_counter() - started
-        metrics = learn(self.policy, accelerator, config, trajectories)
+        if trajectories:
+            metrics = learn(self.policy, accelerator, config, trajectories)
         self.policy.step = number + 1
         tokens = total(accelerator, sum(t.length for t in trajectories))[0]
         line = {"timestamp": now(), "step": number + 1, "epoch": number // self.steps_per_epoch + 1} | metrics
@@ -341,9 +376,12 @@ class Training:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         samples = self.task.samples("test")[: self.config.eval_samples][rank::processes]
         torch.manual_seed(turn_seed(self.config.seed, -1 - rank))
-        trajectories = []
-        for part in chunks(samples, max(1, self.config.batch_size // processes)):
-            trajectories += play(self.policy, [self.task.episode(sample) for sample in part])
+        try:
+            played = self.play(chunks(samples, max(1, self.config.batch_size // processes)))
+        except StepSkipped as skipped:
+            self.say(f"Step {self.policy.step} is not evaluated: {skipped}.")
+            return {}
+        trajectories = [trajectory for part in played for trajectory in part]
         known = [t for t in trajectories if t.outcome.verdict != "unknown"]
         right = sum(t.outcome.verdict == "correct" for t in known)
         facts = [t.outcome.details["states_fact"] for t in trajectories if "states_fact" in t.outcome.details]
@@ -431,6 +469,7 @@ class Training:
     def how_to_go_on(self) -> str:
         several = self.accelerator.num_processes > 1
         launcher = f"accelerate launch --num_processes {self.accelerator.num_processes}" if several else "python"
+        launcher += " --use_fsdp --fsdp_version 2" if sharded(self.accelerator) else ""
         return f"Go on with: {launcher} train.py --config {self.root / 'effective_config.yaml'} resume_from=latest"
 
     @contextlib.contextmanager
@@ -460,8 +499,7 @@ class Training:
         answers = []
         for adapter in (False, True):
             torch.manual_seed(self.config.seed)
-            episodes = [self.task.episode(sample) for sample in self.task.samples("test")[:10]]
-            answers.append(play(self.policy, episodes, adapter))
+            answers += self.play([self.task.samples("test")[:10]], adapter=adapter)
         if self.accelerator.is_main_process:
             rows = [(a.question, a.replies, b.replies) for a, b in zip(*answers, strict=True)]
             path = write_report(self.root, self.lines, rows, self.result())
@@ -485,12 +523,24 @@ def train(config: TrainConfig) -> int:
     """The whole run; settings and data are checked before any model is loaded. Raises ConfigError."""
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     build_task = TASKS[config.task](config)
+    main_process = os.environ.get("RANK", "0") == "0"
 
     def notice(text: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if main_process:
             print(clean(text), file=sys.stderr, flush=True)
 
     found = find_checkpoint(config, notice)
+    with locked(Path(config.output_dir)) if main_process else contextlib.nullcontext():
+        return begin(config, build_task, found, notice)
+
+
+def begin(
+    config: TrainConfig,
+    build_task: Callable[[Policy], Task],
+    found: tuple[Path, dict[str, Any]] | None,
+    notice: Callable[[str], None],
+) -> int:
+    """Loads the model, goes on from the checkpoint `found` if there is one, and trains. Returns the exit status."""
     import torch
     from accelerate import Accelerator
 
@@ -502,11 +552,11 @@ def train(config: TrainConfig) -> int:
         config = replace(config, device=str(accelerator.device))
     policy, config = load_policy(config, notice)
     prepare(policy, config)
+    shard(policy, accelerator)
     training = Training(config, policy, build_task(policy), accelerator)
     if found:
         training.resume(*found)
     if accelerator.is_main_process:
-        training.root.mkdir(parents=True, exist_ok=True)
         save_yaml(replace(config, device=device), training.root / "effective_config.yaml")
     if tracker:
         accelerator.init_trackers("train", config={"algorithm": config.algorithm, "task": config.task})

@@ -2,25 +2,29 @@
 
 Every process holds the adapters and its share of the trajectories. Gradients are summed over processes, and each
 process divides by the token count of all: the sum is the gradient of the joint batch, however the tokens are spread.
+The frozen base model is whole on every process, or its layers are sharded over them (FSDP).
 
 Shapes as in lora_ppo_demo.py: B trajectories (of this process), T response tokens, V vocabulary.
 """
 
 import contextlib
 import math
+import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from config import ConfigError
 from lora_ppo_demo import (
+    OUT_OF_MEMORY,
     Batch,
     Policy,
     Snapshot,
     StepSkipped,
     collate,
     gradient_dropout,
+    out_of_memory,
     token_logprobs_and_values,
     trust_region,
 )
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from train import TrainConfig
+
+Result = TypeVar("Result")
 
 # -------------------------------------------------------------------------------------------------------- advantages
 
@@ -69,6 +75,25 @@ def total(accelerator: "Accelerator", *numbers: float) -> list[float]:
     import torch
 
     return accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device), "sum").tolist()
+
+
+def everywhere(policy: Policy, accelerator: "Accelerator", work: Callable[[], Result]) -> Result:
+    """What `work` returns: each process does its own, in as many forward passes as it needs.
+
+    Memory that runs out on one process raises StepSkipped on all. With sharded weights it ends the run: the others are
+    waiting for a layer by then.
+    """
+    result, failed = None, False
+    try:
+        with in_step(policy, accelerator):
+            result = work()
+    except Exception as error:
+        if not out_of_memory(error) or sharded(accelerator):
+            raise
+        failed = True
+    if total(accelerator, failed)[0]:
+        raise StepSkipped(f"{OUT_OF_MEMORY}, or a smaller batch_size and mini_batch_size")
+    return result
 
 
 def group_advantages(scores: "Tensor", group_size: int, normalize: bool) -> "Tensor":
@@ -122,7 +147,7 @@ def examine(
     batch = collate(prompts, responses, policy.pad_id, policy.device, chosen)
     mask = batch.response_mask
     scores = scores.to(policy.device)
-    seen = observe(policy, batch, rows_per_pass(config, accelerator))
+    seen = everywhere(policy, accelerator, lambda: observe(policy, batch, rows_per_pass(config, accelerator)))
     logprobs, ref_logprobs, values, kl = seen
     kept = zip(trajectories, known, strict=True)
     right = sum(t.outcome.verdict == "correct" for t, k in kept if k)
@@ -193,8 +218,6 @@ def learn(
 
     All or nothing, as in the tutor. `outcome` is `taken`, `undone` (beyond the trust region) or `skipped`, with `why`.
     """
-    import torch
-
     before = policy.snapshot()
     metrics: dict[str, Any] = {}
     try:
@@ -210,12 +233,9 @@ def learn(
     except StepSkipped as skipped:
         policy.restore(before)
         metrics |= {"outcome": "skipped", "why": str(skipped)}
-    except BaseException as error:
+    except BaseException:
         policy.restore(before)
-        no_memory = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-        if not no_memory or accelerator.num_processes > 1:  # the other processes could not be told
-            raise
-        metrics |= {"outcome": "skipped", "why": "out of memory: try a smaller mini_batch_size or max_new_tokens"}
+        raise
     return metrics
 
 
@@ -263,13 +283,12 @@ def gradients(
 ) -> dict[str, float]:
     """Leaves in every parameter the gradient of the loss, a mean over the `tokens` response tokens of all processes.
 
-    Returns the loss and its parts. Memory that runs out on one process makes the loss NaN on all, so that all skip.
+    Returns the loss and its parts.
     """
     import torch
 
-    sums: dict[str, float] = {}
-    failed = 0.0
-    try:
+    def passes() -> dict[str, float]:
+        sums = dict.fromkeys(LOSSES, 0.0)
         for rows in chunks(range(len(experience.logprobs)), rows_per_pass(config, accelerator)):
             piece = experience.rows(rows)
             share = piece.batch.response_mask.sum().item() / tokens
@@ -277,18 +296,17 @@ def gradients(
                 parts = losses(policy, config, piece)
                 (parts["loss"] * share).backward()
             for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * share
-    except torch.OutOfMemoryError:
-        failed = math.nan
+                sums[name] += value.item() * share
+        return sums
+
+    sums = everywhere(policy, accelerator, passes)
     if accelerator.num_processes > 1:
-        sums = dict(zip(LOSSES, total(accelerator, *(sums.get(name, 0.0) for name in LOSSES)), strict=True))
-        failed = total(accelerator, failed)[0]
+        sums = dict(zip(LOSSES, total(accelerator, *sums.values()), strict=True))
         owners = list(policy.parameters.values())
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in owners])
         pieces = accelerator.reduce(flat, "sum").split([p.numel() for p in owners])
         for p, piece in zip(owners, pieces, strict=True):
             p.grad = piece.view_as(p).clone()
-    sums["loss"] = sums.get("loss", 0.0) + failed
     return sums
 
 
@@ -325,17 +343,20 @@ def moved(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", bat
     """
     import torch
 
-    after, nats = policy.snapshot(), 0.0
-    for rows in chunks(range(len(batch.input_ids)), rows_per_pass(config, accelerator)):
-        part = batch_rows(batch, rows)
-        policy.restore(before)
-        with torch.no_grad():
-            _, _, old_logits = token_logprobs_and_values(policy, part)
-        policy.restore(after)
-        step_kl = trust_region(policy, part, old_logits, 0.0)["step_kl"]
-        tokens = part.response_mask.sum().item()
-        nats += step_kl * tokens if tokens else 0.0
-    nats, tokens = total(accelerator, nats, batch.response_mask.sum().item())
+    def distance() -> float:
+        after, nats = policy.snapshot(), 0.0
+        for rows in chunks(range(len(batch.input_ids)), rows_per_pass(config, accelerator)):
+            part = batch_rows(batch, rows)
+            policy.restore(before)
+            with torch.no_grad():
+                _, _, old_logits = token_logprobs_and_values(policy, part)
+            policy.restore(after)
+            step_kl = trust_region(policy, part, old_logits, 0.0)["step_kl"]
+            tokens = part.response_mask.sum().item()
+            nats += step_kl * tokens if tokens else 0.0
+        return nats
+
+    nats, tokens = total(accelerator, everywhere(policy, accelerator, distance), batch.response_mask.sum().item())
     return nats / tokens
 
 
@@ -396,3 +417,63 @@ def align(policy: Policy, accelerator: "Accelerator") -> None:
 
         for tensor in policy.tensors().values():
             torch.distributed.broadcast(tensor, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- sharding
+
+
+def sharded(accelerator: "Accelerator") -> bool:
+    """Whether accelerate was told to shard the model (FSDP)."""
+    return accelerator.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def shard(policy: Policy, accelerator: "Accelerator") -> None:
+    """Spreads the base model's layers over the processes, where accelerate was told to; raises ConfigError.
+
+    Adapters, value head and embeddings stay whole on every process: all that training changes is as it is without.
+    """
+    if not sharded(accelerator):
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if policy.config.load_in_4bit == "true":
+        raise ConfigError("load_in_4bit=true can't be sharded (FSDP): set load_in_4bit=false")
+    decoder, kinds = body(policy), policy.model.get_base_model()._no_split_modules or ()
+    layers = [module for module in decoder.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ConfigError(f"model_name={policy.config.model_name} names no layers to shard (FSDP): use multi_gpu.yaml")
+    mesh = init_device_mesh(policy.device.type, (accelerator.num_processes,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=set(policy.parameters.values()))
+    fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.parameters()))
+
+
+def body(policy: Policy):
+    """The base model less its head: every forward pass goes through it."""
+    return policy.model.get_base_model().get_decoder()
+
+
+@contextlib.contextmanager
+def in_step(policy: Policy, accelerator: "Accelerator") -> Iterator[None]:
+    """Lets processes make different numbers of forward passes over sharded layers, which all must gather at once.
+
+    Before each pass a process asks who else makes one; whoever is done makes empty ones until nobody does.
+    """
+    if not sharded(accelerator):
+        yield
+        return
+    import torch
+
+    def announce(*_: Any) -> None:
+        total(accelerator, 1)
+
+    hook = body(policy).register_forward_pre_hook(announce, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+    token = torch.full((1, 1), policy.pad_id, device=policy.device)
+    while total(accelerator, 0)[0]:
+        with torch.no_grad():
+            policy.model(input_ids=token)

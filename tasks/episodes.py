@@ -26,7 +26,7 @@ class Trajectory:
 
 
 def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> list[Trajectory]:
-    """Plays the episodes to their ends, all together; those that outgrow the model's context end as unknown."""
+    """Plays the episodes, all of one task, to their ends; those that outgrow the model's context end as unknown."""
     tokenizer = policy.tokenizer
     trajectories = []
     for episode in episodes:
@@ -41,20 +41,29 @@ def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> l
             break
         contexts = [trajectories[i].prompt + trajectories[i].response for i in active]
         replies = generate_batch(policy, contexts, policy.config.temperature, adapter=adapter)
-        for i, ids in zip(list(active), replies, strict=True):
+        finished = []
+        for i, ids in zip(active, replies, strict=True):
             trajectory = trajectories[i]
             trajectory.response += ids
             trajectory.chosen += [True] * len(ids)
             trajectory.replies.append(tokenizer.decode(ids, skip_special_tokens=True))
             said = episodes[i].step(trajectory.replies[-1])
             if said is None:
-                trajectory.outcome = episodes[i].outcome()
-                active.remove(i)
+                finished.append(i)
             else:
                 said_ids = environment_ids(policy, said, ids[-1] in policy.stop_ids)
                 trajectory.response += said_ids
                 trajectory.chosen += [False] * len(said_ids)
+        for i, outcome in zip(finished, judge([episodes[i] for i in finished]), strict=True):
+            trajectories[i].outcome = outcome
+        active = [i for i in active if i not in finished]
     return trajectories
+
+
+def judge(episodes: Sequence[Episode]) -> list[Outcome]:
+    """The outcomes of finished episodes: judged all at once where their class has `outcomes(episodes)`."""
+    at_once = getattr(type(episodes[0]), "outcomes", None) if episodes else None
+    return at_once(episodes) if at_once else [episode.outcome() for episode in episodes]
 
 
 def end_without_room(policy: Policy, trajectory: Trajectory) -> None:

@@ -29,6 +29,7 @@ from tasks import Outcome
 from tasks.facts import Fact, table_facts
 
 LEARNERS = ("reader", "gain")
+QUIZZES_PER_PASS = 16  # four replies are scored for each
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,8 @@ class QuizTask:
         """What the learner makes of each answer; `unknown`, with reward 0, where no quiz can be made."""
         quizzes = [self.quiz(sample) for sample in samples]
         taken = [(answer, quiz) for answer, quiz in zip(answers, quizzes, strict=True) if quiz]
-        read, guessed = [], []
-        if taken:
-            read = learner_probabilities(self.policy, *zip(*taken, strict=True)).tolist()
-        if taken and self.learner == "gain":
-            guessed = learner_probabilities(self.policy, [""] * len(taken), [quiz for _, quiz in taken]).tolist()
+        read = self.probabilities(taken)
+        guessed = self.probabilities([("", quiz) for _, quiz in taken]) if self.learner == "gain" else []
         outcomes = []
         for sample, answer, quiz in zip(samples, answers, quizzes, strict=True):
             details = {"length": len(self.policy.tokenizer.encode(answer, add_special_tokens=False))}
@@ -152,6 +150,11 @@ class QuizTask:
             else:
                 outcomes.append(self.judge(quiz, read.pop(0), guessed.pop(0) if guessed else None, details))
         return outcomes
+
+    def probabilities(self, taken: Sequence[tuple[str, Quiz]]) -> list[list[float]]:
+        """How probable each option of each quiz is to the learner who has read the answer before it."""
+        parts = [taken[i : i + QUIZZES_PER_PASS] for i in range(0, len(taken), QUIZZES_PER_PASS)]
+        return [row for part in parts for row in learner_probabilities(self.policy, *zip(*part, strict=True)).tolist()]
 
     def judge(self, quiz: Quiz, read: list[float], guessed: list[float] | None, details: dict) -> Outcome:
         """The outcome, from the learner's probabilities of the options with the answer and (gain) without it."""
@@ -177,4 +180,9 @@ class QuizEpisode:
         self.answer = reply
 
     def outcome(self) -> Outcome:
-        return self.task.outcomes([self.sample], [self.answer])[0]
+        return self.outcomes([self])[0]
+
+    @staticmethod
+    def outcomes(episodes: Sequence["QuizEpisode"]) -> list[Outcome]:
+        """The verdicts on episodes of one task, judged in batches."""
+        return episodes[0].task.outcomes([e.sample for e in episodes], [e.answer for e in episodes])

@@ -5,7 +5,8 @@ import torch
 
 import tasks.quiz
 from config import ConfigError
-from lora_ppo_demo import LETTERS, Quiz
+from lora_ppo_demo import LETTERS, Quiz, learner_probabilities
+from tasks.episodes import play
 from tasks.facts import table_facts
 from tasks.quiz import QuizTask, Sample, split_samples
 
@@ -155,3 +156,27 @@ def test_an_episode_is_one_reply_under_the_tutors_prompt(llama_policy, written, 
     assert messages[1]["content"] == "What is it?"
     assert episode.step("An answer.") is None
     assert episode.outcome().reward == 1.0
+
+
+def test_answers_judged_together_earn_what_they_earn_one_at_a_time(llama_policy, written, monkeypatch):
+    """The learner is the real one, over several batches; one question has no quiz."""
+    samples = [Sample(question, None) for question in ("a", "null", "a longer question", "b", "c")]
+    sizes, found = [], []
+
+    def probabilities(policy, answers, quizzes):
+        sizes.append(len(quizzes))
+        return learner_probabilities(policy, answers, quizzes)
+
+    monkeypatch.setattr(tasks.quiz, "learner_probabilities", probabilities)
+    monkeypatch.setattr(tasks.quiz, "QUIZZES_PER_PASS", 3)
+    for _ in range(2):
+        task = QuizTask(llama_policy, learner="gain")
+        torch.manual_seed(0)
+        found.append([t.outcome for t in play(llama_policy, [task.episode(sample) for sample in samples])])
+        monkeypatch.delattr(tasks.quiz.QuizEpisode, "outcomes", raising=False)
+        monkeypatch.setattr(tasks.quiz.QuizEpisode, "outcome", lambda e: e.task.outcomes([e.sample], [e.answer])[0])
+    assert sizes == [3, 1, 3, 1] + [1] * 8
+    assert [o.verdict for o in found[0]] == [o.verdict for o in found[1]]
+    assert [o.details for o in found[0]] == [o.details for o in found[1]]
+    assert [o.reward for o in found[0]] == pytest.approx([o.reward for o in found[1]], abs=1e-5)
+    assert len({o.reward for o in found[0]}) == len(samples)

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from echo import EchoTask
@@ -288,6 +289,23 @@ def test_an_infinite_loss_skips_the_step_and_keeps_the_weights(llama, accelerato
     assert same(policy.tensors(), before.tensors)
 
 
+@pytest.mark.parametrize("phase", ["observe", "losses", "trust_region"])
+def test_memory_that_runs_out_skips_the_step_and_keeps_the_weights(llama, accelerator, monkeypatch, phase):
+    policy, config = loaded(llama)
+    before = policy.snapshot()
+    trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
+    monkeypatch.setattr(update, phase, run_out_of_memory)
+    metrics = update.learn(policy, accelerator, config, trajectories)
+    assert metrics["outcome"] == "skipped"
+    assert "out of memory" in metrics["why"]
+    assert same(policy.tensors(), before.tensors)
+    assert all(p.grad is None for p in policy.parameters.values())
+
+
+def run_out_of_memory(*_):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
 def test_gradient_checkpointing_changes_memory_alone(llama, accelerator):
     plain, config = loaded(llama)
     saving, saving_config = loaded(llama, gradient_checkpointing=True)
@@ -502,6 +520,36 @@ def test_a_run_is_never_overwritten_and_another_folder_branches_off(run):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_memory_that_runs_out_while_answers_are_written_costs_their_step_alone(run, monkeypatch):
+    real, calls = train.play, []
+
+    def play(*arguments):
+        calls.append(arguments)
+        return run_out_of_memory() if len(calls) in (1, 3) else real(*arguments)  # evaluation, and the second step
+
+    monkeypatch.setattr(train, "play", play)
+    status, output = run(output_dir="out")
+    assert status == 0, output
+    assert [line.get("outcome") for line in log("out")] == [None, "taken", "skipped", "taken"]
+    assert "out of memory" in log("out")[2]["why"]
+    assert [line["step"] for line in log("out") if "eval_accuracy" in line] == [3]
+    assert "Step 0 is not evaluated: out of memory" in output
+
+
+def test_a_folder_takes_one_run_at_a_time(run, monkeypatch):
+    Path("out").mkdir()
+    with filelock.FileLock("out/.lock"), monkeypatch.context() as patch:
+        patch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+        status, output = run(output_dir="out")
+    assert (status, output.count("\n")) == (2, 1)
+    assert "another run is writing to output_dir=out" in output
+    assert run(output_dir="out")[0] == 0
+    Path("file").touch()
+    status, output = run(output_dir="file")
+    assert (status, output.count("\n")) == (2, 1)
+    assert "output_dir=file can't be written" in output
+
+
 def test_samples_come_in_whole_shuffled_passes(llama, accelerator):
     policy, config = loaded(llama)
     training = train.Training(config, policy, EchoTask(), accelerator)
@@ -578,21 +626,23 @@ def test_the_presets_are_valid():
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """`accelerate launch` with the two-process preset."""
+def launch(preset: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` with a preset, in two processes."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml"), "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "configs" / "accelerate" / preset), "--main_process_port", "0"]
+    command += ["--num_processes", "2"]
     environment = (
         os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | environment
     )
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_two_processes_give_the_gradient_of_one_with_the_joint_batch(llama, accelerator, tmp_path, algorithm):
+@pytest.mark.parametrize(("algorithm", "preset"), [("ppo", "cpu.yaml"), ("grpo", "cpu.yaml"), ("ppo", "fsdp.yaml")])
+def test_two_processes_give_the_gradient_of_one_with_the_joint_batch(llama, accelerator, tmp_path, algorithm, preset):
     """Answers of different lengths, one left out: whitening, the token mean and all metrics are of the joint batch."""
+    sharded = preset == "fsdp.yaml"
     changes = {"algorithm": algorithm, "batch_size": 12, "mini_batch_size": 4, "gradient_accumulation_steps": 3}
-    changes |= {"group_size": 2, "entropy_coef": 0.01}
+    changes |= {"group_size": 2, "entropy_coef": 0.01, "gradient_checkpointing": sharded}
     policy, config = loaded(llama, **changes)
     torch.manual_seed(0)
     trajectories = play(policy, [EchoTask(turns=lambda number: 1 + number % 3).episode(i) for i in range(12)])
@@ -601,13 +651,25 @@ def test_two_processes_give_the_gradient_of_one_with_the_joint_batch(llama, acce
         trajectory.outcome = Outcome("correct" if reward > 0 else "incorrect", reward)
     trajectories[5].outcome = Outcome("unknown", 0.0)
     torch.save((str(llama), changes, [vars(t) for t in trajectories]), tmp_path / "given.pt")
-    result = launch(str(ROOT / "tests" / "two_processes.py"), str(tmp_path))
+    result = launch(preset, str(ROOT / "tests" / "two_processes.py"), str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     theirs = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in (0, 1)]
+    for rank in (0, 1):
+        torch.manual_seed(rank)
+        assert play(policy, [EchoTask(turns=1 + rank).episode(1)])[0].response == theirs[rank]["played"]
     wanted = gradient(policy, config, accelerator, trajectories)
-    assert same(theirs[0][0], theirs[1][0])
-    assert_close(theirs[0][0], wanted, tolerance=1e-6)
-    assert theirs[0][1] == theirs[1][1]
+    assert same(theirs[0]["gradient"], theirs[1]["gradient"])
+    assert_close(theirs[0]["gradient"], wanted, tolerance=1e-6)
+    assert theirs[0]["metrics"] == theirs[1]["metrics"]
     metrics = update.learn(policy, accelerator, config, trajectories)
     for name in ("reward", "accuracy", "kl", "length", "left_out", "loss", "entropy", "grad_norm"):
-        assert theirs[0][1][name] == pytest.approx(metrics[name], rel=1e-4), name
+        assert theirs[0]["metrics"][name] == pytest.approx(metrics[name], rel=1e-4), name
+    if sharded:
+        layers = sum(p.numel() for n, p in policy.model.named_parameters() if ".layers." in n and "lora" not in n)
+        assert [rank["base"] for rank in theirs] == [layers / 2] * 2
+        demo.load_checkpoint(tmp_path / "step_1", policy)
+        assert same(policy.tensors(), theirs[0]["tensors"])
+    else:
+        for rank in theirs:
+            assert [(outcome, kept) for outcome, _, kept in rank["skipped"]] == [("skipped", True)] * 3
+            assert all("out of memory" in why for _, why, _ in rank["skipped"])
