@@ -51,7 +51,9 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
     model, device = policy.model.get_base_model(), policy.device
     rows = [Row(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
     replies = [row.reply for row in rows]
-    ids, real, positions = prompts(policy, requests)
+    ids, real, positions = padded_left(
+        policy, [request.prompt_ids for request in requests], policy.config.max_new_tokens
+    )
     padded, length = not bool(real.all()), ids.shape[1]
     adapted = torch.tensor([request.adapter for request in requests], device=device)
     cache = DynamicCache(config=model.config.get_text_config())
@@ -78,14 +80,44 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
             length += 1
 
 
-def prompts(policy: "Policy", requests: Sequence["Request"]) -> tuple["Tensor", "Tensor", "Tensor"]:
-    """The prompts padded on the left (B, P), which tokens are real (B, P + max_new_tokens), and positions (B, P)."""
+def score(policy: "Policy", prompts: Sequence[list[int]], replies: Sequence[Sequence[list[int]]]) -> "Tensor":
+    """Log-probability (B, N), at temperature 1, of the base model giving each of N replies to each of B prompts.
+
+    A prompt is read once for all its replies.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    model, count = policy.model.get_base_model(), len(replies[0])
+    flat = [reply for those in replies for reply in those]
+    longest = max(map(len, flat))
+    rows = [reply + [policy.pad_id] * (longest - len(reply)) for reply in flat]
+    tokens = torch.tensor(rows, device=policy.device)  # (B N, T)
+    ids, real, positions = padded_left(policy, prompts, longest - 1)
+    cache = DynamicCache(config=model.config.get_text_config())
+    reading = {"past_key_values": cache, "use_cache": True}
+    with torch.no_grad(), policy.adapter(False):
+        mask = real[:, : ids.shape[1]].long()
+        first = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **reading).logits
+        cache.batch_repeat_interleave(count)
+        mask = real.repeat_interleave(count, 0).long()
+        after = positions[:, -1:].repeat_interleave(count, 0) + torch.arange(1, longest, device=policy.device)
+        rest = model(input_ids=tokens[:, :-1], attention_mask=mask, position_ids=after, **reading).logits
+    logp = torch.cat([first.repeat_interleave(count, 0), rest], 1).float().log_softmax(-1)  # (B N, T, V)
+    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    lengths = torch.tensor([len(reply) for reply in flat], device=policy.device)
+    told = torch.arange(longest, device=policy.device) < lengths.unsqueeze(1)
+    return logprobs.masked_fill(~told, 0.0).sum(-1).view(len(prompts), count)
+
+
+def padded_left(policy: "Policy", prompts: Sequence[Sequence[int]], room: int) -> tuple["Tensor", "Tensor", "Tensor"]:
+    """The prompts (B, P), which of the P + `room` places of each row are real (B, P + room), and positions (B, P)."""
     import torch
 
-    longest = max(len(request.prompt_ids) for request in requests)
-    pad = [longest - len(request.prompt_ids) for request in requests]
-    rows = [[policy.pad_id] * p + list(request.prompt_ids) for p, request in zip(pad, requests, strict=True)]
-    places = torch.arange(longest + policy.config.max_new_tokens, device=policy.device)
+    longest = max(map(len, prompts))
+    pad = [longest - len(prompt) for prompt in prompts]
+    rows = [[policy.pad_id] * p + list(prompt) for p, prompt in zip(pad, prompts, strict=True)]
+    places = torch.arange(longest + room, device=policy.device)
     real = places >= torch.tensor(pad, device=policy.device).unsqueeze(1)
     return torch.tensor(rows, device=policy.device), real, (real[:, :longest].cumsum(-1) - 1).clamp(min=0)
 

@@ -280,14 +280,13 @@ def gated_forward(layer, gate: AdapterGate) -> Callable[["Tensor"], "Tensor"]:
     """
     from torch.nn.functional import linear
 
-    base, scaling, dropout = layer.base_layer, layer.scaling["default"], layer.lora_dropout["default"]
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-
     def forward(x: "Tensor") -> "Tensor":
-        result = base(x)
-        if gate.share is False:
+        result = layer.base_layer(x)
+        if gate.share is False or layer.disable_adapters:  # the latter is PEFT's own switch
             return result
-        low_rank = linear(dropout(x), down.to(x.dtype)) * (scaling * gate.share)
+        (name,) = layer.active_adapters
+        down, up, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        low_rank = linear(layer.lora_dropout[name](x), down.to(x.dtype)) * (scaling * gate.share)
         return result + linear(low_rank.to(x.dtype), up.to(x.dtype))
 
     return forward
@@ -669,18 +668,28 @@ def option_probabilities(policy: Policy, chats: Sequence[list[Message]], options
 
     A reply is scored whole, its end token included, so that no option gains by beginning like another.
     """
+    import decode
+
+    prompts = [encode_chat(policy.tokenizer, messages) for messages in chats]
+    encode, end = policy.tokenizer.encode, policy.stop_ids[0]
+    candidates = [[[*encode(text, add_special_tokens=False), end] for text in texts] for texts in options]
+    score = decode.score if decode.takes(policy) else plain_score
+    return score(policy, prompts, candidates).softmax(-1)
+
+
+def plain_score(policy: Policy, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]]) -> "Tensor":
+    """Log-probability (B, N), at temperature 1, of the base model giving each of N replies to each of B prompts."""
     import torch
 
-    prompts = [ids for messages in chats for ids in [encode_chat(policy.tokenizer, messages)] for _ in LETTERS]
-    encode, end = policy.tokenizer.encode, policy.stop_ids[0]
-    replies = [[*encode(text, add_special_tokens=False), end] for texts in options for text in texts]
-    batch = collate(prompts, replies, policy.pad_id, policy.device)
+    n = len(candidates[0])
+    flat = [reply for those in candidates for reply in those]
+    batch = collate([prompt for prompt in prompts for _ in range(n)], flat, policy.pad_id, policy.device)
     with torch.no_grad():
         _, _, logits = token_logprobs_and_values(policy, batch, adapter=False)
-    logp = (logits * policy.config.temperature).log_softmax(-1)  # (4 B, T, V), at temperature 1
+    logp = (logits * policy.config.temperature).log_softmax(-1)  # (B N, T, V), at temperature 1
     tokens = batch.input_ids[:, -logits.shape[1] :].unsqueeze(-1)
-    logprobs = logp.gather(-1, tokens).squeeze(-1).masked_fill(~batch.response_mask, 0.0).sum(-1)
-    return logprobs.view(len(chats), len(LETTERS)).softmax(-1)
+    logprobs = logp.gather(-1, tokens).squeeze(-1).masked_fill(~batch.response_mask, 0.0)
+    return logprobs.sum(-1).view(len(prompts), n)
 
 
 # The simulated learner: the base model in a learner's role, blind to the key, reads an answer and takes the quiz.

@@ -66,6 +66,14 @@ def test_recorded_logprobs_are_those_of_a_forward_pass(policy):
         torch.testing.assert_close(torch.tensor(reply.logprobs), row[mask], atol=1e-4, rtol=0)
 
 
+def test_replies_are_scored_as_by_a_forward_pass(policy):
+    """Prompts and replies of unequal length; the adapters, which would change the scores, are off."""
+    candidates = [[[7, 9, 4], [5], [11, 12, 13, 14, 15]], [[3, 4], [8, 8, 8], [20]], [[1, 2], [2, 1], [40, 41, 42, 43]]]
+    scores = decode.score(policy, prompts(policy), candidates)
+    torch.testing.assert_close(scores, demo.plain_score(policy, prompts(policy), candidates), atol=1e-4, rtol=1e-5)
+    assert scores.shape == (3, 3)
+
+
 def test_a_reply_does_not_depend_on_what_is_written_beside_it(tiny_folder):
     policy, _ = load_policy(tiny_config(tiny_folder("qwen3"), max_new_tokens=60))
     policy.model.generation_config.eos_token_id = list(range(0, 600, 15))  # replies end early, at different times

@@ -530,6 +530,18 @@ def test_shuffled_rewards_are_those_the_base_earned(llama, monkeypatch):
     assert not {sample.fact for sample in material.train} & {sample.fact for sample in material.test}
 
 
+def test_settings_are_chosen_on_facts_of_the_training_split(llama, monkeypatch):
+    from config import Config
+
+    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question: Quiz("Which?", tuple("abcd"), 0))
+    config = Config(model_name=str(llama), device="cpu", max_new_tokens=4)
+    material = bench_learning.prepare(config, "reader", 24, 40, validation=True)
+    held_out = {sample.fact for sample in material.task.samples("test")}
+    assert not {sample.fact for sample in material.test} & held_out
+    assert not {sample.fact for sample in material.test} & {sample.fact for sample in material.train}
+    assert len(material.test) == 40
+
+
 def test_trl_must_be_there_and_be_the_version_that_is_compared(bench, tmp_path, monkeypatch):
     assert "holds no trl: pip install --no-deps --target" in bench("--trl", str(tmp_path))[1]
     (tmp_path / "trl").mkdir()

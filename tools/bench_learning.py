@@ -4,6 +4,7 @@
     python tools/bench_learning.py --trl DIR          both, over five seeds
     python tools/bench_learning.py                    this project's alone
     python tools/bench_learning.py --control          rewards shuffled among questions: this must not learn
+    python tools/bench_learning.py --validation --set learning_rate=1e-3          to choose settings by
 
 One answer a step, as a person drives the tutor, with the simulated learner of `tasks/quiz.py` in the person's place.
 Every run of a seed has the same start, questions in the same order, random numbers and held-out facts; the quizzes are
@@ -11,7 +12,8 @@ written beforehand by the base model, and are the same for all. Seconds are thos
 
 TRL's PPOTrainer (the last release line with a `step` for one batch) is driven as its documentation drives it: with its
 defaults, except for a batch of one, and with this project's settings. It trains the same LoRA adapters from the same
-weights. It has no notion of a sampling temperature: its log-probabilities are those of temperature 1.
+weights, through PEFT's own layers. It has no notion of a sampling temperature: its log-probabilities are those of
+temperature 1.
 """
 
 import argparse
@@ -81,6 +83,8 @@ class Trl:
     def __init__(self, policy: Policy, seed: int, settings: dict[str, Any]):
         from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
+        for module in policy.model.modules():  # the core's own forward of LoRA layers is not TRL's
+            vars(module).pop("forward", None)
         config = PPOConfig(batch_size=1, mini_batch_size=1, seed=seed, **settings)
         model = AutoModelForCausalLMWithValueHead.from_pretrained(policy.model)
         self.policy = policy
@@ -162,11 +166,19 @@ class Material:
     rewards: list[float] | None  # with --control: the rewards to give, shuffled among the training questions
 
 
-def prepare(config: Config, learner: str, steps: int, samples: int, control: bool) -> Material:
-    """Writes the quizzes of a seed. Questions on which no sound quiz can be made are left out, in both splits."""
+def prepare(
+    config: Config, learner: str, steps: int, samples: int, control: bool = False, validation: bool = False
+) -> Material:
+    """Writes the quizzes of a seed. Questions on which no sound quiz can be made are left out, in both splits.
+
+    With `validation` the facts to measure on are of the training split, and no step sees them.
+    """
     task = QuizTask(load_policy(config)[0], config.seed, learner)
     train = quizzed(task, task.samples("train"), steps, "training")
-    test = quizzed(task, task.samples("test"), samples, "held-out")
+    unseen = task.samples("test")
+    if validation:
+        unseen = [sample for sample in task.samples("train") if sample not in train]
+    test = quizzed(task, unseen, samples, "held-out")
     rewards = None
     if control:
         answers = answer_all(task.policy, task, train, adapter=False, seed=config.seed)
@@ -241,7 +253,8 @@ def experiment(arguments: argparse.Namespace, say: Callable[[str], None]) -> dic
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         config = replace(settings_with(settings), seed=seed)
         say(f"seed {seed}: writing quizzes")
-        material = prepare(config, arguments.learner, arguments.steps, arguments.samples, arguments.control)
+        counts = arguments.steps, arguments.samples
+        material = prepare(config, arguments.learner, *counts, arguments.control, arguments.validation)
         for arm in arms:
             points = train(make_trainer(arm, config), material, seed, arguments.every)
             runs[arm].append({"seed": seed, "points": points})
@@ -391,6 +404,7 @@ def parse_arguments() -> argparse.Namespace:
         "--learner", choices=("reader", "gain"), default="reader", help="who takes the quizzes [reader]"
     )
     parser.add_argument("--control", action="store_true", help="shuffle the rewards among the questions")
+    parser.add_argument("--validation", action="store_true", help="measure on training facts that no step sees")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the tutor")
     parser.add_argument("--output", default="bench_learning.json", help="JSON file [bench_learning.json]")
     arguments = parser.parse_args()
