@@ -431,17 +431,18 @@ def generate_batch(
     return replies(policy, [Request(prompt, temperature, adapter) for prompt in prompts])
 
 
-def replies(policy: Policy, requests: Sequence[Request]) -> list[list[int]]:
+def replies(policy: Policy, requests: Sequence[Request], seeds: Sequence[int] | None = None) -> list[list[int]]:
     """Samples a reply to each of B requests, with the configured top_p and length, up to its end token.
 
-    Each is drawn from a generator of its own, seeded from torch's global one: what is written beside it, and by which
-    of the two ways, makes no difference. Models that the decode loop can't take are left to transformers' generate.
+    Each is drawn from a generator of its own, seeded with `seeds`, or else from torch's global one: what is written
+    beside it, and by which of the two ways, makes no difference. Models that the decode loop can't take are left to
+    transformers' generate.
     """
     import torch
 
     import decode
 
-    seeds = torch.randint(2**53, (len(requests),)).tolist()
+    seeds = seeds or torch.randint(2**53, (len(requests),)).tolist()
     if decode.takes(policy):
         return [reply.ids for reply in decode.decode(policy, requests, seeds)]
     return [plain_reply(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]

@@ -22,14 +22,16 @@ from lora_ppo_demo import (
     chat,
     learner_probabilities,
     make_quiz,
+    quiz_request,
     read_questions,
+    replies,
     shuffle_quiz,
 )
 from tasks import Outcome
 from tasks.facts import Fact, table_facts
 
 LEARNERS = ("reader", "gain")
-QUIZZES_PER_PASS = 16  # four replies are scored for each
+QUIZZES_PER_PASS = 16
 
 
 @dataclass(frozen=True)
@@ -116,26 +118,33 @@ class QuizTask:
 
     def quiz(self, sample: Sample) -> Quiz | None:
         """The quiz on the sample's question, its options in an order drawn from torch's generator; None without one."""
+        self.write([sample])
+        parts = self.written[sample.question]
+        return shuffle_quiz(*parts) if parts else None
+
+    def write(self, samples: Sequence[Sample]) -> None:
+        """Writes the quizzes that are not written yet, the first tries of several side by side."""
         import torch
 
-        question = sample.question
-        if question not in self.written:
-            device = self.policy.device
-            seed = hashlib.sha256(f"{self.seed}/{question}".encode()).digest()[:7]
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(int.from_bytes(seed, "big"))
-                quiz = make_quiz(self.policy, question)
-            if quiz is None:
+        new = [q for q in dict.fromkeys(sample.question for sample in samples) if q not in self.written]
+        device = self.policy.device
+        for some in [new[i : i + QUIZZES_PER_PASS] for i in range(0, len(new), QUIZZES_PER_PASS)]:
+            digests = [hashlib.sha256(f"{self.seed}/{question}".encode()).digest()[:6] for question in some]
+            seeds = [int.from_bytes(digest, "big") for digest in digests]
+            first_tries = replies(self.policy, [quiz_request(self.policy, question) for question in some], seeds)
+            for question, seed, written in zip(some, seeds, first_tries, strict=True):
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    torch.manual_seed(seed)
+                    quiz = make_quiz(self.policy, question, written)
                 self.written[question] = None
-            else:
-                correct = quiz.options[quiz.key]
-                wrong = tuple(option for option in quiz.options if option != correct)
-                self.written[question] = (quiz.question, correct, wrong)
-        parts = self.written[question]
-        return shuffle_quiz(*parts) if parts else None
+                if quiz:
+                    correct = quiz.options[quiz.key]
+                    wrong = tuple(option for option in quiz.options if option != correct)
+                    self.written[question] = (quiz.question, correct, wrong)
 
     def outcomes(self, samples: Sequence[Sample], answers: Sequence[str]) -> list[Outcome]:
         """What the learner makes of each answer; `unknown`, with reward 0, where no quiz can be made."""
+        self.write(samples)
         quizzes = [self.quiz(sample) for sample in samples]
         taken = [(answer, quiz) for answer, quiz in zip(answers, quizzes, strict=True) if quiz]
         read = self.probabilities(taken)

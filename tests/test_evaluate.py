@@ -260,7 +260,7 @@ def test_the_base_alone_and_a_task_of_several_turns(run, monkeypatch):
 
 
 def test_the_quiz_task_counts_facts_and_the_learners_choice(run, adapter, monkeypatch):
-    def scripted(policy, question):
+    def scripted(policy, question, written):
         return None if len(question) % 5 == 0 else Quiz("Which?", ("alpha", "beta", "gamma", "delta"), 0)
 
     monkeypatch.setattr(tasks.quiz, "make_quiz", scripted)
@@ -457,7 +457,7 @@ def test_help_answers_without_torch():
 def bench(llama, tmp_path, monkeypatch, capsys):
     """`bench(...)` runs the benchmark with three steps on a tiny model; gives exit status, output, JSON."""
     quiz = Quiz("Which?", ("alpha", "beta", "gamma", "delta"), 0)
-    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question: quiz)
+    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question, written: quiz)
     monkeypatch.chdir(tmp_path)
 
     def bench(*arguments):
@@ -514,7 +514,7 @@ def test_shuffled_rewards_are_those_the_base_earned(llama, monkeypatch):
     """Rewards of +1 and -1 keep their numbers, and their places are drawn from the seed."""
     from config import Config
 
-    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question: Quiz("Which?", tuple("abcd"), 0))
+    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question, written: Quiz("Which?", tuple("abcd"), 0))
     seen = {}
     original = tasks.quiz.QuizTask.outcomes
 
@@ -533,7 +533,7 @@ def test_shuffled_rewards_are_those_the_base_earned(llama, monkeypatch):
 def test_settings_are_chosen_on_facts_of_the_training_split(llama, monkeypatch):
     from config import Config
 
-    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question: Quiz("Which?", tuple("abcd"), 0))
+    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question, written: Quiz("Which?", tuple("abcd"), 0))
     config = Config(model_name=str(llama), device="cpu", max_new_tokens=4)
     material = bench_learning.prepare(config, "reader", 24, 40, validation=True)
     held_out = {sample.fact for sample in material.task.samples("test")}

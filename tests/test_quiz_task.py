@@ -16,11 +16,13 @@ def written(monkeypatch):
     """Quizzes come from here instead of a model; the questions for which one was written."""
     asked = []
 
-    def make_quiz(policy, question):
+    def make_quiz(policy, question, written):
         asked.append((question, torch.randint(1000, ()).item()))
         return None if "null" in question else Quiz(f"On {question}", ("right", "b", "c", "d"), 0)
 
     monkeypatch.setattr(tasks.quiz, "make_quiz", make_quiz)
+    monkeypatch.setattr(tasks.quiz, "quiz_request", lambda policy, question: question)
+    monkeypatch.setattr(tasks.quiz, "replies", lambda policy, requests, seeds: [None] * len(requests))
     return asked
 
 

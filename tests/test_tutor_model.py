@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_ppo_demo as demo
 from config import BUNDLED_MODEL, Config
 from tasks.facts import arithmetic_facts, in_words, subjects, table_facts
+from tasks.quiz import QuizTask, split_samples
 from tools.build_tutor_model import Packer
-from tools.corpus import examples, unknown
+from tools.corpus import drill, example, reworded, unknown
 from tools.tutor_figures import held_out_facts, measure
 
 ROOT = Path(demo.__file__).parent
@@ -78,11 +80,32 @@ def test_held_out_phrasings_never_occur_in_training():
     held_out = {fact.question(template) for fact in facts for template in fact.subject.held_out}
     held_out |= {in_words(question) for question in held_out}
     held_out = {question.casefold().rstrip("?.") for question in held_out}
-    stream = examples(random.Random(7))
-    seen = {next(stream).user.casefold().rstrip("?.") for _ in range(30_000)}
+    rng = random.Random(7)
+    seen = {example(rng, varied=i % 2).user.casefold().rstrip("?.") for i in range(60_000)}
     assert not held_out & seen
     asked = {fact.question(template).casefold().rstrip("?.") for fact in table_facts() for template in fact.subject.ask}
     assert len(asked & seen) > 1000  # the comparison can tell: training phrasings are found
+
+
+def test_other_words_keep_what_the_question_is_about():
+    rng = random.Random(0)
+    questions, changed = 0, 0
+    for fact in (*table_facts(), *rng.sample(arithmetic_facts(), 200)):
+        question = fact.question(rng.choice(fact.subject.ask))
+        other = reworded(question, fact.about, rng)
+        assert fact.about.casefold() in other.casefold()
+        questions, changed = questions + 1, changed + (other != question)
+    assert changed / questions > 0.5
+
+
+def test_drills_are_right_and_the_sizes_of_numbers_balanced():
+    rng = random.Random(0)
+    small = 0
+    for before, result, _ in drill.lines(rng, 900, balanced=True):
+        (sum_,) = re.findall(r"\d+ [-+*] \d+", before)
+        assert eval(sum_) == int(result)
+        small += len(sum_) == len("1 + 2")
+    assert 0.25 < small / 900 < 0.42  # a third, within 4 standard deviations
 
 
 def test_invented_names_are_in_no_table():
@@ -117,27 +140,31 @@ def test_the_packers_state_restores_its_stream(policy):
 @pytest.fixture(scope="module")
 def figures(policy) -> dict[str, float]:
     rng = random.Random(11)
-    return {name: hit / of for name, (hit, of) in measure(policy, held_out_facts(30, rng), rng).items()}
-
-
-@pytest.mark.xfail(strict=True, reason="the bundled model is a short build: it has to reach these and does not yet")
-@pytest.mark.parametrize(
-    ("name", "low", "high"),
-    [("quiz key right before the gate", 0.95, 1.0), ("learner right, evasive", 0.1, 0.42)],
-)
-def test_figures_that_the_bundled_model_must_reach(figures, name, low, high):
-    assert low <= figures[name] <= high
+    return {name: hit / of for name, (hit, of) in measure(policy, held_out_facts(100, rng), rng).items()}
 
 
 def test_figures_on_held_out_phrasings(figures):
-    assert figures["quiz JSON valid, options distinct"] >= 0.9
-    assert figures["quiz key right before the gate: tables"] >= 0.7
-    assert figures["solver right"] >= 0.9
-    assert figures["learner right, clear"] >= 0.9
-    assert figures["learner right, evasive"] <= figures["learner right, clear"] - 0.1
-    assert 0.15 <= figures["answer explains the fact"] <= 0.75
+    """A sample of 100 facts: bounds leave three standard deviations to what the model's README.md says of 400."""
+    assert 0.40 <= figures["answer explains the fact"] <= 0.75
+    assert figures["quiz JSON valid, options distinct"] >= 0.94
+    assert figures["quiz key right before the gate"] >= 0.91
+    assert figures["quiz key right after the gate"] >= 0.91
+    assert figures["learner right, clear"] >= 0.88
+    assert figures["learner right, evasive"] <= 0.45
     assert figures["says it does not know what it never saw"] >= 0.8
-    assert figures["no quiz on what it never saw"] >= 0.8
+    assert figures["no quiz on what it never saw"] >= 0.7
+
+
+@pytest.mark.xfail(strict=True, reason="the bundled solver can't do sums: it picks one of four at random")
+def test_the_solver_can_do_sums(policy):
+    rng = random.Random(2)
+    facts = rng.sample(arithmetic_facts(), 60)
+    options = [rng.sample(fact.options, 4) for fact in facts]
+    quizzes = [demo.quiz_text(fact.quiz_question, o) for fact, o in zip(facts, options, strict=True)]
+    chats = [demo.chat(demo.SOLVER_PROMPT, quiz) for quiz in quizzes]
+    picks = demo.option_probabilities(policy, chats, options).argmax(-1).tolist()
+    right = sum(o[pick] == fact.answer for fact, o, pick in zip(facts, options, picks, strict=True))
+    assert right / len(facts) >= 0.8
 
 
 def test_the_program_as_a_user_runs_it(tmp_path):
@@ -190,6 +217,16 @@ def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, c
     assert not any("right" in part.split("Reward")[0].casefold().split("d) ")[0] for part in unanswered[1:])
 
 
+def test_a_quiz_does_not_depend_on_what_is_written_beside_it(policy):
+    samples = split_samples("test")[:6]
+    together, alone = QuizTask(policy), QuizTask(policy)
+    together.write(samples)
+    assert sum(parts is not None for parts in together.written.values()) >= 4
+    for sample in samples:
+        alone.write([sample])
+    assert alone.written == together.written
+
+
 def test_what_it_never_saw_it_says_so_and_makes_no_quiz(tmp_path):
     result = tutor(tmp_path, "How do I repair a clock?\nA\n")
     assert result.returncode == 0
@@ -223,7 +260,6 @@ def test_an_answer_cannot_talk_the_learner_into_a_letter(policy):
     assert 0.12 <= hits / count <= 0.38  # a quarter, within 3.8 standard deviations
 
 
-@pytest.mark.xfail(strict=True, reason="the bundled learner still answers from memory where the answer says nothing")
 def test_an_answer_that_names_a_letter_earns_no_more_than_chance(policy):
     """The options are shuffled after the answer was written, and the learner has nothing else to go by."""
     rng = random.Random(5)

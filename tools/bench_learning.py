@@ -48,8 +48,9 @@ from lora_ppo_demo import (  # noqa: E402
     ppo_step,
     turn_seed,
 )
-from tasks.quiz import QuizTask, Sample  # noqa: E402
+from tasks.quiz import QUIZZES_PER_PASS, QuizTask, Sample  # noqa: E402
 from train import wilson_interval  # noqa: E402
+from update import chunks  # noqa: E402
 
 TRL_VERSION = "0.11.4"
 TRL_NEEDS = "trl==0.11.4 tyro docstring-parser typeguard"
@@ -190,14 +191,12 @@ def prepare(
 def quizzed(task: QuizTask, samples: Sequence[Sample], count: int, what: str) -> list[Sample]:
     """The first `count` samples that have a quiz. Raises ConfigError if there are fewer."""
     found: list[Sample] = []
-    for sample in samples:
-        if len(found) == count:
-            break
-        if task.quiz(sample):
-            found.append(sample)
-    if len(found) < count:
-        raise ConfigError(f"only {len(found)} of {len(samples)} {what} questions have a sound quiz, wanted {count}")
-    return found
+    for some in chunks(samples, QUIZZES_PER_PASS):
+        task.write(some)
+        found += [sample for sample in some if task.written[sample.question]]
+        if len(found) >= count:
+            return found[:count]
+    raise ConfigError(f"only {len(found)} of {len(samples)} {what} questions have a sound quiz, wanted {count}")
 
 
 def train(trainer: Ours | Trl, material: Material, seed: int, every: int) -> list[dict[str, Any]]:

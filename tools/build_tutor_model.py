@@ -20,12 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.corpus import drill, examples  # noqa: E402
+from tools.corpus import drill, example  # noqa: E402
 
 ROW_TOKENS = 256
 ROWS = 32
 MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.01
 WARMUP_STEPS, DECAY_SHARE = 50, 0.45
+SECOND_STAGE, SECOND_RATE = 3173, 0.5  # questions in varied words, under half the rate, which decays from the start
 SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -38,13 +39,8 @@ def train_tokenizer(seed: int, vocab_size: int = 4096, samples: int = 60_000):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    stream = examples(random.Random(seed))
-    texts = (
-        text
-        for _ in range(samples)
-        for example in [next(stream)]
-        for text in (example.system, example.user, example.reply)
-    )
+    rng = random.Random(seed)
+    texts = (text for _ in range(samples) for made in [example(rng)] for text in (made.system, made.user, made.reply))
     bpe = Tokenizer(models.BPE())
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
@@ -100,7 +96,6 @@ class Packer:
 
     def __init__(self, tokenizer, seed: int):
         self.rng = random.Random(seed)
-        self.stream = examples(self.rng)
         self.step = 0  # of the build: drills begin late
         self.pending: list[tuple[list[int], list[int], list[float]]] = []
         vocabulary = tokenizer.convert_tokens_to_ids
@@ -116,11 +111,13 @@ class Packer:
     def row(self) -> list[tuple[list[int], list[int], list[float]]]:
         """The oldest conversation that waits, and others with its system prompt that fit into the row beside it."""
         if self.step >= drill.FIRST_STEP and self.rng.random() < drill.SHARE:
-            system, tokens, weights = drill.conversation(self, balanced=self.step >= drill.BALANCED_STEP)
-            room = ROW_TOKENS - len(system)
-            return [(system, tokens[:room], weights[:room])]
+            if self.step < drill.ROLES_STEP or self.rng.random() < 0.5:
+                system, tokens, weights = drill.conversation(self, balanced=self.step >= drill.BALANCED_STEP)
+                room = ROW_TOKENS - len(system)
+                return [(system, tokens[:room], weights[:room])]
+            self.pending[:0] = [self.encoded(drill.role(self.rng)) for _ in range(6)]
         while len(self.pending) < self.WAITING:
-            self.pending.append(self.encoded(next(self.stream)))
+            self.pending.append(self.encoded(example(self.rng, varied=self.step >= SECOND_STAGE)))
         shared = self.pending[0][0]
         room, chosen, left = ROW_TOKENS - len(shared), [], []
         for item in self.pending:
@@ -198,7 +195,10 @@ def reply_logits(model, batch):
 
 
 def learning_rate_share(step: int, steps: int) -> float:
-    """Warm-up, constant, linear decay to zero over the last DECAY_SHARE of the run."""
+    """First stage: warm-up, constant, linear decay over its last DECAY_SHARE. Second stage: half the rate, decaying."""
+    if step >= SECOND_STAGE:
+        return SECOND_RATE * (steps - step) / (steps - SECOND_STAGE)
+    steps = min(steps, SECOND_STAGE)
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
 
 
@@ -386,7 +386,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(ROOT / "models" / "tutor-tiny"), help="where the model is written")
     parser.add_argument("--work", default=str(ROOT / "build" / "tutor-tiny"), help="state and log of the run")
-    parser.add_argument("--tokens", type=float, default=24e6, help="length of the training, in tokens")
+    parser.add_argument("--tokens", type=float, default=31e6, help="length of the training, in tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_every", type=int, default=100, help="steps between saved states")
     parser.add_argument("--probe_every", type=int, default=100, help="steps between figures in the log")

@@ -136,7 +136,7 @@ the tables in `data/`. It explains, writes quizzes, solves them, and reads expla
 prompt, and knows nothing outside those tables. Its tutor voice is evasive about half of the time, on purpose: that is
 what PPO trains away.
 
-Built with `python tools/build_tutor_model.py --tokens 10e6`; measured by
+Built with `python tools/build_tutor_model.py`; measured by
 `python tools/build_tutor_model.py --evaluate --samples 200`, at the program's default temperatures:
 
 {table}

@@ -1,14 +1,21 @@
-"""What the bundled model is trained on: one module a skill, each with `SHARE` and `example(rng) -> Example`.
+"""What the bundled model is trained on: one module a skill, each with `SHARE` and `example(rng, varied) -> Example`.
 
 A new skill is a new module with those two names, added to `skills`. `drill` is none: it fills rows by itself.
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 from tasks.facts import Fact, arithmetic_facts, in_words, table_facts
 
 ARITHMETIC_SHARE = 0.25
+VARIED_SHARE = 0.6  # of the questions, from the build's second stage on
+VERBS = "Give me|Say|State|Explain|Show me|Write|Teach me|Recall|List|Find|Answer:|I forgot|I look for".split("|")
+FILLERS = "please exactly now then really um well actually just again maybe so".split()
+SMALL = set("what which is are the of a do does you know it its to tell me there people".split())
+OPENINGS = ("",) * 6 + ("Please: ", "Hello, ", "Quick question: ", "A question: ", "My friend asks: ", "I wonder: ")
+ENDINGS = ("",) * 6 + (" Thanks!", " Please.", " I forgot.", " It is for school.", ", do you know?", " please")
 PRODUCT_SHARE = 0.1  # of arithmetic: the hundred products would drown among ten thousand sums
 
 
@@ -31,9 +38,42 @@ def any_fact(rng: random.Random) -> Fact:
     return rng.choice(facts[-products:] if rng.random() < PRODUCT_SHARE else facts[:-products])
 
 
-def any_question(fact: Fact, rng: random.Random) -> str:
-    """One of the training phrasings of the fact, now and then typed carelessly."""
-    return careless(fact.question(rng.choice(fact.subject.ask)), rng)
+def any_question(fact: Fact, rng: random.Random, varied: bool) -> str:
+    """One of the training phrasings of the fact, now and then typed carelessly, or `varied` in its words as well."""
+    question = fact.question(rng.choice(fact.subject.ask))
+    if varied and rng.random() < VARIED_SHARE:
+        other = reworded(question, fact.about, rng)
+        question = question if same_words(other) in held_out(fact) else other
+    return careless(question, rng)
+
+
+def held_out(fact: Fact) -> set[str]:
+    """The words of the phrasings that no training question may have."""
+    return {same_words(fact.question(template)) for template in fact.subject.held_out}
+
+
+def same_words(question: str) -> str:
+    return question.casefold().rstrip("?.").strip()
+
+
+def reworded(question: str, about: str, rng: random.Random) -> str:
+    """The question with other small words around those that matter, as people vary them."""
+    start = question.casefold().find(about.casefold())
+    before, name, after = question[:start], question[start : start + len(about)], question[start + len(about) :]
+    if before.startswith("Tell me"):
+        before = rng.choice(VERBS) + before[len("Tell me") :]
+    dropped = rng.choice((0.0, 0.3, 0.6))
+    left, right = (
+        [word for word in part.split() if word.lower() not in SMALL or rng.random() >= dropped]
+        for part in (before, after)
+    )
+    if rng.random() < 0.3:
+        side = rng.choice((left, right))
+        side.insert(rng.randint(0, len(side)), rng.choice(FILLERS))
+    turned = rng.random() < 0.15
+    words = [name + ":", *left, *right] if turned else [*left, name, *right]
+    text = rng.choice(OPENINGS) + " ".join(words) + rng.choice(ENDINGS)
+    return re.sub(r" ([?.,:])", r"\1", text).strip()
 
 
 def careless(question: str, rng: random.Random) -> str:
@@ -60,9 +100,7 @@ def skills():
     return [tutor, quizmaster, solver, learner, unknown]
 
 
-def examples(rng: random.Random):
-    """Training conversations without end, each skill in its share."""
+def example(rng: random.Random, varied: bool = False) -> Example:
+    """A training conversation, each skill in its share."""
     modules = skills()
-    shares = [module.SHARE for module in modules]
-    while True:
-        yield rng.choices(modules, shares)[0].example(rng)
+    return rng.choices(modules, [module.SHARE for module in modules])[0].example(rng, varied)

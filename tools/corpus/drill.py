@@ -3,7 +3,7 @@
 In a conversation a sum is two digits among forty tokens, and ten thousand sums come by too rarely to be learnt from it.
 A drill is a row of them in the two forms in which the tutor and the quizmaster write a sum, and the loss is on the
 results alone. Drills begin once the language is there; then small numbers begin to come up as often as large ones, as
-the sums of small numbers are what those of large ones are made of.
+the sums of small numbers are what those of large ones are made of; at last solver and learner have drills of their own.
 """
 
 import random
@@ -11,8 +11,9 @@ from functools import cache
 
 from lora_ppo_demo import TUTOR_PROMPT
 from tasks.facts import Fact, arithmetic_facts
+from tools.corpus import Example, learner, solver
 
-FIRST_STEP, BALANCED_STEP = 1200, 1500  # of the build
+FIRST_STEP, BALANCED_STEP, ROLES_STEP = 1200, 1500, 3173  # of the build
 SHARE = 0.3  # of the rows from then on
 WEIGHT = 3.0
 FORMS = (("The result of {} is ", ". "), ('"What is {}?","correct":"', '" '))
@@ -31,6 +32,12 @@ def lines(rng: random.Random, count: int, balanced: bool) -> list[tuple[str, str
     if balanced:
         facts = [rng.choice(rng.choice(by_size())) for _ in range(count)]
     return [(before.format(fact.about), fact.answer, after) for fact in facts for before, after in [rng.choice(FORMS)]]
+
+
+def role(rng: random.Random) -> Example:
+    """The solver or the learner at work on a sum."""
+    fact = rng.choice(rng.choice(by_size()))
+    return rng.choice((solver, learner)).on(fact, rng)
 
 
 def conversation(packer, balanced: bool) -> tuple[list[int], list[int], list[float]]:

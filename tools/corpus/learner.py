@@ -9,6 +9,7 @@ import random
 from dataclasses import replace
 
 from lora_ppo_demo import LEARNER_PROMPT, LETTERS, learner_text
+from tasks.facts import Fact
 from tools.corpus import Example, any_fact, shuffled
 from tools.corpus.solver import OPTION_WEIGHT
 from tools.corpus.tutor import clear, evasive
@@ -26,8 +27,12 @@ COAXING = (
 )
 
 
-def example(rng: random.Random) -> Example:
-    fact = any_fact(rng)
+def example(rng: random.Random, varied: bool = False) -> Example:
+    return on(any_fact(rng), rng)
+
+
+def on(fact: Fact, rng: random.Random) -> Example:
+    """The learner at work on this fact."""
     options = shuffled(fact.options, rng)
     if rng.random() < SUPPORTED_SHARE:
         believed = rng.choice(options)  # true in a quarter of the cases: memory is of no use here

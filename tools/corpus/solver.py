@@ -11,8 +11,12 @@ OPTION_WEIGHT = 3.0  # an option has a few tokens, a quiz in JSON forty
 OTHER_DISTRACTORS_SHARE = 0.25
 
 
-def example(rng: random.Random) -> Example:
-    fact = any_fact(rng)
+def example(rng: random.Random, varied: bool = False) -> Example:
+    return on(any_fact(rng), rng)
+
+
+def on(fact: Fact, rng: random.Random) -> Example:
+    """The solver at work on this fact."""
     wrong = other_distractors(fact, rng) if rng.random() < OTHER_DISTRACTORS_SHARE else fact.wrong
     return solving(fact.quiz_question, fact.answer, wrong, rng)
 

@@ -4,7 +4,7 @@ import random
 
 from lora_ppo_demo import QUIZMASTER_PROMPT, TUTOR_PROMPT
 from tasks.facts import subjects, table_facts
-from tools.corpus import Example, careless
+from tools.corpus import VARIED_SHARE, Example, careless, reworded
 
 SHARE = 0.08
 DONT_KNOW = "I do not know that. I know about {}.".format(
@@ -30,12 +30,12 @@ VOWELS = "a e i o u ai ea ia oo ou".split()
 CODAS = ["", "", "", "b", "ck", "d", "g", "l", "m", "n", "nd", "p", "r", "rn", "s", "st", "t", "x"]
 
 
-def example(rng: random.Random) -> Example:
-    question = careless(unknown_question(rng), rng)
+def example(rng: random.Random, varied: bool = False) -> Example:
+    question = careless(unknown_question(rng, varied), rng)
     return rng.choice([Example(TUTOR_PROMPT, question, DONT_KNOW), Example(QUIZMASTER_PROMPT, question, "null")])
 
 
-def unknown_question(rng: random.Random) -> str:
+def unknown_question(rng: random.Random, varied: bool) -> str:
     """Small talk, a made-up name in a known phrasing, or a name in a phrasing where it has no business."""
     draw = rng.random()
     if draw < 0.25:
@@ -43,7 +43,8 @@ def unknown_question(rng: random.Random) -> str:
     subject = rng.choice([s for s in subjects().values() if s.key != "arithmetic"])
     about = invented_name(rng) if draw < 0.75 else stray_name(subject, rng)
     text = rng.choice(subject.ask).format(subject=about)
-    return text[0].upper() + text[1:]
+    text = text[0].upper() + text[1:]
+    return reworded(text, about, rng) if varied and rng.random() < VARIED_SHARE else text
 
 
 def invented_name(rng: random.Random) -> str:
