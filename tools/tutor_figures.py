@@ -137,7 +137,7 @@ prompt, and knows nothing outside those tables. Its tutor voice is evasive about
 what PPO trains away.
 
 Built with `python tools/build_tutor_model.py`; measured by
-`python tools/build_tutor_model.py --evaluate --samples 200`, at the program's default temperatures:
+`python tools/build_tutor_model.py --evaluate`, at the program's default temperatures:
 
 {table}
 """
