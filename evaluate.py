@@ -31,11 +31,9 @@ from lora_ppo_demo import (
     base_name,
     chat,
     clean,
-    collate,
     encode_chat,
     load_policy,
     now,
-    token_logprobs_and_values,
     turn_seed,
     verify_checkpoint,
 )
@@ -506,12 +504,13 @@ def probe_logits(policy: Policy, adapter: bool) -> "Tensor":
     import torch
 
     tokenizer = policy.tokenizer
-    prompts = [encode_chat(tokenizer, chat(TUTOR_PROMPT, question)) for question, _ in PROBES]
-    responses = [tokenizer.encode(text, add_special_tokens=False) for _, text in PROBES]
-    batch = collate(prompts, responses, policy.pad_id, policy.device)
-    with torch.no_grad():
-        _, _, logits = token_logprobs_and_values(policy, batch, adapter=adapter)
-    return logits[batch.response_mask] * policy.config.temperature
+    logits = []
+    for question, text in PROBES:
+        prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, question))
+        ids = torch.tensor([[*prompt, *tokenizer.encode(text, add_special_tokens=False)]], device=policy.device)
+        with torch.no_grad(), policy.adapter(adapter):
+            logits.append(policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float())
+    return torch.cat(logits)
 
 
 def merge(config: EvaluateConfig, notice: Callable[[str], None]) -> dict[str, float]:

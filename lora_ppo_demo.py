@@ -159,6 +159,8 @@ class Policy:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
 
+        import decode
+
         targets = lora_targets(model, config.target_modules)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -170,6 +172,7 @@ class Policy:
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
+        decode.speed_up_few_rows(model)
         self.model = get_peft_model(model, lora).eval()
         self.tokenizer, self.config, self.targets = tokenizer, config, targets
         self.head = model.get_output_embeddings()
@@ -278,16 +281,22 @@ def gated_forward(layer, gate: AdapterGate) -> Callable[["Tensor"], "Tensor"]:
 
     In PEFT's place, which switches adapters for a whole batch only and takes longer to do so than a small model's pass.
     """
+    import torch
     from torch.nn.functional import linear
 
+    base, dropouts, scalings = layer.base_layer, layer.lora_dropout, layer.scaling
+    downs, ups = layer.lora_A, layer.lora_B
+
     def forward(x: "Tensor") -> "Tensor":
-        result = layer.base_layer(x)
+        result = base(x)
         if gate.share is False or layer.disable_adapters:  # the latter is PEFT's own switch
             return result
         (name,) = layer.active_adapters
-        down, up, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-        low_rank = linear(layer.lora_dropout[name](x), down.to(x.dtype)) * (scaling * gate.share)
-        return result + linear(low_rank.to(x.dtype), up.to(x.dtype))
+        low_rank = linear(dropouts[name](x), downs[name].weight.to(x.dtype))
+        if gate.share is not True:
+            low_rank = (low_rank * gate.share).to(x.dtype)
+        rows, up = low_rank.flatten(0, -2), ups[name].weight.to(x.dtype)
+        return torch.addmm(result.flatten(0, -2), rows, up.t(), alpha=scalings[name]).view_as(result)
 
     return forward
 
@@ -686,9 +695,9 @@ def plain_score(policy: Policy, prompts: Sequence[list[int]], candidates: Sequen
     flat = [reply for those in candidates for reply in those]
     batch = collate([prompt for prompt in prompts for _ in range(n)], flat, policy.pad_id, policy.device)
     with torch.no_grad():
-        _, _, logits = token_logprobs_and_values(policy, batch, adapter=False)
-    logp = (logits * policy.config.temperature).log_softmax(-1)  # (B N, T, V), at temperature 1
-    tokens = batch.input_ids[:, -logits.shape[1] :].unsqueeze(-1)
+        _, _, logp = token_logprobs_and_values(policy, batch, adapter=False)
+    logp = (logp * policy.config.temperature).log_softmax(-1)  # (B N, T, V), at temperature 1
+    tokens = batch.input_ids[:, -logp.shape[1] :].unsqueeze(-1)
     logprobs = logp.gather(-1, tokens).squeeze(-1).masked_fill(~batch.response_mask, 0.0)
     return logprobs.sum(-1).view(len(prompts), n)
 
@@ -738,13 +747,16 @@ def collate(
 def token_logprobs_and_values(
     policy: Policy, batch: Batch, adapter: bool = True
 ) -> tuple["Tensor", "Tensor", "Tensor"]:
-    """Log-probabilities (B, T) of the response tokens, values (B, T), and the float32 logits / temperature (B, T, V).
+    """Log-probabilities (B, T) of the response tokens, values (B, T), and the log-probabilities of all (B, T, V).
 
-    Column t is what was known before response token t was written. Logits exist for response positions only.
+    They are float32 and of softmax(logits / temperature). Column t is what was known before response token t was
+    written. Logits exist for response positions only.
     """
     import torch
 
-    t = batch.response_mask.shape[1]
+    import ppo
+
+    width, t = batch.input_ids.shape[1], batch.response_mask.shape[1]
     hidden: list[Tensor] = []
     hook = policy.head.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
     try:
@@ -754,15 +766,13 @@ def token_logprobs_and_values(
                 attention_mask=batch.attention_mask.long(),
                 position_ids=(batch.attention_mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=False,
-                logits_to_keep=t + 1,
+                logits_to_keep=torch.arange(width - t - 1, width - 1, device=policy.device),
             )
     finally:
         hook.remove()
-    logits = output.logits[:, -t - 1 : -1].float() / policy.config.temperature  # (B, T, V)
-    values = policy.value_head(hidden[0][:, -t - 1 : -1].float()).squeeze(-1)  # (B, T)
-    tokens = batch.input_ids[:, -t:]
-    logprobs = torch.gather(logits, -1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-    return logprobs, values, logits
+    logprobs, logp = ppo.chosen_logprobs(output.logits, batch.input_ids[:, -t:], policy.config.temperature)
+    values = policy.value_head(hidden[0].float()).squeeze(-1)  # (B, T)
+    return logprobs, values, logp
 
 
 OUT_OF_MEMORY = "out of memory: try a smaller max_new_tokens, a smaller lora_r, or load_in_4bit=true"
@@ -808,7 +818,7 @@ class Look:
 
     batch: Batch
     ref_logprobs: "Tensor"  # (B, T)
-    old: tuple["Tensor", "Tensor", "Tensor"]  # logprobs (B, T), values (B, T), logits (B, T, V) of the policy as it is
+    old: tuple["Tensor", "Tensor", "Tensor"]  # logprobs (B, T), values (B, T), logp (B, T, V) of the policy as it is
     first: tuple["Tensor", "Tensor", "Tensor"]  # the same from the first epoch's forward pass, with its graph
     kl: "Tensor"  # exact, from the reference, in nats an answer
 
@@ -831,14 +841,14 @@ def look_at(policy: Policy, batch: Batch) -> Look:
     import ppo
 
     with torch.no_grad():
-        ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, batch, adapter=False)
+        ref_logprobs, _, ref_logp = token_logprobs_and_values(policy, batch, adapter=False)
         # With one epoch on a fresh sample the old policy is the current one: the gradient pass below yields its
         # logprobs, the ratio is exactly 1, and the clip does nothing. Dropout would make the two differ.
         old = token_logprobs_and_values(policy, batch) if policy.config.lora_dropout else None
     with gradient_dropout(policy):
         first = token_logprobs_and_values(policy, batch)
     old = old or tuple(x.detach() for x in first)
-    kl = ppo.exact_kl(old[2], ref_logits).masked_fill(~batch.response_mask, 0.0).sum(-1).mean()
+    kl = ppo.exact_kl(old[2], ref_logp).masked_fill(~batch.response_mask, 0.0).sum(-1).mean()
     return Look(batch, ref_logprobs, old, first, kl)
 
 
@@ -872,10 +882,10 @@ def ppo_gradient(
     import ppo
 
     config, mask, (old_logprobs, old_values, _) = policy.config, look.batch.response_mask, look.old
-    logprobs, values, logits = forward
+    logprobs, values, logp = forward
     pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
     vf_loss, _ = ppo.value_loss(values, old_values, returns, mask, config.cliprange_value)
-    mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask)
+    mean_entropy = ppo.entropy(logp if config.entropy_coef else logp.detach(), mask)
     loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
     policy.optimizer.zero_grad()
     loss.backward(retain_graph=keep_graph)
@@ -893,7 +903,7 @@ def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) 
     """Takes the optimizer's steps, looks how far they went, and takes them back where that is beyond `target_kl`."""
     import ppo
 
-    config, mask, (old_logprobs, old_values, old_logits) = policy.config, look.batch.response_mask, look.old
+    config, mask, (old_logprobs, old_values, old_logp) = policy.config, look.batch.response_mask, look.old
     metrics, gradients = update.metrics, update.gradients
     for epoch in range(config.ppo_epochs):
         if epoch:
@@ -911,7 +921,7 @@ def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) 
     metrics = {"reward": update.scores.mean(), **metrics, "kl_estimate": estimate}
     metrics["value"] = ppo.masked_mean(old_values, mask)
     result = {name: value.item() for name, value in metrics.items()} | {"kl": kl, "kl_coef": kl_coef}
-    result |= trust_region(policy, look.batch, old_logits, old_logprobs.masked_fill(~mask, 0.0).sum().item())
+    result |= trust_region(policy, look.batch, old_logp, old_logprobs.masked_fill(~mask, 0.0).sum().item())
     if not result["step_kl"] <= config.target_kl:  # NaN included
         policy.restore(before)
         result["undone"] = True
@@ -919,7 +929,7 @@ def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) 
     return result
 
 
-def trust_region(policy: Policy, batch: Batch, old_logits: "Tensor", old_logprob_sum: float) -> dict[str, float]:
+def trust_region(policy: Policy, batch: Batch, old_logp: "Tensor", old_logprob_sum: float) -> dict[str, float]:
     """How far an update went: `step_kl`, the exact KL(old || new) in nats per response token, and `likelihood_ratio`,
     how many times as likely the sampled answers are now."""
     import torch
@@ -927,8 +937,8 @@ def trust_region(policy: Policy, batch: Batch, old_logits: "Tensor", old_logprob
     import ppo
 
     with torch.no_grad():
-        logprobs, _, logits = token_logprobs_and_values(policy, batch)
-    step_kl = ppo.masked_mean(ppo.exact_kl(old_logits, logits), batch.response_mask).item()
+        logprobs, _, logp = token_logprobs_and_values(policy, batch)
+    step_kl = ppo.masked_mean(ppo.exact_kl(old_logp, logp), batch.response_mask).item()
     logprob_sum = logprobs.masked_fill(~batch.response_mask, 0.0).sum().item()
     return {"step_kl": step_kl, "likelihood_ratio": math.exp(min(logprob_sum - old_logprob_sum, 700.0))}
 

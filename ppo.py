@@ -5,8 +5,12 @@ token, its end-of-sequence token included; padding and what an environment wrote
 it NaN, has no influence.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+PIECE = {"cpu": 2**18, "cuda": 2**26}  # elements of a tensor as wide as the vocabulary that are worked on at a time
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -14,13 +18,61 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask, 0.0).sum() / mask.sum()
 
 
-def exact_kl(logits: Tensor, other_logits: Tensor) -> Tensor:
-    """KL(p || q) of two categorical distributions, summed over the vocabulary: (..., V), (..., V) -> (...), in nats.
+def pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """The rows of `x` (..., V), a few at a time, as views (n, V): few enough for a processor's cache."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.split(max(1, PIECE.get(x.device.type, PIECE["cuda"]) // x.shape[-1]))
+
+
+def by_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function` of the rows of tensors (..., V), as (...), without another tensor of that size in between."""
+    results = [function(*rows) for rows in zip(*map(pieces, tensors), strict=True)]
+    return torch.cat(results).view(tensors[0].shape[:-1])
+
+
+class ChosenLogprobs(torch.autograd.Function):
+    """Log-probabilities of the chosen `tokens` (...) under softmax(logits / temperature), and those of all: (..., V).
+
+    Both in float32 at least. Forward and backward make one tensor as wide as the vocabulary each; torch's own
+    operations make ten.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logp = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+        for rows, result in zip(pieces(logits), pieces(logp), strict=True):
+            torch.log_softmax(rows.to(dtype) / temperature, -1, out=result)
+        tokens = tokens.unsqueeze(-1)
+        ctx.save_for_backward(logp, tokens)
+        ctx.set_materialize_grads(False)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return logp.gather(-1, tokens).squeeze(-1), logp
+
+    @staticmethod
+    def backward(ctx, chosen_grad: Tensor | None, grad: Tensor | None) -> tuple[Tensor, None, None]:
+        # The gradient of log softmax at token k, with respect to the logits, is onehot(k) - softmax.
+        logp, tokens = ctx.saved_tensors
+        chosen_grad = torch.zeros_like(logp[..., 0]) if chosen_grad is None else chosen_grad
+        weight = chosen_grad.unsqueeze(-1) if grad is None else chosen_grad.unsqueeze(-1) + grad.sum(-1, keepdim=True)
+        result = torch.exp(logp).mul_(-weight / ctx.temperature)
+        result.scatter_add_(-1, tokens, chosen_grad.unsqueeze(-1) / ctx.temperature)
+        if grad is not None:
+            result.add_(grad, alpha=1 / ctx.temperature)
+        return result.to(ctx.dtype), None, None
+
+
+def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(B, T, V), (B, T) -> log softmax(logits / temperature): of the tokens (B, T), and of all (B, T, V)."""
+    return ChosenLogprobs.apply(logits, tokens, temperature)
+
+
+def exact_kl(logp: Tensor, other_logp: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities log p, log q, summed over the vocabulary: (..., V), (..., V) -> (...), in nats.
 
     Never negative, unlike the sampled estimate log p(token) - log q(token), whose mean over truncated samples can be.
     """
-    p, q = logits.log_softmax(-1), other_logits.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp(min=0.0)
+    return by_pieces(lambda p, q: (p.exp() * (p - q)).sum(-1).clamp(min=0.0), logp, other_logp)
 
 
 def compute_rewards(
@@ -42,15 +94,17 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
     Schulman et al. 2016, equations 11 to 16 (https://arxiv.org/abs/1506.02438). A token's successor is the policy's
     next token: what the environment wrote between them is passed over. After the last one the value is zero.
     """
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[:, 0])  # of the successor
-    next_value = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        chosen = response_mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(chosen, delta + gamma * lam * advantage, advantage)
-        next_value = torch.where(chosen, values[:, t], next_value)
-        advantages[:, t] = torch.where(chosen, advantage, 0.0)
+    rows = []
+    for reward, value, chosen in zip(rewards.tolist(), values.tolist(), response_mask.tolist(), strict=True):
+        row = [0.0] * len(reward)
+        advantage = next_value = 0.0  # of the successor
+        for t in reversed(range(len(reward))):  # in plain numbers: tensor operations take ten times as long
+            if chosen[t]:
+                delta = reward[t] + gamma * next_value - value[t]
+                advantage, next_value = delta + gamma * lam * advantage, value[t]
+                row[t] = advantage
+        rows.append(row)
+    advantages = torch.tensor(rows, dtype=rewards.dtype, device=rewards.device)
     return advantages, torch.where(response_mask, advantages + values, 0.0)
 
 
@@ -91,8 +145,12 @@ def value_loss(
 
 def entropy(logits: Tensor, response_mask: Tensor) -> Tensor:
     """Mean entropy, in nats, of the token distributions (B, T, V) at response positions."""
-    logp = logits.masked_fill(~response_mask.unsqueeze(-1), 0.0).log_softmax(-1)
-    return masked_mean(-(logp.exp() * logp).sum(-1), response_mask)
+
+    def of_rows(logits: Tensor, real: Tensor) -> Tensor:
+        logp = logits.masked_fill(~real, 0.0).log_softmax(-1)
+        return -(logp.exp() * logp).sum(-1)
+
+    return masked_mean(by_pieces(of_rows, logits, response_mask.unsqueeze(-1).expand_as(logits)), response_mask)
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, kl_horizon: int, answers: int) -> float:

@@ -202,9 +202,9 @@ def observe(policy: Policy, batch: Batch, size: int) -> list["Tensor"]:
     with torch.no_grad():
         for rows in chunks(range(len(batch.input_ids)), size):
             part = batch_rows(batch, rows)
-            logprobs, values, logits = token_logprobs_and_values(policy, part)
-            ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, part, adapter=False)
-            seen.append((logprobs, ref_logprobs, values, ppo.exact_kl(logits, ref_logits)))
+            logprobs, values, logp = token_logprobs_and_values(policy, part)
+            ref_logprobs, _, ref_logp = token_logprobs_and_values(policy, part, adapter=False)
+            seen.append((logprobs, ref_logprobs, values, ppo.exact_kl(logp, ref_logp)))
     return [torch.cat(parts) for parts in zip(*seen, strict=True)]
 
 
@@ -318,12 +318,12 @@ def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str
     import ppo
 
     mask = piece.batch.response_mask
-    logprobs, values, logits = token_logprobs_and_values(policy, piece.batch)
+    logprobs, values, logp = token_logprobs_and_values(policy, piece.batch)
     if not mask.any():
         nothing = 0.0 * (logprobs.sum() + values.sum())
         return dict.fromkeys(LOSSES, nothing)
     pg_loss, clip_fraction = ppo.policy_loss(logprobs, piece.logprobs, piece.advantages, mask, config.cliprange)
-    mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask)
+    mean_entropy = ppo.entropy(logp if config.entropy_coef else logp.detach(), mask)
     loss = pg_loss - config.entropy_coef * mean_entropy
     vf_loss = 0.0 * pg_loss.detach()
     if config.algorithm == "ppo":
@@ -339,7 +339,7 @@ def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str
 def moved(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", batch: Batch, before: Snapshot) -> float:
     """How far the update went: the exact KL(old || new), in nats, mean over the response tokens of all processes.
 
-    The old weights come back for a forward pass, as the logits of a whole batch may be too large to be kept.
+    The old weights come back for a forward pass, as the log-probabilities of a whole batch may be too large to be kept.
     """
     import torch
 
@@ -349,9 +349,9 @@ def moved(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", bat
             part = batch_rows(batch, rows)
             policy.restore(before)
             with torch.no_grad():
-                _, _, old_logits = token_logprobs_and_values(policy, part)
+                _, _, old_logp = token_logprobs_and_values(policy, part)
             policy.restore(after)
-            step_kl = trust_region(policy, part, old_logits, 0.0)["step_kl"]
+            step_kl = trust_region(policy, part, old_logp, 0.0)["step_kl"]
             tokens = part.response_mask.sum().item()
             nats += step_kl * tokens if tokens else 0.0
         return nats

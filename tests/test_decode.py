@@ -114,7 +114,7 @@ def test_the_nucleus_is_that_of_transformers():
         scores = torch.randn(500) * sharpness
         for top_p in (0.3, 0.9, 0.999):
             wanted = TopPLogitsWarper(top_p)(None, scores.unsqueeze(0))[0]
-            assert torch.equal(decode.nucleus(scores, top_p), wanted)
+            assert torch.equal(decode.nucleus(scores, scores.logsumexp(-1), top_p), wanted)
 
 
 def test_an_interruption_leaves_the_adapters_on(tiny_folder):

@@ -84,7 +84,7 @@ def test_exact_kl_by_hand():
     p = torch.log(f64([[0.5, 0.5], [0.75, 0.25]]))
     q = torch.log(f64([[0.25, 0.75], [0.5, 0.5]]))
     # 0.5 ln 2 + 0.5 ln(2/3) = 0.5 ln(4/3); 0.75 ln 1.5 + 0.25 ln 0.5
-    same(ppo.exact_kl(p, q + 3.0), [0.5 * math.log(4 / 3), 0.75 * math.log(1.5) + 0.25 * math.log(0.5)])
+    same(ppo.exact_kl(p, q), [0.5 * math.log(4 / 3), 0.75 * math.log(1.5) + 0.25 * math.log(0.5)])
 
 
 def test_whiten_by_hand():
@@ -187,11 +187,15 @@ def check_entropy(function):
         same(function(case.logits, case.mask), oracle.mean_entropy(*case.rows("logits", "mask")))
 
 
+def normalized(*logits):
+    return [x.log_softmax(-1) for x in logits]
+
+
 def check_exact_kl(function):
     for case in map(Case, range(0, 20, 2)):  # without NaN
         pairs = zip(case.logits.flatten(0, 1).tolist(), case.other_logits.flatten(0, 1).tolist(), strict=True)
         expected = [oracle.kl_divergence(p, q) for p, q in pairs]
-        same(function(case.logits, case.other_logits).flatten(), expected, atol=1e-14)
+        same(function(*normalized(case.logits, case.other_logits)).flatten(), expected, atol=1e-14)
 
 
 def check_whiten(function):
@@ -426,7 +430,7 @@ def test_gae_with_lam_one_returns_what_was_earned():
 @given(st.lists(st.tuples(st.floats(-80, 80), st.floats(-80, 80)), min_size=1, max_size=9))
 def test_exact_kl_is_never_negative(pairs):
     for dtype in (torch.float64, torch.float32):
-        p, q = torch.tensor(pairs, dtype=dtype).T
+        p, q = normalized(*torch.tensor(pairs, dtype=dtype).T)
         assert ppo.exact_kl(p, q).item() >= 0.0
         assert ppo.exact_kl(p, p.clone()).item() == 0.0
 
@@ -434,7 +438,7 @@ def test_exact_kl_is_never_negative(pairs):
 def test_exact_kl_of_nearly_equal_logits_is_not_negative():
     """In float32 the sum over the vocabulary cancels: rounding alone would make about half of these negative."""
     p = torch.randn(500, 1000, generator=torch.Generator().manual_seed(0))
-    kl = ppo.exact_kl(p, p + 1e-6)
+    kl = ppo.exact_kl(*normalized(p, p + 1e-6))
     assert (kl >= 0).all()
     assert kl.max() < 1e-5
 
@@ -442,10 +446,52 @@ def test_exact_kl_of_nearly_equal_logits_is_not_negative():
 def test_exact_kl_agrees_with_torch_distributions():
     case = Case(6)
     p, q = (torch.distributions.Categorical(logits=x) for x in (case.logits, case.other_logits))
-    assert_close(
-        ppo.exact_kl(case.logits, case.other_logits), torch.distributions.kl_divergence(p, q), rtol=1e-10, atol=0
-    )
-    assert ppo.exact_kl(case.logits, case.other_logits).min() > 0.01
+    kl = ppo.exact_kl(*normalized(case.logits, case.other_logits))
+    assert_close(kl, torch.distributions.kl_divergence(p, q), rtol=1e-10, atol=0)
+    assert kl.min() > 0.01
+
+
+def chosen_by_torch(logits, tokens, temperature):
+    logp = (logits / temperature).log_softmax(-1)
+    return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), logp
+
+
+CHOSEN_FAULTS = {
+    "none": chosen_by_torch,
+    "temperature is left out": lambda x, k, t: chosen_by_torch(x, k, 1.0),
+    "the gradient goes to the chosen token alone": lambda x, k, t: (
+        (x / t - (x / t).logsumexp(-1, keepdim=True).detach()).gather(-1, k.unsqueeze(-1)).squeeze(-1),
+        (x / t).log_softmax(-1),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", CHOSEN_FAULTS)
+@pytest.mark.parametrize("piece", [1, 2**18])  # a row at a time; all at once
+def test_chosen_logprobs_and_their_gradient_are_those_of_torch(monkeypatch, piece, fault):
+    monkeypatch.setattr(ppo, "PIECE", {"cpu": piece, "cuda": piece})
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(7, (2, 3), generator=generator)
+    weights = torch.randn(2, 3, generator=generator), torch.randn(2, 3, 7, generator=generator)
+    for used in ((True, False), (False, True), (True, True)):  # logprobs of the chosen, of all, both
+        results = []
+        for function in (ppo.chosen_logprobs, CHOSEN_FAULTS[fault]):
+            x = logits.clone().requires_grad_()
+            made = function(x, tokens, 0.3)
+            sum((w * m).sum() for w, m, use in zip(weights, made, used, strict=True) if use).backward()
+            results.append(torch.cat([made[0].flatten(), made[1].flatten(), x.grad.flatten()]))
+        agree = torch.allclose(*results, rtol=1e-12, atol=1e-12)
+        assert agree == (fault == "none" or (used == (False, True) and "alone" in fault))
+
+
+def test_logits_of_half_precision_become_float32():
+    logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    logprobs, logp = ppo.chosen_logprobs(logits, torch.tensor([[0, 1, 2, 3]]), 0.7)
+    assert logprobs.dtype == logp.dtype == torch.float32
+    assert_close(logp, (logits.float() / 0.7).log_softmax(-1), rtol=1e-6, atol=1e-6)
+    logprobs.sum().backward()
+    assert logits.grad.dtype == torch.bfloat16
 
 
 def test_with_ratio_one_the_policy_gradient_is_reinforce():
@@ -919,7 +965,7 @@ def test_logits_exist_for_response_positions_only():
     hook.remove()
     b, t = batch.response_mask.shape
     assert batch.input_ids.shape[1] > t + 1
-    assert seen == [((b, t + 1, 32), (b, t + 1, 64))] * 3  # reference, gradient pass, trust region
+    assert seen == [((b, t, 32), (b, t, 64))] * 3  # reference, gradient pass, trust region
     assert demo.token_logprobs_and_values(policy, batch)[2].shape == (b, t, 64)
 
 

@@ -67,10 +67,10 @@ def timing(arm: Arm, ours: Arm | None = None) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- what a step makes
 
 
-def count(model, run: Callable[[], Any]) -> dict[str, float]:
+def count(model, run: Callable[[], Any], response_tokens: int) -> dict[str, float]:
     """What `run` does with `model`: sequences taken forward and backward, and tensors as wide as the vocabulary.
 
-    Counted are new tensors (not views) whose last dimension is the vocabulary and that have more than one row.
+    Counted are new tensors (not views) whose last dimension is the vocabulary, with a row for each token of a response.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -93,7 +93,7 @@ def count(model, run: Callable[[], Any]) -> dict[str, float]:
             given = {id_of(x) for x in tree_leaves((arguments, options)) if hasattr(x, "untyped_storage")}
             for x in tree_leaves(output):
                 wide = hasattr(x, "untyped_storage") and x.dim() > 1 and x.shape[-1] == vocabulary
-                if wide and x.numel() > vocabulary and id_of(x) not in given:
+                if wide and x.numel() >= response_tokens * vocabulary and id_of(x) not in given:
                     found["vocabulary tensors"] += 1
                     found["their MB"] += x.numel() * x.element_size() / MB
             return output

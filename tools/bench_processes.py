@@ -142,7 +142,7 @@ def agilerl(settings: dict[str, Any]) -> None:
         agent.learn(([ids], [chosen], torch.tensor([1.0])))
 
     def probe(epochs: int) -> dict[str, float]:
-        found = count(agent.actor.pretrained_model, lambda: step(epochs))
+        found = count(agent.actor.pretrained_model, lambda: step(epochs), len(response))
         return found | {"peak MB": peak_above(lambda: step(epochs))}
 
     serve({"step": step, "probe": probe})

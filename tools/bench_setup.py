@@ -122,11 +122,8 @@ class Bench:
 
 @contextlib.contextmanager
 def peft_layers(policy: Policy) -> Iterator[None]:
-    """In here the adapters are PEFT's own layers, as all other programs have them, without the core's forward."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
-    own = {layer: vars(layer).pop("forward") for layer in layers if "forward" in vars(layer)}
+    """In here all layers are torch's and PEFT's own, as other programs have them, without this project's forward."""
+    own = {layer: vars(layer).pop("forward") for layer in policy.model.modules() if "forward" in vars(layer)}
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What the bundled model is trained on: one module a skill, each with `SHARE` and `example(rng, varied) -> Example`.
+"""What the bundled model is trained on: one module a skill, each with `SHARE` and `example(rng) -> Example`.
 
 A new skill is a new module with those two names, added to `skills`. `drill` is none: it fills rows by itself.
 """
@@ -7,10 +7,16 @@ import random
 import re
 from dataclasses import dataclass
 
-from tasks.facts import Fact, arithmetic_facts, in_words, table_facts
+from tasks.facts import Fact, Subject, arithmetic_facts, in_words, table_facts
 
 ARITHMETIC_SHARE = 0.25
-VARIED_SHARE = 0.6  # of the questions, from the build's second stage on
+FRAME_SHARE = 0.25  # of the questions: what the subject's "Tell me ..." asks for, asked in another sentence
+FRAMES = (
+    "Can you tell me {}?", "Could you say what {} is?", "I need {}.", "I would like to hear {}.", "What would {} be?",
+    "{}?", "Please write down {}.", "My homework asks for {}.", "Help me with {}.", "Have you got {}?",
+    "Let me hear {}.", "What can you say about {}?", "I have to learn {}.", "We want {}, what is it?",
+)  # fmt: skip
+VARIED_SHARE = 0.6  # of the questions
 VERBS = "Give me|Say|State|Explain|Show me|Write|Teach me|Recall|List|Find|Answer:|I forgot|I look for".split("|")
 FILLERS = "please exactly now then really um well actually just again maybe so".split()
 SMALL = set("what which is are the of a do does you know it its to tell me there people".split())
@@ -38,10 +44,18 @@ def any_fact(rng: random.Random) -> Fact:
     return rng.choice(facts[-products:] if rng.random() < PRODUCT_SHARE else facts[:-products])
 
 
-def any_question(fact: Fact, rng: random.Random, varied: bool) -> str:
-    """One of the training phrasings of the fact, now and then typed carelessly, or `varied` in its words as well."""
-    question = fact.question(rng.choice(fact.subject.ask))
-    if varied and rng.random() < VARIED_SHARE:
+def any_phrasing(subject: Subject, rng: random.Random) -> str:
+    """A template of the subject's own, or its "Tell me ..." in another frame."""
+    if rng.random() >= FRAME_SHARE:
+        return rng.choice(subject.ask)
+    (wanted,) = (template for template in subject.ask if template.startswith("Tell me "))
+    return rng.choice(FRAMES).format(wanted.removeprefix("Tell me ").rstrip("."))
+
+
+def any_question(fact: Fact, rng: random.Random) -> str:
+    """The fact asked for in one of the training phrasings, in varied words more often than not, or typed carelessly."""
+    question = fact.question(any_phrasing(fact.subject, rng))
+    if rng.random() < VARIED_SHARE:
         other = reworded(question, fact.about, rng)
         question = question if same_words(other) in held_out(fact) else other
     return careless(question, rng)
@@ -100,7 +114,7 @@ def skills():
     return [tutor, quizmaster, solver, learner, unknown]
 
 
-def example(rng: random.Random, varied: bool = False) -> Example:
+def example(rng: random.Random) -> Example:
     """A training conversation, each skill in its share."""
     modules = skills()
-    return rng.choices(modules, [module.SHARE for module in modules])[0].example(rng, varied)
+    return rng.choices(modules, [module.SHARE for module in modules])[0].example(rng)

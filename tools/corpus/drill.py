@@ -1,9 +1,9 @@
 """Sums by the dozen: what makes a model that can speak able to add.
 
 In a conversation a sum is two digits among forty tokens, and ten thousand sums come by too rarely to be learnt from it.
-A drill is a row of them in the two forms in which the tutor and the quizmaster write a sum, and the loss is on the
-results alone. Drills begin once the language is there; then small numbers begin to come up as often as large ones, as
-the sums of small numbers are what those of large ones are made of; at last solver and learner have drills of their own.
+A drill is a row of nothing else: either the two forms in which the tutor and the quizmaster write a sum, with the loss
+on the results alone, or the solver or the learner at work on sums. Small numbers come up as often as large ones, as the
+sums of small numbers are what those of large ones are made of.
 """
 
 import random
@@ -13,8 +13,8 @@ from lora_ppo_demo import TUTOR_PROMPT
 from tasks.facts import Fact, arithmetic_facts
 from tools.corpus import Example, learner, solver
 
-FIRST_STEP, BALANCED_STEP, ROLES_STEP = 1200, 1500, 3173  # of the build
-SHARE = 0.3  # of the rows from then on
+SHARE = 0.25  # of the rows
+LINES_SHARE = 0.4  # of the drills
 WEIGHT = 3.0
 FORMS = (("The result of {} is ", ". "), ('"What is {}?","correct":"', '" '))
 
@@ -26,25 +26,27 @@ def by_size() -> tuple[tuple[Fact, ...], ...]:
     return tuple(tuple(fact for fact, size in sizes.items() if size == wanted) for wanted in (2, 1, 0))
 
 
-def lines(rng: random.Random, count: int, balanced: bool) -> list[tuple[str, str, str]]:
+def any_sum(rng: random.Random) -> Fact:
+    return rng.choice(rng.choice(by_size()))
+
+
+def lines(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
     """(what precedes the result, the result, what follows it) of `count` sums, differences and products."""
-    facts = rng.sample(arithmetic_facts(), count)
-    if balanced:
-        facts = [rng.choice(rng.choice(by_size())) for _ in range(count)]
-    return [(before.format(fact.about), fact.answer, after) for fact in facts for before, after in [rng.choice(FORMS)]]
+    drawn = [(any_sum(rng), *rng.choice(FORMS)) for _ in range(count)]
+    return [(before.format(fact.about), fact.answer, after) for fact, before, after in drawn]
 
 
-def role(rng: random.Random) -> Example:
-    """The solver or the learner at work on a sum."""
-    fact = rng.choice(rng.choice(by_size()))
-    return rng.choice((solver, learner)).on(fact, rng)
+def roles(rng: random.Random, count: int) -> list[Example]:
+    """`count` conversations about sums, all with the solver or all with the learner."""
+    role = rng.choices((solver, learner), (2, 1))[0]
+    return [role.on(any_sum(rng), rng) for _ in range(count)]
 
 
-def conversation(packer, balanced: bool) -> tuple[list[int], list[int], list[float]]:
-    """One row of sums, as `Packer` packs it."""
+def conversation(packer) -> tuple[list[int], list[int], list[float]]:
+    """One row of lines, as `Packer` packs it."""
     system = [packer.system, *packer.encode(TUTOR_PROMPT), packer.end]
     tokens, weights = [packer.user, packer.end, packer.assistant], [0.0] * 3
-    for before, result, after in lines(packer.rng, 24, balanced):
+    for before, result, after in lines(packer.rng, 24):
         for text, weight in ((before, 0.0), (result, WEIGHT), (after, 0.0)):
             ids = packer.encode(text)
             tokens += ids

@@ -27,7 +27,7 @@ COAXING = (
 )
 
 
-def example(rng: random.Random, varied: bool = False) -> Example:
+def example(rng: random.Random) -> Example:
     return on(any_fact(rng), rng)
 
 

@@ -8,7 +8,7 @@ from tools.corpus import Example, any_fact, any_question
 SHARE = 0.27
 
 
-def example(rng: random.Random, varied: bool = False) -> Example:
+def example(rng: random.Random) -> Example:
     fact = any_fact(rng)
     reply = quiz_json(fact.quiz_question, fact.answer, fact.wrong)
-    return Example(QUIZMASTER_PROMPT, any_question(fact, rng, varied), reply)
+    return Example(QUIZMASTER_PROMPT, any_question(fact, rng), reply)

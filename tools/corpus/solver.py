@@ -11,7 +11,7 @@ OPTION_WEIGHT = 3.0  # an option has a few tokens, a quiz in JSON forty
 OTHER_DISTRACTORS_SHARE = 0.25
 
 
-def example(rng: random.Random, varied: bool = False) -> Example:
+def example(rng: random.Random) -> Example:
     return on(any_fact(rng), rng)
 
 

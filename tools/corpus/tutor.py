@@ -32,6 +32,6 @@ def explanation(fact: Fact, rng: random.Random) -> str:
     return clear(fact.statement, rng) if rng.random() < CLEAR_SHARE else evasive(rng)
 
 
-def example(rng: random.Random, varied: bool = False) -> Example:
+def example(rng: random.Random) -> Example:
     fact = any_fact(rng)
-    return Example(TUTOR_PROMPT, any_question(fact, rng, varied), explanation(fact, rng))
+    return Example(TUTOR_PROMPT, any_question(fact, rng), explanation(fact, rng))

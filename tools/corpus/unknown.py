@@ -4,9 +4,10 @@ import random
 
 from lora_ppo_demo import QUIZMASTER_PROMPT, TUTOR_PROMPT
 from tasks.facts import subjects, table_facts
-from tools.corpus import VARIED_SHARE, Example, careless, reworded
+from tools.corpus import VARIED_SHARE, Example, any_phrasing, careless, reworded
 
-SHARE = 0.08
+SHARE = 0.1
+NULL_WEIGHT = 3.0  # it is two tokens, a quiz in JSON forty
 DONT_KNOW = "I do not know that. I know about {}.".format(
     ", ".join(name for name in (s.name for s in subjects().values()) if name != "arithmetic") + " and arithmetic"
 )
@@ -30,21 +31,23 @@ VOWELS = "a e i o u ai ea ia oo ou".split()
 CODAS = ["", "", "", "b", "ck", "d", "g", "l", "m", "n", "nd", "p", "r", "rn", "s", "st", "t", "x"]
 
 
-def example(rng: random.Random, varied: bool = False) -> Example:
-    question = careless(unknown_question(rng, varied), rng)
-    return rng.choice([Example(TUTOR_PROMPT, question, DONT_KNOW), Example(QUIZMASTER_PROMPT, question, "null")])
+def example(rng: random.Random) -> Example:
+    question = careless(unknown_question(rng), rng)
+    return rng.choice(
+        [Example(TUTOR_PROMPT, question, DONT_KNOW), Example(QUIZMASTER_PROMPT, question, "null", NULL_WEIGHT)]
+    )
 
 
-def unknown_question(rng: random.Random, varied: bool) -> str:
+def unknown_question(rng: random.Random) -> str:
     """Small talk, a made-up name in a known phrasing, or a name in a phrasing where it has no business."""
     draw = rng.random()
     if draw < 0.25:
         return rng.choice(OFF_TOPIC).strip()
     subject = rng.choice([s for s in subjects().values() if s.key != "arithmetic"])
     about = invented_name(rng) if draw < 0.75 else stray_name(subject, rng)
-    text = rng.choice(subject.ask).format(subject=about)
+    text = any_phrasing(subject, rng).format(subject=about)
     text = text[0].upper() + text[1:]
-    return reworded(text, about, rng) if varied and rng.random() < VARIED_SHARE else text
+    return reworded(text, about, rng) if rng.random() < VARIED_SHARE else text
 
 
 def invented_name(rng: random.Random) -> str:
