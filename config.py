@@ -72,7 +72,7 @@ class Config:
     keep_checkpoints: int = setting(5, "checkpoints that are kept, at least 2")
     precompute: bool = setting(
         True,
-        "compute both outcomes while the quiz is read: no wait after the choice, two more copies of the adapters",
+        "compute both outcomes while the quiz is read: no wait after the choice, memory for two more trained states",
     )
     resume: str = setting(
         "auto", "auto (the newest whole checkpoint), none (a new run beside the old), or a checkpoint folder"
@@ -219,10 +219,11 @@ def known_name(schema: type[Config], name: str) -> None:
 def help_text(schema: type[Config], usage: str) -> str:
     """`usage`, then a line for every setting with its default."""
     lines = [usage.strip(), "", "settings (name=value or --name value; --config FILE reads them from YAML):"]
+    width = max(len(f.name) for f in fields(schema)) + 2
     for f in fields(schema):
         default = f.default_factory() if callable(f.default_factory) else f.default
         shown = "auto" if default is None else ",".join(default) if isinstance(default, list) else default
-        lines.append(f"  {f.name:<18}{f.metadata['help']} [{shown}]")
+        lines.append(f"  {f.name:<{width}}{f.metadata['help']} [{shown}]")
     return "\n".join(lines)
 
 

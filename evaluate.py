@@ -38,6 +38,7 @@ from lora_ppo_demo import (
     verify_checkpoint,
 )
 from tasks import Episode, Message, Outcome, Task
+from tasks.episodes import judge
 from train import CHOICES, TASKS, TrainConfig, chunks, play, wilson_interval
 
 if TYPE_CHECKING:
@@ -253,17 +254,10 @@ def answer_all(
         trajectories = play(policy, episodes, adapter)
         texts = [t.replies[-1] if t.replies else "" for t in trajectories]
         torch.manual_seed(turn_seed(seed, -1 - number))
-        outcomes = judge(task, asked, episodes, texts)
+        outcomes = judge([unjudged.episode for unjudged in episodes])
         for episode, text, t, outcome in zip(episodes, texts, trajectories, outcomes, strict=True):
             answers.append(Answer(episode.question, text, t.length, t.outcome or outcome))
     return answers
-
-
-def judge(task: Task, samples: Sequence[Any], episodes: Sequence[Unjudged], texts: Sequence[str]) -> list[Outcome]:
-    """The outcome of each episode; a task that can judge answers in batches (`outcomes`) does so."""
-    if hasattr(task, "outcomes"):
-        return task.outcomes(samples, texts)
-    return [unjudged.episode.outcome() for unjudged in episodes]
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
@@ -294,7 +288,7 @@ def suited(config: EvaluateConfig, folder: Path, state: dict[str, Any]) -> None:
             "set model_name to the former"
         )
     trained = state.get("config", {})
-    for name in ("seed", "questions", "test_share"):
+    for name in ("questions", "test_share"):
         here, there = getattr(config, name), trained.get(name)
         if "task" in trained and config.mode != "merge" and there is not None and there != here:
             raise ConfigError(
@@ -323,6 +317,10 @@ def attach(policy: Policy, folder: Path, name: str) -> None:
         raise ConfigError(f"adapter={folder} does not fit model_name={base_name(policy.config)}: {reason}") from None
     if missing:
         raise ConfigError(f"adapter={folder} lacks {len(missing)} tensors, such as {missing[0]}")
+    added = policy.model.peft_config[name]
+    if added.use_dora or added.lora_bias:
+        raise ConfigError(f"adapter={folder} uses DoRA or biases: expected plain LoRA")
+    policy.gate_adapters()  # it may sit on layers that the policy's own does not
     policy.model.set_adapter(name)
     policy.model.eval()
 
@@ -543,10 +541,10 @@ def merge(config: EvaluateConfig, notice: Callable[[str], None]) -> dict[str, fl
         found = probe_logits(load_policy(replace(config, model_name=str(new)), notice)[0], adapter=False)
         difference, effect = (found - wanted).abs().max().item(), (wanted - base).abs().max().item()
         allowed = MERGE_TOLERANCE[config.dtype] * wanted.abs().max().item()
-        if not difference <= allowed:  # NaN included
+        if not difference <= allowed or difference >= effect > 0:  # NaN included
             raise ConfigError(
-                f"merging failed and nothing was written: merged and adapter logits differ by {difference:.3g}, "
-                f"and rounding to {config.dtype} explains {allowed:.3g}"
+                f"merging failed and nothing was written: merged and adapter logits differ by {difference:.3g}, where "
+                f"rounding to {config.dtype} explains {allowed:.3g} and the adapter itself makes {effect:.3g}"
             )
         check_empty(out)
         if out.exists():
@@ -565,9 +563,10 @@ def merge(config: EvaluateConfig, notice: Callable[[str], None]) -> dict[str, fl
 
 def merged_card(config: EvaluateConfig, folder: Path, state: dict[str, Any]) -> str:
     """The README.md of a merged model."""
-    steps = f" after {state['step']} PPO steps" if "step" in state else ""
+    algorithm = state.get("config", {}).get("algorithm", "ppo")
+    steps = f" after {state['step']} {algorithm.upper()} steps" if "step" in state else ""
     return (
-        f"---\nbase_model: {base_name(config)}\nlibrary_name: transformers\ntags: [lora, ppo, merged]\n---\n"
+        f"---\nbase_model: {base_name(config)}\nlibrary_name: transformers\ntags: [lora, {algorithm}, merged]\n---\n"
         f"# {base_name(config)} with `{folder.name}` merged in\n\n"
         f"The LoRA adapters of `{folder.name}`{steps}, added to the base model's weights in {config.dtype}.\n"
     )

@@ -157,7 +157,6 @@ class Policy:
     def __init__(self, model, tokenizer, config: Config):
         import torch
         from peft import LoraConfig, get_peft_model
-        from peft.tuners.lora import LoraLayer
 
         import decode
 
@@ -180,11 +179,8 @@ class Policy:
         self.value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(self.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self.gate = AdapterGate()
-        for layer in layers:
-            layer.forward = gated_forward(layer, self.gate)
-        self.dropouts = [layer.lora_dropout["default"] for layer in layers]
+        self.layers = self.gate_adapters()
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
         self.optimizer = torch.optim.AdamW(
@@ -195,13 +191,31 @@ class Policy:
             self.optimizer.state[p] = slots | {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
         self.step, self.kl_coef = 0, config.kl_coef
 
+    def gate_adapters(self) -> list:
+        """Puts all LoRA layers under the gate, those of adapters loaded later too; returns them."""
+        from peft.tuners.lora import LoraLayer
+
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            layer.forward = gated_forward(layer, self.gate)
+        return layers
+
     def configure(self, config: Config) -> None:
         """Goes on under other settings; the weights stay."""
+        import torch
+
         self.config = config
+        for layer in self.layers:
+            dropout = torch.nn.Dropout(config.lora_dropout).eval() if config.lora_dropout else torch.nn.Identity()
+            layer.lora_dropout["default"] = dropout
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate
         if not config.adaptive_kl:
             self.kl_coef = config.kl_coef
+
+    @property
+    def dropouts(self) -> list:
+        return [layer.lora_dropout["default"] for layer in self.layers]
 
     @property
     def context(self) -> int:
@@ -214,6 +228,17 @@ class Policy:
         ids = self.model.generation_config.eos_token_id
         ids = self.tokenizer.eos_token_id if ids is None else ids
         return ids if isinstance(ids, list) else [ids]
+
+    @cached_property
+    def end_id(self) -> int:
+        """The one of `stop_ids` that the chat template puts behind a reply."""
+        place = "\ue000reply\ue001"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": place}]
+        if self.tokenizer.chat_template is None:
+            return self.stop_ids[0]
+        _, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(place)
+        ids = self.tokenizer(after, add_special_tokens=False).input_ids
+        return next((i for i in ids if i in self.stop_ids), self.stop_ids[0])
 
     @property
     def pad_id(self) -> int:
@@ -292,6 +317,8 @@ def gated_forward(layer, gate: AdapterGate) -> Callable[["Tensor"], "Tensor"]:
         if gate.share is False or layer.disable_adapters:  # the latter is PEFT's own switch
             return result
         (name,) = layer.active_adapters
+        if name not in downs:  # an adapter on fewer layers than the policy's own
+            return result
         low_rank = linear(dropouts[name](x), downs[name].weight.to(x.dtype))
         if gate.share is not True:
             low_rank = (low_rank * gate.share).to(x.dtype)
@@ -345,7 +372,7 @@ def load_policy(config: Config, notice: Callable[[str], None] = lambda text: Non
     except ConfigError as error:
         if chosen != "auto" or not on_cuda:
             raise
-        notice(f"{error}. Going on with the bundled model.")
+        notice(f"{str(error).partition(': check')[0]}. Going on with the bundled model.")
         config.model_name, config.load_in_4bit = str(BUNDLED_MODEL), four_bit  # as asked: `auto` is resolved anew
         model, tokenizer = load_base(config)
     if config.learning_rate is None:
@@ -681,8 +708,7 @@ def option_probabilities(policy: Policy, chats: Sequence[list[Message]], options
     import decode
 
     prompts = [encode_chat(policy.tokenizer, messages) for messages in chats]
-    encode, end = policy.tokenizer.encode, policy.stop_ids[0]
-    candidates = [[[*encode(text, add_special_tokens=False), end] for text in texts] for texts in options]
+    candidates = [[[*encode_text(policy.tokenizer, text), policy.end_id] for text in texts] for texts in options]
     score = decode.score if decode.takes(policy) else plain_score
     return score(policy, prompts, candidates).softmax(-1)
 
@@ -1014,6 +1040,9 @@ def gradient_dropout(policy: Policy) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ checkpoints, journal, log
 
 
+CHECKPOINT_FILES = {"adapter_model.safetensors", "value_head.safetensors", "optimizer.safetensors", "state.json"}
+
+
 class Damaged(Exception):
     """A checkpoint that can't be used; the message says what is wrong with it."""
 
@@ -1075,13 +1104,13 @@ def save_checkpoint(
 
 
 def model_card(policy: Policy, result: str) -> str:
-    """The README.md of a checkpoint."""
+    """The README.md of a checkpoint. The tutor's task is the quiz and its algorithm PPO; others name theirs."""
     config = policy.config
+    task, algorithm = getattr(config, "task", "quiz"), getattr(config, "algorithm", "ppo")
     return (
-        f"---\nbase_model: {base_name(config)}\nlibrary_name: peft\ntags: [lora, ppo]\n---\n"
-        f"# LoRA adapters after {policy.step} PPO steps\n\n"
-        f"Rank {config.lora_r} on {', '.join(policy.targets)} of `{base_name(config)}`; task: explain so that a quiz "
-        f"on the question is answered right. {result}\n\n"
+        f"---\nbase_model: {base_name(config)}\nlibrary_name: peft\ntags: [lora, {algorithm}]\n---\n"
+        f"# LoRA adapters after {policy.step} {algorithm.upper()} steps\n\n"
+        f"Rank {config.lora_r} on {', '.join(policy.targets)} of `{base_name(config)}`; task: `{task}`. {result}\n\n"
         "`adapter_model.safetensors` loads in PEFT and vLLM as it is. `value_head.safetensors` and\n"
         "`optimizer.safetensors` are needed only to train on.\n"
     )
@@ -1096,6 +1125,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The `state.json` of a whole checkpoint. Raises Damaged if a file is missing, cut short or altered."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        if lacking := CHECKPOINT_FILES - files.keys():
+            raise Damaged(f"its manifest.json does not list {', '.join(sorted(lacking))}")
         for name, expected in files.items():
             path = folder / Path(name).name
             size = path.stat().st_size
@@ -1130,10 +1161,12 @@ def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
             )
     set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
     policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
-    slots = load_file(folder / "optimizer.safetensors")
-    for name, tensor in policy.tensors().items():
-        if name.startswith("optimizer."):
-            tensor.copy_(slots[name.removeprefix("optimizer.")])
+    slots = {f"optimizer.{name}": tensor for name, tensor in load_file(folder / "optimizer.safetensors").items()}
+    own = {name: tensor for name, tensor in policy.tensors().items() if name.startswith("optimizer.")}
+    if {name: x.shape for name, x in slots.items()} != {name: x.shape for name, x in own.items()}:
+        raise ConfigError(f"{folder} holds the state of another optimizer: set optimizer back, or begin a new run")
+    for name, tensor in own.items():
+        tensor.copy_(slots[name])
     policy.step, policy.kl_coef = state["step"], state["kl_coef"]
     return state
 
@@ -1161,6 +1194,12 @@ class LineFile:
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line. Raises OSError if it can't be written now; it is then written before the next one."""
         self.unwritten.append(json.dumps(record).encode("ascii") + b"\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what could not be written before. Raises OSError if it still can't be."""
+        if not self.unwritten:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = b"".join(self.unwritten)
         with self.path.open("ab", buffering=0) as file:
@@ -1182,7 +1221,8 @@ class LineFile:
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
-            os.truncate(self.path, whole)
+            with contextlib.suppress(OSError):  # in a folder that can't be written to nothing is appended either
+                os.truncate(self.path, whole)
         records = []
         for number, line in enumerate(data[:whole].splitlines(keepends=True), 1):
             offset -= len(line)
@@ -1274,7 +1314,7 @@ class Run:
         else:
             if self.config.resume != "none":
                 try:
-                    self.turn = load_checkpoint(Path(self.config.resume), self.policy)["turn"]
+                    self.turn = load_checkpoint(Path(self.config.resume), self.policy).get("turn", 0)
                 except Damaged as error:
                     expected = "expected auto, none, or the folder of a whole checkpoint"
                     raise ConfigError(f"resume={self.config.resume}: {error}; {expected}") from None
@@ -1287,16 +1327,19 @@ class Run:
 
     def resume_newest(self) -> None:
         """Loads the newest whole checkpoint from which the journal can be replayed, and replays it."""
-        for hidden in self.folder.glob(".step_*"):  # what a crash in the middle of a save left
-            if hidden.suffix == ".old" and not (whole := self.folder / hidden.stem[1:]).exists():
-                hidden.rename(whole)
-            shutil.rmtree(hidden, ignore_errors=True)
+        with self.surviving("clear up after a crash"):
+            for hidden in self.folder.glob(".step_*"):  # what a crash in the middle of a save left
+                if hidden.suffix == ".old" and not (whole := self.folder / hidden.stem[1:]).exists():
+                    hidden.rename(whole)
+                shutil.rmtree(hidden, ignore_errors=True)
         reasons = []
         for folder in checkpoints(self.folder):
             try:
                 state = load_checkpoint(folder, self.policy)
                 self.turn, self.covered = state["turn"], state["journal_offset"]
                 self.saved_step = self.policy.step
+                then = {name: value for name, value in state["config"].items() if name in STEP_SETTINGS}
+                self.policy.configure(replace(self.config, **then))
                 self.replay(state["journal_offset"])
                 break
             except Damaged as error:
@@ -1327,6 +1370,8 @@ class Run:
             elif record["type"] == "undo":
                 if not self.take_back():
                     raise Damaged("its last step was taken back later")
+            elif record["type"] == "passed":
+                self.turn = record["number"] + 1
             else:
                 turn = Turn(**{name: record[name] for name in ("number", "prompt_ids", "response_ids", "reward")})
                 self.pending.append(turn)
@@ -1340,7 +1385,10 @@ class Run:
         """What a turn's step did, done again: `taken` steps are computed, the others left no trace in the weights."""
         self.undo_snapshot = None if outcome == "skipped" else self.policy.snapshot()
         if outcome == "taken":
-            self.take_step()
+            try:
+                self.take_step()
+            except StepSkipped as skipped:
+                raise ConfigError(f"a step of {self.journal.path} can't be taken again: {skipped}") from None
         elif outcome == "undone":
             self.policy.step += 1
         self.taken_turns = len(self.pending)
@@ -1427,8 +1475,15 @@ class Run:
         if self.undo_snapshot is None:
             return 0
         self.policy.restore(self.undo_snapshot)
+        self.policy.configure(self.policy.config)  # settings that changed since then stay changed
         self.undo_snapshot = None
         return self.taken_turns
+
+    def pass_over(self, number: int) -> None:
+        """Notes that a turn has ended without a choice, so that the next has another number in every session."""
+        self.turn = number + 1
+        self.record({"type": "passed", "number": number})
+        self.settle()
 
     def undo(self) -> bool:
         """Takes the last step back, exactly, in memory and on disk; False if there is none."""
@@ -1436,14 +1491,14 @@ class Run:
         turns = self.take_back()
         if not turns:
             return False
-        self.record({"type": "undo"})
+        line = {"timestamp": now(), "step": step, "undo": turns}
+        self.record({"type": "undo", "log": line})
         self.settle()
         with self.surviving("write the log"):
-            self.log.append({"timestamp": now(), "step": step, "undo": turns})
+            self.log.append(line)
         with self.surviving("replace the checkpoint that holds the step taken back"):
             stale = [p for p in checkpoints(self.folder) if int(p.name[5:]) > self.policy.step]
-            if stale:
-                self.save()
+            if stale and self.save():
                 for folder in stale:
                     remove_folder(folder)
         return True
@@ -1460,8 +1515,7 @@ class Run:
         with self.surviving("save a checkpoint"):
             state = {"turn": self.turn, "journal_offset": self.covered, "log_offset": self.log.size}
             state["rng"] = {"seed": self.config.seed, "turn": self.turn}  # every turn's generator is seeded from these
-            if self.journal.unwritten:
-                raise OSError("the journal can't be written")
+            self.journal.flush()
             save_checkpoint(self.folder / f"step_{self.policy.step}", self.policy, state, self.result())
             self.saved_step = self.policy.step
             save_yaml(self.config, self.folder / "effective_config.yaml")
@@ -1621,15 +1675,15 @@ class SimulatedLearner(Terminal):
     def __init__(self, policy: Policy, questions: Sequence[str], steps: int):
         super().__init__(None)
         self.policy, self.questions, self.last = policy, questions, policy.step + steps
-        self.asked, self.step_then = 0, -1
+        self.asked, self.chosen, self.chosen_then = 0, 0, -1
 
     def ask(self, prompt: str, remember: bool = True) -> str:
         """The next question, over and over, until the steps are taken; then EOFError, as when a person leaves."""
         if self.asked % len(self.questions) == 0:
-            if self.policy.step == self.step_then:
-                self.say("\nNot one of the questions led to a step.", "yellow")
+            if self.chosen == self.chosen_then:
+                self.say("\nNot one of the questions led to a quiz.", "yellow")
                 raise EOFError
-            self.step_then = self.policy.step
+            self.chosen_then = self.chosen
         if self.policy.step >= self.last:
             raise EOFError
         question = self.questions[self.asked % len(self.questions)]
@@ -1640,6 +1694,7 @@ class SimulatedLearner(Terminal):
     def choose(self, quiz: Quiz, answer: str) -> int:
         choice = int(learner_probabilities(self.policy, [answer], [quiz])[0].argmax())
         self.say(f"The learner chooses {LETTERS[choice]}.")
+        self.chosen += 1
         return choice
 
 
@@ -1724,12 +1779,14 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
         except KeyboardInterrupt:
             interrupted = True
             terminal.say("\nInterrupted. Finished turns are kept.", "yellow")
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            terminal.say(f"\nThe turn ended: {OUT_OF_MEMORY}", "yellow")
 
 
 def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> None:
     """One question: the answer, the quiz, the choice, and the step it earns."""
-    import torch
-
     config, tokenizer = run.config, policy.tokenizer
     prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, question))
     longest = max(len(prompt), len(encode_chat(tokenizer, chat(QUIZMASTER_PROMPT, question))))
@@ -1739,7 +1796,21 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
             f"That question takes {longest} tokens with its instructions; the model has room for {room}.", "yellow"
         )
         return
-    number, run.turn = run.turn, run.turn + 1
+    number = run.turn
+    try:
+        answer_and_quiz(question, prompt, policy, run, terminal)
+    finally:
+        with interrupts_deferred():
+            run.forget()
+            if run.turn == number:
+                run.pass_over(number)
+
+
+def answer_and_quiz(question: str, prompt: list[int], policy: Policy, run: Run, terminal: Terminal) -> None:
+    """The turn from the answer on."""
+    import torch
+
+    config, tokenizer, number = run.config, policy.tokenizer, run.turn
     torch.manual_seed(turn_seed(config.seed, number))
     terminal.write("Tutor: ")
     answering = Request(prompt, config.temperature, on_text=terminal.write)
@@ -1753,21 +1824,18 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         return
     terminal.say(f"\nQuiz: {quiz_text(quiz.question, quiz.options)}", "bold")
     turn = Turn(number, prompt, response, math.nan)
-    try:
-        if terminal.waits_for_a_person:
+    if terminal.waits_for_a_person:
+        with interrupts_deferred():
             run.foresee(turn)
-        choice = terminal.choose(quiz, answer)
-        if choice == "skip":
-            terminal.say("Skipped: no reward, no step.")
-            return
-        turn.reward = 1.0 if choice == quiz.key else -1.0
-        line = {"question": question, "answer": answer, "quiz_id": f"quiz-{number}", "user_answer": LETTERS[choice]}
-        with interrupts_deferred():
-            line = run.finish_turn(turn, line)
-            show_outcome(line, run, terminal)
-    finally:
-        with interrupts_deferred():
-            run.forget()
+    choice = terminal.choose(quiz, answer)
+    if choice == "skip":
+        terminal.say("Skipped: no reward, no step.")
+        return
+    turn.reward = 1.0 if choice == quiz.key else -1.0
+    line = {"question": question, "answer": answer, "quiz_id": f"quiz-{number}", "user_answer": LETTERS[choice]}
+    with interrupts_deferred():
+        line = run.finish_turn(turn, line)
+        show_outcome(line, run, terminal)
 
 
 def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
@@ -1785,9 +1853,10 @@ def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
             "yellow",
         )
     else:
+        those = "this answer is" if run.config.batch_size == 1 else "these answers together are"
         terminal.say(
             f"Step {line['step']} took {line['seconds']:.2f} s and moved the policy by {line['step_kl']:.4f} nats per "
-            f"token: this answer is now {line['likelihood_ratio']:.3g} times as likely.",
+            f"token: {those} now {line['likelihood_ratio']:.3g} times as likely.",
             "dim",
         )
 
@@ -1834,14 +1903,15 @@ def progress_chart(rewards: Sequence[float], columns: int = 60, rows: int = 5, w
     lines = []
     for row in reversed(range(rows)):
         cells = [" ▁▂▃▄▅▆▇█"[round(min(max(p * rows - row, 0.0), 1.0) * 8)] for p in points]
-        lines.append(f"{100 * (row + 1) // rows:>4} % {''.join(cells)}".rstrip())
+        share = (row + 1) / rows
+        lines.append(f"{100 * share:>4.0f} % {2 * share - 1:+5.1f} {''.join(cells)}".rstrip())
     mean_reward = sum(rewards) / len(rewards)
     last = rewards[-window:]
     return "\n".join(
         [
-            f"right answers, running over {window} quizzes",
+            f"right answers and mean reward, running over {window} quizzes",
             *lines,
-            "       1" + (f"{len(rewards):>{width - 1}}" if width > 1 else ""),
+            "             1" + (f"{len(rewards):>{width - 1}}" if width > 1 else ""),
             f"accuracy {sum(right) / len(right):.0%} of {len(right)}, mean reward {mean_reward:+.2f}; "
             f"last {len(last)}: {sum(right[-window:]) / len(last):.0%}, {sum(last) / len(last):+.2f}",
         ]
@@ -1855,9 +1925,9 @@ A tutor that learns from whether you understood: ask, read the answer, take the 
 
 def main() -> int:
     """The program. Exit status: 0; 2 for a setting that can't be used; 130 after a second Ctrl-C."""
-    config = from_command_line(Config, USAGE)
     run, status = None, 0
     try:
+        config = from_command_line(Config, USAGE)
         questions = read_questions(config.questions) if config.learner == "simulated" else []
         terminal = Terminal(Path(config.log_dir) / "history")
 
@@ -1873,7 +1943,8 @@ def main() -> int:
             status = session(policy, run, terminal)
         except KeyboardInterrupt:  # while loading
             terminal.say("\nInterrupted.")
-        if run and run.policy.step > run.saved_step and run.save():
+        # After a second Ctrl-C nothing is saved: the journal has every turn, and the weights may be half of a step.
+        if run and status == 0 and run.policy.step > run.saved_step and run.save():
             terminal.say(f"\nSaved step {policy.step} in {run.folder}. Goodbye.")
         return status
     except ConfigError as error:

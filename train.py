@@ -2,7 +2,7 @@
 
     python train.py --config configs/quiz.yaml                             train
     python train.py --config configs/quiz.yaml resume_from=latest          go on where it stopped
-    accelerate launch --config_file configs/accelerate/cpu.yaml train.py --config configs/quiz.yaml
+    accelerate launch --config_file configs/accelerate/cpu.yaml train.py --config configs/quiz.yaml device=cpu
     python train.py --help                                                 every setting
 
 Each step plays batch_size episodes of the task (tasks/episodes.py), of one reply or of several, turns their rewards
@@ -47,7 +47,7 @@ from lora_ppo_demo import (
 )
 from tasks import Task
 from tasks.episodes import Trajectory, play
-from update import align, chunks, everywhere, learn, prepare, shard, sharded, total
+from update import align, chunks, everywhere, learn, prepare, shard, total
 from update import group_advantages as group_advantages
 
 if TYPE_CHECKING:
@@ -161,6 +161,8 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         )
     if config.mini_batch_size % processes:
         raise ConfigError(f"mini_batch_size={config.mini_batch_size} is not divisible by the {processes} processes")
+    if config.optimizer != "adamw" and config.device == "cpu":
+        raise ConfigError(f"optimizer={config.optimizer} needs CUDA, and device is cpu: use adamw")
     if config.algorithm == "grpo":
         if config.group_size < 2:
             raise ConfigError(f"group_size={config.group_size} with algorithm=grpo: a group needs at least 2 answers")
@@ -322,7 +324,10 @@ class Training:
         if folder.resolve().parent == self.root.resolve() and self.accelerator.is_main_process:
             if self.log.size > state["log_offset"]:
                 os.truncate(self.log.path, state["log_offset"])
-            self.lines = self.log.read()
+            try:
+                self.lines = self.log.read()
+            except Damaged as error:
+                raise ConfigError(f"output_dir={self.root}: {error}; mend or move the file") from None
         self.say(f"Going on from {folder}, step {self.policy.step}.")
 
     def samples(self, step: int) -> list[Any]:
@@ -420,6 +425,8 @@ class Training:
 
     def save(self, name: str) -> None:
         """Writes the checkpoint `name`, on the main process, while the others wait."""
+        from safetensors import SafetensorError
+
         if self.accelerator.is_main_process:
             step = self.policy.step
             state = {"epoch": step // self.steps_per_epoch, "data_cursor": step * self.config.prompts_per_step}
@@ -429,7 +436,7 @@ class Training:
                 save_checkpoint(self.root / name, self.policy, state, self.result(), stats)
                 for folder in checkpoints(self.root)[self.config.keep_checkpoints :]:
                     remove_folder(folder)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 self.say(f"Could not save {name} ({error}). The run goes on.")
         self.accelerator.wait_for_everyone()
 
@@ -444,6 +451,7 @@ class Training:
         with stop_requests(self.accelerator.num_processes > 1) as asked, self.progress() as show:
             if policy.step == 0 and not self.lines:
                 self.write({"timestamp": now(), "step": 0} | self.evaluate())
+                self.save("step_0")  # from here on resume_from=latest finds something
             stop = False
             while policy.step < self.last and not stop:
                 try:
@@ -460,16 +468,16 @@ class Training:
                 if stop or policy.step % self.steps_per_epoch == 0 or policy.step % config.save_every == 0:
                     self.save(self.checkpoint_name())
         if policy.step < self.last:
-            self.say(f"Stopped after step {policy.step}, saved in {self.root / self.checkpoint_name()}.")
+            folder = self.root / self.checkpoint_name()
+            self.say(f"Stopped after step {policy.step}" + (f", saved in {folder}." if folder.exists() else "."))
             self.say(self.how_to_go_on())
             return 130
         self.report()
         return 0
 
     def how_to_go_on(self) -> str:
-        several = self.accelerator.num_processes > 1
-        launcher = f"accelerate launch --num_processes {self.accelerator.num_processes}" if several else "python"
-        launcher += " --use_fsdp --fsdp_version 2" if sharded(self.accelerator) else ""
+        several = self.accelerator.num_processes
+        launcher = f"accelerate launch (as before, {several} processes)" if several > 1 else "python"
         return f"Go on with: {launcher} train.py --config {self.root / 'effective_config.yaml'} resume_from=latest"
 
     @contextlib.contextmanager
@@ -486,6 +494,8 @@ class Training:
             def show(line: dict[str, Any]) -> None:
                 text = f"reward {line.get('reward', 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
                 text += f"  KL {line.get('kl', 0):.2f}  {line['tokens_per_second']:.0f} tokens/s"
+                counts = {name: sum(one.get("outcome") == name for one in self.lines) for name in ("undone", "skipped")}
+                text += "".join(f"  {count} {name}" for name, count in counts.items() if count)
                 bar.update(item, completed=line["step"], description=text)
 
             yield show
@@ -496,14 +506,23 @@ class Training:
 
         from tools.report import write_report
 
-        answers = []
-        for adapter in (False, True):
-            torch.manual_seed(self.config.seed)
-            answers += self.play([self.task.samples("test")[:10]], adapter=adapter)
+        answers: list[list[Trajectory]] = []
+        rows_at_once = max(1, self.config.batch_size // self.accelerator.num_processes)
+        try:
+            for adapter in (False, True):
+                torch.manual_seed(self.config.seed)
+                played = self.play(chunks(self.task.samples("test")[:10], rows_at_once), adapter=adapter)
+                answers.append([trajectory for part in played for trajectory in part])
+        except StepSkipped as skipped:
+            self.say(f"The report has no answers: {skipped}.")
+            answers = [[], []]
         if self.accelerator.is_main_process:
             rows = [(a.question, a.replies, b.replies) for a, b in zip(*answers, strict=True)]
-            path = write_report(self.root, self.lines, rows, self.result())
-            self.say(f"{self.result()} The report is {path}.")
+            try:
+                path = write_report(self.root, self.lines, rows, self.result())
+                self.say(f"{self.result()} The report is {path}.")
+            except OSError as error:
+                self.say(f"{self.result()} The report could not be written ({error}).")
         self.accelerator.wait_for_everyone()
 
 

@@ -1,7 +1,7 @@
 """The tutor's own task, without a person: a question, the policy's answer, a quiz on the question, a simulated learner.
 
 The quiz is the core's, and the question alone decides it. Two learners, both the frozen base model in a learner's role:
-`reader` reads the answer, takes the quiz, and its most probable letter counts, +1 or -1; with `gain` the reward is
+`reader` reads the answer, takes the quiz, and its most probable option counts, +1 or -1; with `gain` the reward is
 P(key | answer) - P(key | no answer), so that a learner who knows the fact anyway credits no empty answer.
 """
 
@@ -60,33 +60,37 @@ def states(answer: str, fact: Fact) -> bool:
 def split_samples(
     split: Literal["train", "test"], seed: int = 0, questions_file: str = "", test_share: float = 0.2
 ) -> tuple[Sample, ...]:
-    """The samples of a split, in an order drawn from `seed`; no fact of one split is in the other.
+    """The samples of a split, in an order drawn from `seed`; no fact of one split, nor its mirror, is in the other.
 
-    Without a file: every fact of the tables once, in a phrasing of its `ask` (train) or `held_out` (test). With one:
-    its questions, where the phrasings of one fact stay together. Raises ConfigError where the file can't be used or is
-    too short to be split.
+    Which facts are held out is the same with every seed. Without a file: every fact of the tables once, in a phrasing
+    of its `ask` (train) or `held_out` (test). With one: its questions, where the phrasings of one fact stay together.
+    Raises ConfigError where the file can't be used or is too short to be split.
     """
     rng = random.Random(f"quiz/{seed}")
+    samples = []
     if questions_file:
-        questions = list(dict.fromkeys(read_questions(questions_file)))
-        facts = [known_questions().get(question.casefold()) for question in questions]
-        groups: dict[object, list[Sample]] = {}
-        for question, fact in zip(questions, facts, strict=True):
-            groups.setdefault(fact or question.casefold(), []).append(Sample(question, fact))
-        kept = list(groups.values())
+        for question in dict.fromkeys(read_questions(questions_file)):
+            samples.append(Sample(question, known_questions().get(question.casefold())))
     else:
-        kept = []
         for fact in table_facts():
             asked, held_out = rng.choice(fact.subject.ask), rng.choice(fact.subject.held_out)
-            kept.append([Sample(fact.question(asked if split == "train" else held_out), fact)])
-    rng.shuffle(kept)
+            samples.append(Sample(fact.question(asked if split == "train" else held_out), fact))
+    groups: dict[object, list[Sample]] = {}
+    for sample in samples:
+        fact = sample.fact
+        same = frozenset((fact.about.casefold(), fact.answer.casefold())) if fact else sample.question.casefold()
+        groups.setdefault(same, []).append(sample)  # hot is to cold as cold is to hot
+    kept = list(groups.values())
+    random.Random("quiz").shuffle(kept)
     tests = max(1, round(test_share * len(kept)))
     if tests >= len(kept):
         raise ConfigError(
             f"questions={questions_file or 'the tables'} with test_share={test_share:g} leaves {len(kept) - tests} of "
             f"{len(kept)} questions to train on: write more, or lower test_share"
         )
-    return tuple(sample for group in (kept[:tests] if split == "test" else kept[tests:]) for sample in group)
+    chosen = [sample for group in (kept[:tests] if split == "test" else kept[tests:]) for sample in group]
+    rng.shuffle(chosen)
+    return tuple(chosen)
 
 
 class QuizTask:

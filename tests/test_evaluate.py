@@ -428,11 +428,40 @@ def test_a_plain_peft_folder_is_evaluated(run, adapter):
 
 
 def test_an_adapter_trained_on_what_is_held_out_here_is_refused(run, adapter):
-    folder = adapter("epoch_1", task="letters", seed=3, test_share=0.2)
+    folder = adapter("epoch_1", task="letters", seed=3, test_share=0.3)
     status, output, _ = run("--adapter", folder)
     assert status == 2
-    assert "was trained with seed=3, now it is 0" in output
-    assert run("--adapter", folder, "seed=3")[0] == 0
+    assert "was trained with test_share=0.3, now it is 0.2" in output
+    assert run("--adapter", folder, "test_share=0.3")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("trained", "here"), [(["q_proj"], ["q_proj", "up_proj"]), (["q_proj", "up_proj"], ["q_proj"])]
+)
+def test_an_adapter_may_sit_on_other_layers_than_the_policys_own(llama, tmp_path, trained, here):
+    """On fewer it leaves the rest alone; on more, those too are off where the base model speaks."""
+    source = tiny_policy(llama, target_modules=trained)
+    base = evaluate.probe_logits(source, adapter=False)
+    randomize_adapter(source)
+    wanted = evaluate.probe_logits(source, adapter=True)
+    save_checkpoint(tmp_path / "trained", source, {}, "A test.")
+    policy = tiny_policy(llama, target_modules=here)
+    evaluate.attach(policy, tmp_path / "trained", "trained")
+    torch.testing.assert_close(evaluate.probe_logits(policy, adapter=True), wanted, rtol=1e-5, atol=1e-5)
+    assert (wanted - base).abs().max() > 0.01
+    torch.testing.assert_close(evaluate.probe_logits(policy, adapter=False), base, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_with_dora_is_refused(run, adapter):
+    folder = adapter("epoch_1")
+    for path in folder.iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_bias": True}))
+    status, output, _ = run("--adapter", folder)
+    assert status == 2
+    assert output.count("error:") == 1
 
 
 def test_more_samples_than_are_held_out_is_refused(run):

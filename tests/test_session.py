@@ -136,6 +136,24 @@ def test_undo_takes_a_step_back_exactly_and_says_so_in_the_log(play):
     assert [line["step"] for line in run.history()] == [1, 2]
 
 
+def test_undo_keeps_settings_that_changed_since_the_step(play):
+    play(turns(2), save_every=100, kl_coef=0.01)
+    shutil.rmtree("checkpoints/step_2")
+    _, output, run = play(["/undo"], save_every=100, kl_coef=0.5)
+    assert "the tutor is at step 1" in output
+    assert run.policy.kl_coef == 0.5
+
+
+def test_an_undo_that_a_crash_kept_from_the_log_comes_back(play):
+    play([*turns(2), "/undo"])
+    lines = Path("logs/run.log").read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["undo"] == 1
+    Path("logs/run.log").write_text("".join(lines[:-1]))
+    shutil.rmtree("checkpoints/step_1")
+    play([])
+    assert Path("logs/run.log").read_text() == "".join(lines)
+
+
 def test_undo_of_a_step_that_a_checkpoint_holds_survives_a_restart(play):
     _, _, run = play(turns(2))
     before = weights(run)
@@ -181,6 +199,28 @@ def test_settings_may_change_between_sessions_and_the_journal_still_replays(play
     assert "Taking 2 turns again from the journal." in output
     _, _, run = play(turns(2, first=2), save_every=100)
     assert same(weights(run), wanted)
+
+
+def test_steps_behind_a_checkpoint_are_taken_again_under_the_settings_of_then(play):
+    _, _, run = play(turns(5))  # save_every=3
+    wanted = weights(run)
+    shutil.rmtree("checkpoints/step_5")  # as if killed after five turns
+    _, output, run = play([], learning_rate=1e-4, temperature=0.5, target_kl=1e-9, lora_dropout=0.5)
+    assert "Taking 2 turns again from the journal." in output
+    assert same(weights(run), wanted)
+    assert run.policy.optimizer.param_groups[0]["lr"] == 1e-4
+    assert {dropout.p for dropout in run.policy.dropouts} == {0.5}
+
+
+def test_a_turn_without_a_choice_counts_in_every_session(play):
+    lines = ["even", "s", *turns(1)]
+    _, _, whole = play(lines, checkpoint_dir="whole", log_dir="whole_log")
+    play(lines[:2])
+    play([])
+    _, _, parts = play(lines[2:])
+    assert same(weights(whole), weights(parts))
+    _, _, other = play(turns(1), checkpoint_dir="other", log_dir="other_log")
+    assert not same(weights(whole), weights(other))  # the number of a turn does make a difference
 
 
 def test_batches_of_turns_wait_for_their_step_across_a_restart(play):
@@ -331,6 +371,43 @@ def test_what_the_disk_refused_is_written_when_it_recovers(tmp_path):
     assert file.read() == [{"a": 1}, {"b": 2}]
 
 
+def test_saving_writes_what_the_disk_refused_before(play, monkeypatch):
+    real, full = demo.LineFile.flush, [True]
+
+    def flush(file):
+        if full:
+            raise OSError("no space left")
+        real(file)
+
+    _, _, run = play(turns(1))
+    monkeypatch.setattr(demo.LineFile, "flush", flush)
+    original = demo.command
+    monkeypatch.setattr(demo, "command", lambda text, *rest: full.clear() or original(text, *rest))
+    _, output, run = play([*turns(1, first=1), "/save"])
+    assert "Could not write the journal (no space left)" in output
+    assert "Saved checkpoints/step_2." in output
+    wanted = weights(run)
+    shutil.rmtree("checkpoints/step_2")
+    _, _, run = play([])
+    assert same(weights(run), wanted)
+
+
+def test_memory_that_runs_out_in_an_answer_ends_the_turn_alone(play, monkeypatch):
+    real, calls = demo.replies, []
+
+    def starved(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(demo, "replies", starved)
+    status, output, run = play(["first", *turns(1)])
+    assert status == 0
+    assert "The turn ended: out of memory" in output
+    assert run.policy.step == 1
+
+
 def test_escape_codes_of_a_model_do_not_reach_the_terminal(play, monkeypatch):
     def forged(policy, requests):
         text = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202eevil"
@@ -417,6 +494,28 @@ def test_a_second_ctrl_c_in_a_step_ends_without_the_turn(play, monkeypatch):
     assert status == 130
     assert same(weights(run), wanted)
     assert run.pending == []
+    assert [p.name for p in demo.checkpoints(Path("checkpoints"))] == ["step_1", "step_0"]
+
+
+def test_what_a_second_ctrl_c_may_have_torn_is_not_saved(play, monkeypatch):
+    """It came after the turn was in the journal: the next start takes the step again, once."""
+    _, _, run = play(turns(1))
+    real = demo.Run.settle
+
+    def settle(run):
+        if run.policy.step == 2:
+            raise demo.SecondInterrupt
+        real(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo.Run, "settle", settle)
+        status, _, run = play(turns(1, first=1))
+    assert status == 130
+    wanted = weights(run)
+    assert not Path("checkpoints/step_2").exists()
+    _, output, run = play([])
+    assert "Taking 1 turn again" in output
+    assert same(weights(run), wanted)
 
 
 def test_a_second_ctrl_c_ends_at_once_with_130(play, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -297,7 +298,11 @@ def test_a_stopped_build_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "save_state", stopped)
     with pytest.raises(KeyboardInterrupt):
         train("parts")
-    assert json.loads((tmp_path / "parts" / "state.json").read_text())["step"] == 1
+    with safe_open(tmp_path / "parts" / "state.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "1"
     monkeypatch.setattr(build, "save_state", save)
     parts = train("parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    monkeypatch.setattr(build, "made_of", lambda seed: "other data")
+    with pytest.raises(SystemExit, match="holds a build from another seed, corpus or data"):
+        train("parts")

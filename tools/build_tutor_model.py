@@ -11,6 +11,7 @@ keeps the run's state, so that the command goes on where it was stopped.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -94,7 +95,7 @@ class Packer:
     WAITING = 192  # conversations to choose from, so that a row finds enough of one role
 
     def __init__(self, tokenizer, seed: int):
-        self.rng = random.Random(seed)
+        self.rng, self.made_of = random.Random(seed), made_of(seed)
         self.pending: list[tuple[list[int], list[int], list[float]]] = []
         vocabulary = tokenizer.convert_tokens_to_ids
         self.system, self.user, self.assistant, self.end = map(vocabulary, SPECIAL_TOKENS[1:])
@@ -209,27 +210,35 @@ def optimizers_for(model):
 
 
 def save_state(work: Path, model, optimizers, packer, step: int) -> None:
-    """Writes the run's state: tensors to safetensors, the rest to JSON; the old state stays until the new is whole."""
+    """Writes the run's state into one file: the old one stays until the new is whole."""
     from safetensors.torch import save_file
 
     tensors = {f"model.{k}": v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     for number, optimizer in enumerate(optimizers):
         for index, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in slots.items()}
-    work.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, work / "state.safetensors.new")
-    (work / "state.json.new").write_text(json.dumps({"step": step, "packer": packer.state()}), encoding="utf-8")
-    for name in ("state.safetensors", "state.json"):
-        (work / f"{name}.new").replace(work / name)
+    rest = {"step": str(step), "packer": json.dumps(packer.state()), "made_of": packer.made_of}
+    new = work / "state.safetensors.new"
+    save_file({k: v.contiguous() for k, v in tensors.items()}, new, metadata=rest)
+    new.replace(work / "state.safetensors")
 
 
 def load_state(work: Path, model, optimizers, packer) -> int:
-    """Restores what `save_state` wrote and returns the number of steps done; 0 where there is nothing to restore."""
+    """Restores what `save_state` wrote and returns the number of steps done; 0 where there is nothing to restore.
+
+    Exits with one line if that was made from another seed, corpus or data.
+    """
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    if not (work / "state.json").exists():
+    path = work / "state.safetensors"
+    if not path.exists():
         return 0
-    tensors = load_file(work / "state.safetensors")
+    with safe_open(path, "pt") as file:
+        rest = file.metadata()
+    if rest["made_of"] != packer.made_of:
+        sys.exit(f"error: {work} holds a build from another seed, corpus or data: remove it, or set --work")
+    tensors = load_file(path)
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     model.load_state_dict(weights, strict=False)
     for number, optimizer in enumerate(optimizers):
@@ -239,9 +248,17 @@ def load_state(work: Path, model, optimizers, packer) -> int:
                 _, _, index, name = key.split(".")
                 state["state"].setdefault(int(index), {})[name] = value
         optimizer.load_state_dict(state)
-    saved = json.loads((work / "state.json").read_text(encoding="utf-8"))
-    packer.restore(saved["packer"])
-    return saved["step"]
+    packer.restore(json.loads(rest["packer"]))
+    return int(rest["step"])
+
+
+def made_of(seed: int) -> str:
+    """A digest of all that the training conversations follow from."""
+    digest = hashlib.sha256(str(seed).encode())
+    sources = [*ROOT.glob("tools/corpus/*.py"), *ROOT.glob("data/**/*.*"), ROOT / "tasks" / "facts.py"]
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def train(args) -> None:
@@ -250,6 +267,7 @@ def train(args) -> None:
     from transformers import AutoTokenizer
 
     work = Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
     if (work / "tokenizer" / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     else:
@@ -385,15 +403,17 @@ def main() -> None:
     parser.add_argument("--save_every", type=int, default=100, help="steps between saved states")
     parser.add_argument("--probe_every", type=int, default=100, help="steps between figures in the log")
     parser.add_argument("--no_compile", action="store_true", help="don't use torch.compile")
-    parser.add_argument("--evaluate", action="store_true", help="measure the finished model instead of training")
+    parser.add_argument("--evaluate", action="store_true", help="only measure the finished model")
     parser.add_argument("--samples", type=int, default=400, help="facts that --evaluate asks about")
     args = parser.parse_args()
-    if args.evaluate:
-        from tools.tutor_figures import evaluate
+    from tools.tutor_figures import evaluate
 
-        evaluate(Path(args.output), args.samples, args.seed)
-    else:
+    if not args.evaluate:
         train(args)
+    figures = evaluate(Path(args.output), args.samples, args.seed)
+    if not args.evaluate:
+        with (Path(args.work) / "build.log").open("a", encoding="utf-8") as log:
+            print(json.dumps(figures), file=log)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def strange_questions(rng: random.Random, invented: int = 32) -> list[str]:
     return [*STRANGE_QUESTIONS, *(rng.choice(pool).format(subject=invented_name(rng)) for _ in range(invented))]
 
 
-def evaluate(model: Path, samples: int, seed: int) -> None:
-    """Prints the figures as a table and writes them into the README.md of the model's folder."""
+def evaluate(model: Path, samples: int, seed: int) -> dict[str, float]:
+    """Prints the figures as a table and writes them into the README.md of the model's folder; returns the shares."""
     import torch
 
     policy, _ = load_policy(Config(model_name=str(model)))
@@ -123,6 +123,7 @@ def evaluate(model: Path, samples: int, seed: int) -> None:
     print(table)
 
     (model / "README.md").write_text(CARD.format(table=table), encoding="utf-8")
+    return {name: round(hit / of, 4) for name, (hit, of) in figures.items()}
 
 
 CARD = """---
