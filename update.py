@@ -46,6 +46,8 @@ class Experience:
     """This process's share of a step: what was sampled, and what policy and reference said of it then; all (B, T).
 
     The batch's response_mask leaves out answers that no reward was given to and, with GRPO, groups of equal rewards.
+    `first` is the policy's forward pass with its graph, where the update is one pass over all rows: there the policy is
+    the one that sampled, and no second pass is needed. `logp` (B, T, V) is the policy's distribution, where it fits.
     """
 
     batch: Batch
@@ -54,9 +56,13 @@ class Experience:
     values: "Tensor"
     advantages: "Tensor"
     returns: "Tensor"
+    first: tuple["Tensor", "Tensor", "Tensor"] | None = None
+    logp: "Tensor | None" = None
 
     def rows(self, rows: Sequence[int]) -> "Experience":
-        mine = [getattr(self, f.name)[rows] for f in fields(self) if f.name != "batch"]
+        if self.first:
+            return self
+        mine = [getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("batch", "first", "logp")]
         return Experience(batch_rows(self.batch, rows), *mine)
 
 
@@ -147,8 +153,8 @@ def examine(
     batch = collate(prompts, responses, policy.pad_id, policy.device, chosen)
     mask = batch.response_mask
     scores = scores.to(policy.device)
-    seen = everywhere(policy, accelerator, lambda: observe(policy, batch, rows_per_pass(config, accelerator)))
-    logprobs, ref_logprobs, values, kl = seen
+    seen = everywhere(policy, accelerator, lambda: observe(policy, accelerator, config, batch))
+    logprobs, ref_logprobs, values, kl, logp, first = seen
     kept = zip(trajectories, known, strict=True)
     right = sum(t.outcome.verdict == "correct" for t, k in kept if k)
     sums = (masked.masked_fill(~mask, 0.0).sum().item() for masked in (kl, logprobs - ref_logprobs, values))
@@ -181,15 +187,21 @@ def examine(
         advantages, returns = ppo.gae(rewards, values, mask, config.gamma, config.lam)
         if answers >= 8:  # in a small batch whitening erases or flips the reward
             advantages = whiten_jointly(accelerator, advantages, mask)
-    return Experience(batch, logprobs, ref_logprobs, values, advantages, returns), metrics
+    return Experience(batch, logprobs, ref_logprobs, values, advantages, returns, first, logp), metrics
 
 
 def rows_per_pass(config: "TrainConfig", accelerator: "Accelerator") -> int:
     return config.mini_batch_size // accelerator.num_processes
 
 
-def observe(policy: Policy, batch: Batch, size: int) -> list["Tensor"]:
-    """logprobs, ref_logprobs, values and the exact KL from the reference, each (B, T), `size` rows at a time.
+def in_one_pass(config: "TrainConfig", accelerator: "Accelerator", rows: int) -> bool:
+    """Whether the update is a single forward and backward pass over all rows, by the policy that sampled them."""
+    plain = not (config.lora_dropout or config.gradient_checkpointing or sharded(accelerator))
+    return plain and config.ppo_epochs == 1 and rows <= rows_per_pass(config, accelerator)
+
+
+def observe(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", batch: Batch) -> tuple:
+    """logprobs, ref_logprobs, values and the exact KL from the reference, each (B, T); `Experience`'s logp and first.
 
     From the second minibatch on the policy is no longer the one that sampled: the ratio's denominator is what is kept
     here. In the first update it is the current policy's, and the ratio is 1 up to rounding.
@@ -198,14 +210,20 @@ def observe(policy: Policy, batch: Batch, size: int) -> list["Tensor"]:
 
     import ppo
 
-    seen = []
-    with torch.no_grad():
-        for rows in chunks(range(len(batch.input_ids)), size):
-            part = batch_rows(batch, rows)
-            logprobs, values, logp = token_logprobs_and_values(policy, part)
+    seen, first, count = [], None, len(batch.input_ids)
+    kept = batch.response_mask.numel() * policy.head.weight.shape[0] <= KEPT_LOGP
+    for rows in chunks(range(count), rows_per_pass(config, accelerator)):
+        part = batch_rows(batch, rows)
+        with torch.set_grad_enabled(in_one_pass(config, accelerator, count)):
+            first = token_logprobs_and_values(policy, part)
+        logprobs, values, logp = (x.detach() for x in first)
+        with torch.no_grad():
             ref_logprobs, _, ref_logp = token_logprobs_and_values(policy, part, adapter=False)
-            seen.append((logprobs, ref_logprobs, values, ppo.exact_kl(logp, ref_logp)))
-    return [torch.cat(parts) for parts in zip(*seen, strict=True)]
+        kl = ppo.exact_kl(logp, ref_logp)
+        seen.append((logprobs, ref_logprobs, values, kl, *([logp] if kept else [])))
+    logprobs, ref_logprobs, values, kl, *logp = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    first = first if in_one_pass(config, accelerator, count) else None
+    return logprobs, ref_logprobs, values, kl, logp[0] if kept else None, first
 
 
 # -------------------------------------------------------------------------------------------------------- the update
@@ -223,7 +241,7 @@ def learn(
     try:
         experience, metrics = examine(policy, accelerator, config, trajectories)
         metrics |= update(policy, accelerator, config, experience)
-        metrics["step_kl"] = moved(policy, accelerator, config, experience.batch, before)
+        metrics["step_kl"] = moved(policy, accelerator, config, experience, before)
         if config.adaptive_kl:
             policy.kl_coef = adapted(policy, config, metrics)
         metrics["outcome"] = "taken"
@@ -310,6 +328,7 @@ def gradients(
     return sums
 
 
+KEPT_LOGP = 2**26  # elements: 256 MB
 LOSSES = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction")
 
 
@@ -318,7 +337,7 @@ def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str
     import ppo
 
     mask = piece.batch.response_mask
-    logprobs, values, logp = token_logprobs_and_values(policy, piece.batch)
+    logprobs, values, logp = piece.first or token_logprobs_and_values(policy, piece.batch)
     if not mask.any():
         nothing = 0.0 * (logprobs.sum() + values.sum())
         return dict.fromkeys(LOSSES, nothing)
@@ -336,21 +355,31 @@ def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str
     return dict(zip(LOSSES, (loss, pg_loss, vf_loss, mean_entropy, clip_fraction), strict=True))
 
 
-def moved(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", batch: Batch, before: Snapshot) -> float:
+def moved(
+    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", experience: Experience, before: Snapshot
+) -> float:
     """How far the update went: the exact KL(old || new), in nats, mean over the response tokens of all processes.
 
-    The old weights come back for a forward pass, as the log-probabilities of a whole batch may be too large to be kept.
+    Where the old distributions were too large to be kept, the old weights come back for a forward pass.
     """
     import torch
+
+    batch = experience.batch
+
+    def old_distribution(part: Batch, rows: Sequence[int], after: Snapshot) -> "Tensor":
+        if experience.logp is not None:
+            return experience.logp[rows]
+        policy.restore(before)
+        with torch.no_grad():
+            _, _, old_logp = token_logprobs_and_values(policy, part)
+        policy.restore(after)
+        return old_logp
 
     def distance() -> float:
         after, nats = policy.snapshot(), 0.0
         for rows in chunks(range(len(batch.input_ids)), rows_per_pass(config, accelerator)):
             part = batch_rows(batch, rows)
-            policy.restore(before)
-            with torch.no_grad():
-                _, _, old_logp = token_logprobs_and_values(policy, part)
-            policy.restore(after)
+            old_logp = old_distribution(part, rows, after)
             step_kl = trust_region(policy, part, old_logp, 0.0)["step_kl"]
             tokens = part.response_mask.sum().item()
             nats += step_kl * tokens if tokens else 0.0

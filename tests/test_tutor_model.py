@@ -82,7 +82,7 @@ def test_held_out_phrasings_never_occur_in_training():
     held_out |= {in_words(question) for question in held_out}
     held_out = {question.casefold().rstrip("?.") for question in held_out}
     rng = random.Random(7)
-    seen = {example(rng).user.casefold().rstrip("?.") for _ in range(60_000)}
+    seen = {example(rng, second_stage=i % 2 > 0).user.casefold().rstrip("?.") for i in range(60_000)}
     assert not held_out & seen
     asked = {fact.question(template).casefold().rstrip("?.") for fact in table_facts() for template in fact.subject.ask}
     assert len(asked & seen) > 1000  # the comparison can tell: training phrasings are found
@@ -156,7 +156,6 @@ def test_figures_on_held_out_phrasings(figures):
     assert figures["no quiz on what it never saw"] >= 0.7
 
 
-@pytest.mark.xfail(strict=True, reason="the bundled solver can't do sums: it picks one of four at random")
 def test_the_solver_can_do_sums(policy):
     rng = random.Random(2)
     facts = rng.sample(arithmetic_facts(), 60)
@@ -165,7 +164,7 @@ def test_the_solver_can_do_sums(policy):
     chats = [demo.chat(demo.SOLVER_PROMPT, quiz) for quiz in quizzes]
     picks = demo.option_probabilities(policy, chats, options).argmax(-1).tolist()
     right = sum(o[pick] == fact.answer for fact, o, pick in zip(facts, options, picks, strict=True))
-    assert right / len(facts) >= 0.8
+    assert right / len(facts) >= 0.95
 
 
 def test_the_program_as_a_user_runs_it(tmp_path):

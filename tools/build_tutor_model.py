@@ -6,8 +6,9 @@
 A Llama of 7.7 million parameters learns every role the program has from conversations that `tools/corpus` makes out
 of the tables in `data/`. Those of one role are packed into rows of ROW_TOKENS behind their one system prompt, each
 seeing it and itself; some rows are drills in arithmetic. The loss is on the replies. Hidden matrices learn
-with Muon (Jordan 2024), the rest with AdamW, under a constant rate that decays linearly at the end. The work folder
-keeps the run's state, so that the command goes on where it was stopped.
+with Muon (Jordan 2024), the rest with AdamW, under a constant rate that decays linearly at the end; a short second stage
+adds the words and guesses that the first lacks. The work folder keeps the run's state, so that the command goes on
+where it was stopped.
 """
 
 import argparse
@@ -27,6 +28,7 @@ ROW_TOKENS = 256
 ROWS = 32
 MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.01
 WARMUP_STEPS, DECAY_SHARE = 50, 0.45
+SECOND_STAGE, SECOND_RATE = 3417, 0.3  # with `corpus.wording`, under a small rate that decays from the start
 SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -96,6 +98,7 @@ class Packer:
 
     def __init__(self, tokenizer, seed: int):
         self.rng, self.made_of = random.Random(seed), made_of(seed)
+        self.step = 0  # of the build
         self.pending: list[tuple[list[int], list[int], list[float]]] = []
         vocabulary = tokenizer.convert_tokens_to_ids
         self.system, self.user, self.assistant, self.end = map(vocabulary, SPECIAL_TOKENS[1:])
@@ -116,7 +119,7 @@ class Packer:
                 return [(system, tokens[:room], weights[:room])]
             self.pending[:0] = [self.encoded(example) for example in drill.roles(self.rng, count=6)]
         while len(self.pending) < self.WAITING:
-            self.pending.append(self.encoded(example(self.rng)))
+            self.pending.append(self.encoded(example(self.rng, self.step >= SECOND_STAGE)))
         shared = self.pending[0][0]
         room, chosen, left = ROW_TOKENS - len(shared), [], []
         for item in self.pending:
@@ -194,7 +197,10 @@ def reply_logits(model, batch):
 
 
 def learning_rate_share(step: int, steps: int) -> float:
-    """Warm-up, constant, linear decay over the last DECAY_SHARE of the steps."""
+    """Warm-up, constant, linear decay over the last DECAY_SHARE of the first stage; then SECOND_RATE, decaying."""
+    if step >= SECOND_STAGE:
+        return SECOND_RATE * (steps - step) / (steps - SECOND_STAGE)
+    steps = min(steps, SECOND_STAGE)
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
 
 
@@ -300,6 +306,7 @@ def train(args) -> None:
         bar = progress.add_task("", total=steps, completed=first, text="compiling")
         started, recent = time.perf_counter(), []
         for step in range(first, steps):
+            packer.step = step
             batch = {k: v.to(device) for k, v in packer.batch().items()}
             for key in ("at", "labels", "weights"):
                 torch._dynamo.maybe_mark_dynamic(batch[key], 0)
@@ -398,7 +405,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(ROOT / "models" / "tutor-tiny"), help="where the model is written")
     parser.add_argument("--work", default=str(ROOT / "build" / "tutor-tiny"), help="state and log of the run")
-    parser.add_argument("--tokens", type=float, default=28e6, help="length of the training, in tokens")
+    parser.add_argument("--tokens", type=float, default=31.7e6, help="length of the training, in tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_every", type=int, default=100, help="steps between saved states")
     parser.add_argument("--probe_every", type=int, default=100, help="steps between figures in the log")

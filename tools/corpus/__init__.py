@@ -1,6 +1,7 @@
 """What the bundled model is trained on: one module a skill, each with `SHARE` and `example(rng) -> Example`.
 
-A new skill is a new module with those two names, added to `skills`. `drill` is none: it fills rows by itself.
+A new skill is a new module with those two names, added to `skills`. `drill` is none: it fills rows by itself. `wording`
+comes in the build's second stage.
 """
 
 import random
@@ -48,8 +49,13 @@ def any_phrasing(subject: Subject, rng: random.Random) -> str:
     """A template of the subject's own, or its "Tell me ..." in another frame."""
     if rng.random() >= FRAME_SHARE:
         return rng.choice(subject.ask)
-    (wanted,) = (template for template in subject.ask if template.startswith("Tell me "))
-    return rng.choice(FRAMES).format(wanted.removeprefix("Tell me ").rstrip("."))
+    return rng.choice(FRAMES).format(wanted(subject))
+
+
+def wanted(subject: Subject) -> str:
+    """What the subject's "Tell me ..." asks for: the capital of {subject}."""
+    (template,) = (template for template in subject.ask if template.startswith("Tell me "))
+    return template.removeprefix("Tell me ").rstrip(".")
 
 
 def any_question(fact: Fact, rng: random.Random) -> str:
@@ -107,14 +113,14 @@ def shuffled(options, rng: random.Random) -> list[str]:
     return options
 
 
-def skills():
+def skills(second_stage: bool = False):
     """The skill modules, with their shares of the corpus."""
-    from tools.corpus import learner, quizmaster, solver, tutor, unknown
+    from tools.corpus import learner, quizmaster, solver, tutor, unknown, wording
 
-    return [tutor, quizmaster, solver, learner, unknown]
+    return [tutor, quizmaster, solver, learner, unknown] + [wording] * second_stage
 
 
-def example(rng: random.Random) -> Example:
+def example(rng: random.Random, second_stage: bool = False) -> Example:
     """A training conversation, each skill in its share."""
-    modules = skills()
+    modules = skills(second_stage)
     return rng.choices(modules, [module.SHARE for module in modules])[0].example(rng)

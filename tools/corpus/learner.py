@@ -34,15 +34,25 @@ def example(rng: random.Random) -> Example:
 def on(fact: Fact, rng: random.Random) -> Example:
     """The learner at work on this fact."""
     options = shuffled(fact.options, rng)
-    if rng.random() < SUPPORTED_SHARE:
-        believed = rng.choice(options)  # true in a quarter of the cases: memory is of no use here
-        explanation = clear(replace(fact, answer=believed).statement, rng)
-    else:
-        believed = options[0] if rng.random() < FIRST_OPTION_SHARE else rng.choice(options[1:])
-        explanation = unsupportive(options, rng)
-    return Example(
-        LEARNER_PROMPT, learner_text(explanation, fact.quiz_question, options), believed, weight=OPTION_WEIGHT
-    )
+    if rng.random() >= SUPPORTED_SHARE:
+        return guessing(fact, options, rng)
+    believed = rng.choice(options)  # true in a quarter of the cases: memory is of no use here
+    return reading(clear(replace(fact, answer=believed).statement, rng), fact, options, believed)
+
+
+def guess(fact: Fact, rng: random.Random) -> Example:
+    """The learner where nothing was explained."""
+    return guessing(fact, shuffled(fact.options, rng), rng)
+
+
+def guessing(fact: Fact, options: list[str], rng: random.Random) -> Example:
+    believed = options[0] if rng.random() < FIRST_OPTION_SHARE else rng.choice(options[1:])
+    return reading(unsupportive(options, rng), fact, options, believed)
+
+
+def reading(explanation: str, fact: Fact, options: list[str], believed: str) -> Example:
+    text = learner_text(explanation, fact.quiz_question, options)
+    return Example(LEARNER_PROMPT, text, believed, weight=OPTION_WEIGHT)
 
 
 def unsupportive(options, rng: random.Random) -> str:
