@@ -5,10 +5,9 @@
 
 A Llama of 7.7 million parameters learns every role the program has from conversations that `tools/corpus` makes out
 of the tables in `data/`. Those of one role are packed into rows of ROW_TOKENS behind their one system prompt, each
-seeing it and itself; some rows are drills in arithmetic. The loss is on the replies. Hidden matrices learn
-with Muon (Jordan 2024), the rest with AdamW, under a constant rate that decays linearly at the end; a short second stage
-adds the words and guesses that the first lacks. The work folder keeps the run's state, so that the command goes on
-where it was stopped.
+seeing it and itself; some rows are drills in arithmetic. The loss is on the replies. Hidden matrices learn with Muon
+(Jordan 2024), the rest with AdamW, under a constant rate that decays linearly at the end; a short second stage adds
+words and guesses that the first lacks. The work folder keeps the run's state: the command goes on where it was stopped.
 """
 
 import argparse
