@@ -32,7 +32,11 @@ CODAS = ["", "", "", "b", "ck", "d", "g", "l", "m", "n", "nd", "p", "r", "rn", "
 
 
 def example(rng: random.Random) -> Example:
-    question = careless(unknown_question(rng), rng)
+    return answer(careless(unknown_question(rng), rng), rng)
+
+
+def answer(question: str, rng: random.Random) -> Example:
+    """What tutor or quizmaster make of a question about what they never saw."""
     return rng.choice(
         [Example(TUTOR_PROMPT, question, DONT_KNOW), Example(QUIZMASTER_PROMPT, question, "null", NULL_WEIGHT)]
     )
@@ -48,6 +52,10 @@ def unknown_question(rng: random.Random) -> str:
     text = any_phrasing(subject, rng).format(subject=about)
     text = text[0].upper() + text[1:]
     return reworded(text, about, rng) if rng.random() < VARIED_SHARE else text
+
+
+def unknown_name(subject, rng: random.Random) -> str:
+    return invented_name(rng) if rng.random() < 0.7 else stray_name(subject, rng)
 
 
 def invented_name(rng: random.Random) -> str:
