@@ -94,7 +94,8 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
         ids, real, positions, adapted, temperatures = (x.repeat_interleave(least, 0) for x in state)
     cache = DynamicCache(config=config)
     mask = real[:, :length].long() if padded else None
-    with torch.inference_mode():
+    sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
+    with torch.no_grad() if sharded else torch.inference_mode():  # what is gathered in the latter can't be trained on
         while True:
             with policy.adapter(bool(adapted[0]) if (adapted == adapted[0]).all() else adapted):
                 logits = model(
