@@ -145,15 +145,15 @@ def figures(policy) -> dict[str, float]:
 
 
 def test_figures_on_held_out_phrasings(figures):
-    """A sample of 100 facts: bounds leave three standard deviations to what the model's README.md says of 400."""
-    assert 0.40 <= figures["answer explains the fact"] <= 0.75
-    assert figures["quiz JSON valid, options distinct"] >= 0.94
-    assert figures["quiz key right before the gate"] >= 0.91
-    assert figures["quiz key right after the gate"] >= 0.91
-    assert figures["learner right, clear"] >= 0.88
-    assert figures["learner right, evasive"] <= 0.45
-    assert figures["says it does not know what it never saw"] >= 0.8
-    assert figures["no quiz on what it never saw"] >= 0.7
+    """A sample of 100 facts: what is required of 400, less what a sample of 100 may miss by chance (3 deviations)."""
+    assert 0.39 <= figures["answer explains the fact"] <= 0.69
+    assert figures["quiz JSON valid, options distinct"] >= 0.93
+    assert figures["quiz key right before the gate"] >= 0.95
+    assert figures["quiz key right after the gate"] >= 0.98
+    assert figures["learner right, clear"] >= 0.91
+    assert 0.15 <= figures["learner right, evasive"] <= 0.43
+    assert figures["says it does not know what it never saw"] >= 0.88
+    assert figures["no quiz on what it never saw"] >= 0.84
 
 
 def test_the_solver_can_do_sums(policy):
