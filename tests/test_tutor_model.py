@@ -149,7 +149,7 @@ def test_figures_on_held_out_phrasings(figures):
     assert 0.39 <= figures["answer explains the fact"] <= 0.69
     assert figures["quiz JSON valid, options distinct"] >= 0.93
     assert figures["quiz key right before the gate"] >= 0.95
-    assert figures["quiz key right after the gate"] >= 0.98
+    assert figures["quiz key right after the gate"] >= 0.96
     assert figures["learner right, clear"] >= 0.91
     assert 0.15 <= figures["learner right, evasive"] <= 0.43
     assert figures["says it does not know what it never saw"] >= 0.88
