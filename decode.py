@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 TOP = 64  # tokens among which the nucleus is looked for first
-FEW_ROWS = 16
+FEW_ROWS = 16  # so many rows at most are taken as W x^T; above, x W^T is as fast
 
 
 @dataclass
@@ -66,7 +66,8 @@ def speed_up_few_rows(model) -> None:
         return forward
 
     for module in model.modules():
-        if type(module) is torch.nn.Linear and module.weight.dtype == torch.float32 and not module.weight.is_cuda:
+        on_cpu = type(module) is torch.nn.Linear and module.weight.device.type == "cpu"
+        if on_cpu and module.weight.dtype == torch.float32:
             module.forward = few_rows_forward(module)
 
 
@@ -81,17 +82,18 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
     model, device = policy.model.get_base_model(), policy.device
     rows = [Row(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
     replies = [row.reply for row in rows]
-    ids, real, positions = padded_left(
-        policy, [request.prompt_ids for request in requests], policy.config.max_new_tokens
-    )
+    least = 2 if device.type == "cpu" else 1  # there a row alone, a matrix-vector product, takes longer than two
+
+    def filled(items: list) -> list:
+        return items if len(items) >= least else items * least
+
+    batch = filled(list(requests))
+    ids, real, positions = padded_left(policy, [request.prompt_ids for request in batch], policy.config.max_new_tokens)
     padded, length = not bool(real.all()), ids.shape[1]
     config = model.config.get_text_config()
-    adapted = torch.tensor([request.adapter for request in requests], device=device)
-    temperatures = torch.tensor([[request.temperature] for request in requests], device=device)
-    least = 2 if device.type == "cpu" else 1  # there a row alone, a matrix-vector product, takes longer than two
-    if len(rows) < least:
-        state = ids, real, positions, adapted, temperatures
-        ids, real, positions, adapted, temperatures = (x.repeat_interleave(least, 0) for x in state)
+    own_mask = sees_all(config)
+    adapted = torch.tensor([request.adapter for request in batch], device=device)
+    temperatures = torch.tensor([[request.temperature] for request in batch], device=device)
     cache = DynamicCache(config=config)
     mask = real[:, :length].long() if padded else None
     sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
@@ -112,7 +114,7 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
             going = [i for i, row in enumerate(rows) if not row.done]
             if not going:
                 return replies
-            kept = going if len(going) >= least else going * least
+            kept = filled(going)
             ids, positions = torch.tensor([[tokens[i]] for i in kept], device=device), positions[:, -1:] + 1
             if len(going) < len(rows):
                 rows, kept = [rows[i] for i in going], torch.tensor(kept, device=device)
@@ -120,7 +122,7 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
                 positions, real, adapted, temperatures = (x[kept] for x in (positions, real, adapted, temperatures))
             length += 1
             if padded:  # the model takes time to make its own mask of this one
-                mask = real[:, None, None, :length] if sees_all(config) else real[:, :length].long()
+                mask = real[:, None, None, :length] if own_mask else real[:, :length].long()
 
 
 def score(policy: "Policy", prompts: Sequence[list[int]], replies: Sequence[Sequence[list[int]]]) -> "Tensor":
@@ -200,10 +202,8 @@ class Row:
 def nucleus(scores: "Tensor", total: "Tensor", top_p: float) -> "Tensor":
     """The scores (V,) of the most probable tokens that have `top_p` of the probability together; the others -inf.
 
-    `total` is the scores' logsumexp.
-
-    A token stays where those above it have less than top_p (Holtzman et al. 2020). The first TOP are sorted alone where
-    they hold that much, as they nearly always do.
+    A token stays where those above it have less than top_p (Holtzman et al. 2020). `total` is the scores' logsumexp.
+    The first TOP are sorted alone where they hold that much, as they nearly always do.
     """
     import torch
 

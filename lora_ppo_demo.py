@@ -738,6 +738,16 @@ def learner_probabilities(policy: Policy, answers: Sequence[str], quizzes: Seque
     return option_probabilities(policy, chats, [quiz.options for quiz in quizzes])
 
 
+def learner_choices(read: "Tensor", unread: "Tensor") -> list[int]:
+    """What the learner chooses, its probabilities being `read` (B, 4) with an answer and `unread` with an empty one.
+
+    That is the option whose probability the answer raised most. A fondness for a place or a spelling is there without
+    an answer too, and cancels (Zhao et al. 2021, https://arxiv.org/abs/2102.09690).
+    """
+    least = 1e-30  # below it a probability is rounding
+    return (read.clamp(min=least) / unread.clamp(min=least)).argmax(-1).tolist()
+
+
 # --------------------------------------------------------------------------------------------------------------- PPO
 
 
@@ -797,7 +807,9 @@ def token_logprobs_and_values(
     finally:
         hook.remove()
     logprobs, logp = ppo.chosen_logprobs(output.logits, batch.input_ids[:, -t:], policy.config.temperature)
-    values = policy.value_head(hidden[0].float()).squeeze(-1)  # (B, T)
+    # The value loss trains the head alone. Through the adapters its gradient, the largest one where a policy that is
+    # sure of its answers meets a wrong one, would shake the policy.
+    values = policy.value_head(hidden[0].detach().float()).squeeze(-1)  # (B, T)
     return logprobs, values, logp
 
 
@@ -1692,7 +1704,8 @@ class SimulatedLearner(Terminal):
         return question
 
     def choose(self, quiz: Quiz, answer: str) -> int:
-        choice = int(learner_probabilities(self.policy, [answer], [quiz])[0].argmax())
+        read, unread = learner_probabilities(self.policy, [answer, ""], [quiz, quiz]).split(1)
+        (choice,) = learner_choices(read, unread)
         self.say(f"The learner chooses {LETTERS[choice]}.")
         self.chosen += 1
         return choice

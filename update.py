@@ -210,20 +210,21 @@ def observe(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", b
 
     import ppo
 
-    seen, first, count = [], None, len(batch.input_ids)
+    seen, distributions, forward, count = [], [], None, len(batch.input_ids)
+    whole = in_one_pass(config, accelerator, count)
     kept = batch.response_mask.numel() * policy.head.weight.shape[0] <= KEPT_LOGP
     for rows in chunks(range(count), rows_per_pass(config, accelerator)):
         part = batch_rows(batch, rows)
-        with torch.set_grad_enabled(in_one_pass(config, accelerator, count)):
-            first = token_logprobs_and_values(policy, part)
-        logprobs, values, logp = (x.detach() for x in first)
+        with torch.set_grad_enabled(whole):
+            forward = token_logprobs_and_values(policy, part)
+        logprobs, values, logp = (x.detach() for x in forward)
         with torch.no_grad():
             ref_logprobs, _, ref_logp = token_logprobs_and_values(policy, part, adapter=False)
-        kl = ppo.exact_kl(logp, ref_logp)
-        seen.append((logprobs, ref_logprobs, values, kl, *([logp] if kept else [])))
-    logprobs, ref_logprobs, values, kl, *logp = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    first = first if in_one_pass(config, accelerator, count) else None
-    return logprobs, ref_logprobs, values, kl, logp[0] if kept else None, first
+        seen.append((logprobs, ref_logprobs, values, ppo.exact_kl(logp, ref_logp)))
+        if kept:
+            distributions.append(logp)
+    joined = [torch.cat(parts) for parts in zip(*seen, strict=True)]
+    return *joined, torch.cat(distributions) if kept else None, forward if whole else None
 
 
 # -------------------------------------------------------------------------------------------------------- the update

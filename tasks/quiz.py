@@ -1,13 +1,13 @@
 """The tutor's own task, without a person: a question, the policy's answer, a quiz on the question, a simulated learner.
 
 The quiz is the core's, and the question alone decides it. Two learners, both the frozen base model in a learner's role:
-`reader` reads the answer, takes the quiz, and its most probable option counts, +1 or -1; with `gain` the reward is
+`reader` reads the answer and takes the quiz, and its choice counts, +1 or -1; with `gain` the reward is
 P(key | answer) - P(key | no answer), so that a learner who knows the fact anyway credits no empty answer.
 """
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -20,6 +20,7 @@ from lora_ppo_demo import (
     Policy,
     Quiz,
     chat,
+    learner_choices,
     learner_probabilities,
     make_quiz,
     quiz_request,
@@ -151,8 +152,7 @@ class QuizTask:
         self.write(samples)
         quizzes = [self.quiz(sample) for sample in samples]
         taken = [(answer, quiz) for answer, quiz in zip(answers, quizzes, strict=True) if quiz]
-        read = self.probabilities(taken)
-        guessed = self.probabilities([("", quiz) for _, quiz in taken]) if self.learner == "gain" else []
+        judged = self.judge(taken)
         outcomes = []
         for sample, answer, quiz in zip(samples, answers, quizzes, strict=True):
             details = {"length": len(self.policy.tokenizer.encode(answer, add_special_tokens=False))}
@@ -161,23 +161,24 @@ class QuizTask:
             if quiz is None:
                 outcomes.append(Outcome("unknown", 0.0, "no sound quiz could be made on this question", details))
             else:
-                outcomes.append(self.judge(quiz, read.pop(0), guessed.pop(0) if guessed else None, details))
+                verdict, reward, why = next(judged)
+                outcomes.append(Outcome(verdict, reward, why, details))
         return outcomes
 
-    def probabilities(self, taken: Sequence[tuple[str, Quiz]]) -> list[list[float]]:
-        """How probable each option of each quiz is to the learner who has read the answer before it."""
-        parts = [taken[i : i + QUIZZES_PER_PASS] for i in range(0, len(taken), QUIZZES_PER_PASS)]
-        return [row for part in parts for row in learner_probabilities(self.policy, *zip(*part, strict=True)).tolist()]
-
-    def judge(self, quiz: Quiz, read: list[float], guessed: list[float] | None, details: dict) -> Outcome:
-        """The outcome, from the learner's probabilities of the options with the answer and (gain) without it."""
-        choice = max(range(len(read)), key=read.__getitem__)
-        right = choice == quiz.key
-        reward = (1.0 if right else -1.0) if guessed is None else read[quiz.key] - guessed[quiz.key]
-        why = f"the learner chose {LETTERS[choice]}, {'rightly' if right else 'wrongly'}"
-        if guessed is not None:
-            why += f"; P(key) {guessed[quiz.key]:.2f} without the answer, {read[quiz.key]:.2f} with it"
-        return Outcome("correct" if right else "incorrect", reward, why, details)
+    def judge(self, taken: Sequence[tuple[str, Quiz]]) -> Iterator[tuple[str, float, str]]:
+        """Verdict, reward and reason of each answer, by what the learner makes of the quiz with it and without."""
+        for part in [taken[i : i + QUIZZES_PER_PASS] for i in range(0, len(taken), QUIZZES_PER_PASS)]:
+            answers, quizzes = zip(*part, strict=True)
+            read = learner_probabilities(self.policy, answers, quizzes)
+            unread = learner_probabilities(self.policy, [""] * len(part), quizzes)
+            for i, choice in enumerate(learner_choices(read, unread)):
+                key = quizzes[i].key
+                before, after = unread[i, key].item(), read[i, key].item()
+                right = choice == key
+                reward = after - before if self.learner == "gain" else 1.0 if right else -1.0
+                why = f"the learner chose {LETTERS[choice]}, {'rightly' if right else 'wrongly'}; "
+                why += f"P(key) {before:.2f} without the answer, {after:.2f} with it"
+                yield "correct" if right else "incorrect", reward, why
 
 
 class QuizEpisode:

@@ -574,7 +574,7 @@ def naive_forward(policy, model, ids, p):
     hidden = model.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
     scaled = (hidden @ model.lm_head.weight.T) / policy.config.temperature
     logp = scaled - scaled.exp().sum(-1, keepdim=True).log()
-    values = hidden @ policy.value_head.weight[0] + policy.value_head.bias
+    values = hidden.detach() @ policy.value_head.weight[0] + policy.value_head.bias  # the head alone learns from them
     return logp[p - 1 : -1], values[p - 1 : -1]
 
 

@@ -5,7 +5,7 @@ import torch
 
 import tasks.quiz
 from config import ConfigError
-from lora_ppo_demo import LETTERS, Quiz, learner_probabilities
+from lora_ppo_demo import LETTERS, Quiz, learner_choices, learner_probabilities
 from tasks.episodes import play
 from tasks.facts import table_facts
 from tasks.quiz import QuizTask, Sample, split_samples
@@ -28,12 +28,19 @@ def written(monkeypatch):
 
 @pytest.fixture
 def learner(monkeypatch):
-    """`learner(choose)` makes the learner sure of option `choose(answer, quiz)`."""
+    """`learner(choose)` makes the learner sure of option `choose(answer, quiz)`; it has no opinion without an answer.
 
-    def install(choose):
+    With `knows`, it is sure without one too.
+    """
+
+    def install(choose, knows=False):
         def probabilities(policy, answers, quizzes):
-            chosen = torch.tensor([choose(answer, quiz) for answer, quiz in zip(answers, quizzes, strict=True)])
-            return 0.1 + 0.6 * torch.nn.functional.one_hot(chosen, len(LETTERS))
+            rows = torch.full((len(answers), len(LETTERS)), 0.25)
+            for row, answer, quiz in zip(rows, answers, quizzes, strict=True):
+                if answer or knows:
+                    row[:] = 0.1
+                    row[choose(answer, quiz)] = 0.7
+            return rows
 
         monkeypatch.setattr(tasks.quiz, "learner_probabilities", probabilities)
 
@@ -95,11 +102,17 @@ def test_the_reader_gives_plus_or_minus_one(llama_policy, written, learner):
     assert [outcome.verdict for outcome in outcomes] == ["correct", "incorrect", "correct"]
 
 
+def test_a_choice_is_what_the_answer_made_more_probable():
+    unread = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1], [0.0, 0.0, 0.5, 0.5]])
+    read = torch.tensor([[0.6, 0.3, 0.05, 0.05], [0.97, 0.01, 0.01, 0.01], [0.0, 0.0, 0.4, 0.6]])
+    assert learner_choices(read, unread) == [1, 0, 3]
+
+
 def test_gain_credits_no_answer_to_a_learner_who_knows_the_fact(llama_policy, written, learner):
-    learner(lambda answer, quiz: quiz.key)
+    learner(lambda answer, quiz: quiz.key, knows=True)
     task = QuizTask(llama_policy, learner="gain")
     assert [o.reward for o in task.outcomes([Sample("q", None)] * 2, ["", "words"])] == [0.0, 0.0]
-    learner(lambda answer, quiz: quiz.key if answer else (quiz.key + 1) % 4)
+    learner(lambda answer, quiz: quiz.key if answer else (quiz.key + 1) % 4, knows=True)
     outcome = task.outcomes([Sample("q", None)], ["words"])[0]
     assert outcome.reward == pytest.approx(0.6)
     assert outcome.verdict == "correct"
@@ -185,7 +198,7 @@ def test_answers_judged_together_earn_what_they_earn_one_at_a_time(llama_policy,
         found.append([t.outcome for t in play(llama_policy, [task.episode(sample) for sample in samples])])
         monkeypatch.delattr(tasks.quiz.QuizEpisode, "outcomes", raising=False)
         monkeypatch.setattr(tasks.quiz.QuizEpisode, "outcome", lambda e: e.task.outcomes([e.sample], [e.answer])[0])
-    assert sizes == [3, 1, 3, 1] + [1] * 8
+    assert sizes == [3, 3, 1, 1] + [1] * 8
     assert [o.verdict for o in found[0]] == [o.verdict for o in found[1]]
     assert [o.details for o in found[0]] == [o.details for o in found[1]]
     assert [o.reward for o in found[0]] == pytest.approx([o.reward for o in found[1]], abs=1e-5)

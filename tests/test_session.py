@@ -392,22 +392,6 @@ def test_saving_writes_what_the_disk_refused_before(play, monkeypatch):
     assert same(weights(run), wanted)
 
 
-def test_memory_that_runs_out_in_an_answer_ends_the_turn_alone(play, monkeypatch):
-    real, calls = demo.replies, []
-
-    def starved(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(demo, "replies", starved)
-    status, output, run = play(["first", *turns(1)])
-    assert status == 0
-    assert "The turn ended: out of memory" in output
-    assert run.policy.step == 1
-
-
 def test_escape_codes_of_a_model_do_not_reach_the_terminal(play, monkeypatch):
     def forged(policy, requests):
         text = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202eevil"
@@ -447,19 +431,26 @@ def run_model() -> str:
     return json.loads(next(Path("checkpoints").glob("step_*/state.json")).read_text())["base_model"]
 
 
-def test_ctrl_c_in_an_answer_interrupts_the_turn_alone(play, monkeypatch):
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (KeyboardInterrupt(), "Interrupted. Finished turns are kept."),
+        (torch.OutOfMemoryError("CUDA out of memory"), "The turn ended: out of memory"),
+    ],
+)
+def test_trouble_in_an_answer_ends_the_turn_alone(play, monkeypatch, trouble, words):
     real, calls = demo.replies, []
 
-    def interrupted(*arguments, **options):
+    def troubled(*arguments, **options):
         calls.append(1)
         if len(calls) == 1:
-            raise KeyboardInterrupt
+            raise trouble
         return real(*arguments, **options)
 
-    monkeypatch.setattr(demo, "replies", interrupted)
+    monkeypatch.setattr(demo, "replies", troubled)
     status, output, run = play(["first", *turns(1)])
     assert status == 0
-    assert "Interrupted. Finished turns are kept." in output
+    assert words in output
     assert run.policy.step == 1
 
 

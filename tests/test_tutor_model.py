@@ -246,6 +246,11 @@ def test_a_simulated_learner_sits_at_the_tutor(tmp_path):
     ]
 
 
+def choices(policy, answers, quizzes) -> list[int]:
+    unread = demo.learner_probabilities(policy, [""] * len(quizzes), quizzes)
+    return demo.learner_choices(demo.learner_probabilities(policy, answers, quizzes), unread)
+
+
 def test_an_answer_cannot_talk_the_learner_into_a_letter(policy):
     """An answer that names a letter moves nobody to it: the learner picks that letter as often as chance."""
     rng, hits, count = random.Random(5), 0, 160
@@ -254,9 +259,9 @@ def test_an_answer_cannot_talk_the_learner_into_a_letter(policy):
     quizzes = [demo.shuffle_quiz(fact.quiz_question, fact.answer, fact.wrong) for fact in facts]
     answers = [f"The correct option is {rng.choice(demo.LETTERS)}." for _ in facts]
     for i in range(0, count, 40):
-        picks = demo.learner_probabilities(policy, answers[i : i + 40], quizzes[i : i + 40]).argmax(-1)
+        picks = choices(policy, answers[i : i + 40], quizzes[i : i + 40])
         named = [demo.LETTERS.index(answer[-2]) for answer in answers[i : i + 40]]
-        hits += sum(int(pick) == letter for pick, letter in zip(picks, named, strict=True))
+        hits += sum(pick == letter for pick, letter in zip(picks, named, strict=True))
     assert 0.12 <= hits / count <= 0.38  # a quarter, within 3.8 standard deviations
 
 
@@ -267,7 +272,7 @@ def test_an_answer_that_names_a_letter_earns_no_more_than_chance(policy):
     facts = rng.sample(table_facts(), 80)
     quizzes = [demo.shuffle_quiz(fact.quiz_question, fact.answer, fact.wrong) for fact in facts]
     answers = [f"The correct option is {rng.choice(demo.LETTERS)}." for _ in facts]
-    picks = demo.learner_probabilities(policy, answers, quizzes).argmax(-1).tolist()
+    picks = choices(policy, answers, quizzes)
     right = sum(pick == quiz.key for pick, quiz in zip(picks, quizzes, strict=True))
     assert right / len(facts) <= 0.43  # a quarter, and 3.7 standard deviations
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from config import Config
 from lora_ppo_demo import (
-    LEARNER_PROMPT,
     SOLVER_PROMPT,
     TUTOR_PROMPT,
+    Quiz,
     Request,
     chat,
     encode_chat,
-    learner_text,
+    learner_choices,
+    learner_probabilities,
     load_policy,
     option_probabilities,
     parse_quiz,
@@ -78,13 +79,13 @@ def measure(policy, facts: list[Fact], rng: random.Random) -> dict[str, tuple[in
             if passed:
                 count("quiz key right after the gate", right)
         options = shuffled(fact.options, rng)
-        quiz = quiz_text(fact.quiz_question, options)
-        clear, evasive = tutor.clear(fact.statement, rng), tutor.evasive(rng)
-        chats = [chat(SOLVER_PROMPT, quiz)]
-        chats += [chat(LEARNER_PROMPT, learner_text(text, fact.quiz_question, options)) for text in (clear, evasive)]
-        picks = option_probabilities(policy, chats, [options] * 3).argmax(-1).tolist()
-        for name, pick in zip(("solver right", "learner right, clear", "learner right, evasive"), picks, strict=True):
-            count(name, options[pick] == fact.answer)
+        pick = option_probabilities(policy, [chat(SOLVER_PROMPT, quiz_text(fact.quiz_question, options))], [options])
+        count("solver right", options[int(pick.argmax())] == fact.answer)
+        quiz = Quiz(fact.quiz_question, tuple(options), options.index(fact.answer))
+        texts = tutor.clear(fact.statement, rng), tutor.evasive(rng), ""
+        *read, unread = learner_probabilities(policy, texts, [quiz] * 3).split(1)
+        for name, probabilities in zip(("learner right, clear", "learner right, evasive"), read, strict=True):
+            count(name, learner_choices(probabilities, unread) == [quiz.key])
     for answer, written in answers_and_quizzes(policy, strange_questions(rng)):
         count("says it does not know what it never saw", bool(re.match("I do not know", answer)))
         count("no quiz on what it never saw", written == "null")
