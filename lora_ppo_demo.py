@@ -232,11 +232,14 @@ class Policy:
     @cached_property
     def end_id(self) -> int:
         """The one of `stop_ids` that the chat template puts behind a reply."""
+        from jinja2 import TemplateError
+
         place = "\ue000reply\ue001"
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": place}]
-        if self.tokenizer.chat_template is None:
-            return self.stop_ids[0]
-        _, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(place)
+        after = ""
+        with contextlib.suppress(TemplateError):
+            if self.tokenizer.chat_template is not None:
+                _, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(place)
         ids = self.tokenizer(after, add_special_tokens=False).input_ids
         return next((i for i in ids if i in self.stop_ids), self.stop_ids[0])
 
@@ -731,15 +734,17 @@ def plain_score(policy: Policy, prompts: Sequence[list[int]], candidates: Sequen
 # The simulated learner: the base model in a learner's role, blind to the key, reads an answer and takes the quiz.
 
 
-def learner_probabilities(policy: Policy, answers: Sequence[str], quizzes: Sequence[Quiz]) -> "Tensor":
-    """How probable each option (B, 4) is to a learner who has read the answer and nothing else."""
-    pairs = list(zip(answers, quizzes, strict=True))
+def learner_probabilities(policy: Policy, answers: Sequence[str], quizzes: Sequence[Quiz]) -> tuple["Tensor", "Tensor"]:
+    """How probable each option is to a learner who has read the answer, and to one who has read none; both (B, 4)."""
+    answers, quizzes = [*answers, *[""] * len(quizzes)], [*quizzes, *quizzes]
+    pairs = zip(answers, quizzes, strict=True)
     chats = [chat(LEARNER_PROMPT, learner_text(answer, quiz.question, quiz.options)) for answer, quiz in pairs]
-    return option_probabilities(policy, chats, [quiz.options for quiz in quizzes])
+    read, unread = option_probabilities(policy, chats, [quiz.options for quiz in quizzes]).chunk(2)
+    return read, unread
 
 
 def learner_choices(read: "Tensor", unread: "Tensor") -> list[int]:
-    """What the learner chooses, its probabilities being `read` (B, 4) with an answer and `unread` with an empty one.
+    """What the learner chooses, by its probabilities (B, 4) with the answer and without one.
 
     That is the option whose probability the answer raised most. A fondness for a place or a spelling is there without
     an answer too, and cancels (Zhao et al. 2021, https://arxiv.org/abs/2102.09690).
@@ -1704,8 +1709,7 @@ class SimulatedLearner(Terminal):
         return question
 
     def choose(self, quiz: Quiz, answer: str) -> int:
-        read, unread = learner_probabilities(self.policy, [answer, ""], [quiz, quiz]).split(1)
-        (choice,) = learner_choices(read, unread)
+        (choice,) = learner_choices(*learner_probabilities(self.policy, [answer], [quiz]))
         self.say(f"The learner chooses {LETTERS[choice]}.")
         self.chosen += 1
         return choice

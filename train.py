@@ -161,8 +161,11 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         )
     if config.mini_batch_size % processes:
         raise ConfigError(f"mini_batch_size={config.mini_batch_size} is not divisible by the {processes} processes")
-    if config.optimizer != "adamw" and config.device == "cpu":
-        raise ConfigError(f"optimizer={config.optimizer} needs CUDA, and device is cpu: use adamw")
+    if config.optimizer != "adamw":
+        import torch
+
+        if not (config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())):
+            raise ConfigError(f"optimizer={config.optimizer} needs CUDA, and device={config.device}: use adamw")
     if config.algorithm == "grpo":
         if config.group_size < 2:
             raise ConfigError(f"group_size={config.group_size} with algorithm=grpo: a group needs at least 2 answers")

@@ -404,13 +404,11 @@ def recomputing(policy: Policy) -> Iterator[None]:
 
 
 def prepare(policy: Policy, config: "TrainConfig") -> None:
-    """Puts the wanted optimizer and gradient checkpointing on a fresh policy. Raises ConfigError."""
+    """Puts the wanted optimizer and gradient checkpointing on a fresh policy."""
     if config.gradient_checkpointing:
         options = {"use_reentrant": False}
         policy.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if config.optimizer != "adamw":
-        if policy.device.type != "cuda":
-            raise ConfigError(f"optimizer={config.optimizer} needs CUDA, and device is {policy.device}: use adamw")
         use_8bit_adamw(policy, paged=config.optimizer.startswith("paged"))
 
 

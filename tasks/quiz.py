@@ -169,8 +169,7 @@ class QuizTask:
         """Verdict, reward and reason of each answer, by what the learner makes of the quiz with it and without."""
         for part in [taken[i : i + QUIZZES_PER_PASS] for i in range(0, len(taken), QUIZZES_PER_PASS)]:
             answers, quizzes = zip(*part, strict=True)
-            read = learner_probabilities(self.policy, answers, quizzes)
-            unread = learner_probabilities(self.policy, [""] * len(part), quizzes)
+            read, unread = learner_probabilities(self.policy, answers, quizzes)
             for i, choice in enumerate(learner_choices(read, unread)):
                 key = quizzes[i].key
                 before, after = unread[i, key].item(), read[i, key].item()

@@ -35,12 +35,13 @@ def learner(monkeypatch):
 
     def install(choose, knows=False):
         def probabilities(policy, answers, quizzes):
-            rows = torch.full((len(answers), len(LETTERS)), 0.25)
-            for row, answer, quiz in zip(rows, answers, quizzes, strict=True):
-                if answer or knows:
-                    row[:] = 0.1
-                    row[choose(answer, quiz)] = 0.7
-            return rows
+            read, unread = torch.full((2, len(answers), len(LETTERS)), 0.25)
+            for rows, texts in ((read, answers), (unread, [""] * len(answers))):
+                for row, text, quiz in zip(rows, texts, quizzes, strict=True):
+                    if text or knows:
+                        row[:] = 0.1
+                        row[choose(text, quiz)] = 0.7
+            return read, unread
 
         monkeypatch.setattr(tasks.quiz, "learner_probabilities", probabilities)
 
@@ -198,7 +199,7 @@ def test_answers_judged_together_earn_what_they_earn_one_at_a_time(llama_policy,
         found.append([t.outcome for t in play(llama_policy, [task.episode(sample) for sample in samples])])
         monkeypatch.delattr(tasks.quiz.QuizEpisode, "outcomes", raising=False)
         monkeypatch.setattr(tasks.quiz.QuizEpisode, "outcome", lambda e: e.task.outcomes([e.sample], [e.answer])[0])
-    assert sizes == [3, 3, 1, 1] + [1] * 8
+    assert sizes == [3, 1] + [1] * 4
     assert [o.verdict for o in found[0]] == [o.verdict for o in found[1]]
     assert [o.details for o in found[0]] == [o.details for o in found[1]]
     assert [o.reward for o in found[0]] == pytest.approx([o.reward for o in found[1]], abs=1e-5)

@@ -247,8 +247,7 @@ def test_a_simulated_learner_sits_at_the_tutor(tmp_path):
 
 
 def choices(policy, answers, quizzes) -> list[int]:
-    unread = demo.learner_probabilities(policy, [""] * len(quizzes), quizzes)
-    return demo.learner_choices(demo.learner_probabilities(policy, answers, quizzes), unread)
+    return demo.learner_choices(*demo.learner_probabilities(policy, answers, quizzes))
 
 
 def test_an_answer_cannot_talk_the_learner_into_a_letter(policy):

@@ -82,10 +82,10 @@ def measure(policy, facts: list[Fact], rng: random.Random) -> dict[str, tuple[in
         pick = option_probabilities(policy, [chat(SOLVER_PROMPT, quiz_text(fact.quiz_question, options))], [options])
         count("solver right", options[int(pick.argmax())] == fact.answer)
         quiz = Quiz(fact.quiz_question, tuple(options), options.index(fact.answer))
-        texts = tutor.clear(fact.statement, rng), tutor.evasive(rng), ""
-        *read, unread = learner_probabilities(policy, texts, [quiz] * 3).split(1)
-        for name, probabilities in zip(("learner right, clear", "learner right, evasive"), read, strict=True):
-            count(name, learner_choices(probabilities, unread) == [quiz.key])
+        texts = tutor.clear(fact.statement, rng), tutor.evasive(rng)
+        picks = learner_choices(*learner_probabilities(policy, texts, [quiz] * 2))
+        for name, pick in zip(("learner right, clear", "learner right, evasive"), picks, strict=True):
+            count(name, pick == quiz.key)
     for answer, written in answers_and_quizzes(policy, strange_questions(rng)):
         count("says it does not know what it never saw", bool(re.match("I do not know", answer)))
         count("no quiz on what it never saw", written == "null")
