@@ -148,6 +148,12 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------ policy
 
 
+# About the most that a step moves a value: AdamW moves each of the head's H weights by up to its rate. A value as quick
+# as the policy would let right answers count for nothing before the policy is sure of them; one wrong verdict then
+# weighs more than many right ones.
+VALUE_STEP = 0.02
+
+
 class Policy:
     """Base model, LoRA adapters, float32 value head, and the AdamW that trains the last two.
 
@@ -183,13 +189,20 @@ class Policy:
         self.layers = self.gate_adapters()
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, weight_decay=0.0, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.groups(), weight_decay=0.0, fused=True)
         for p in self.parameters.values():  # AdamW's slots exist from the start: a state always has the same tensors
             slots = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
             self.optimizer.state[p] = slots | {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
         self.step, self.kl_coef = 0, config.kl_coef
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What the optimizer trains, and at what rates: the adapters, the value head."""
+        head = list(self.value_head.parameters())
+        adapters = [p for name, p in self.parameters.items() if not name.startswith("value_head.")]
+        return [
+            {"params": adapters, "lr": self.config.learning_rate},
+            {"params": head, "lr": VALUE_STEP / self.value_head.in_features},
+        ]
 
     def gate_adapters(self) -> list:
         """Puts all LoRA layers under the gate, those of adapters loaded later too; returns them."""
@@ -208,8 +221,7 @@ class Policy:
         for layer in self.layers:
             dropout = torch.nn.Dropout(config.lora_dropout).eval() if config.lora_dropout else torch.nn.Identity()
             layer.lora_dropout["default"] = dropout
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate
+        self.optimizer.param_groups[0]["lr"] = config.learning_rate
         if not config.adaptive_kl:
             self.kl_coef = config.kl_coef
 
@@ -380,7 +392,12 @@ def load_policy(config: Config, notice: Callable[[str], None] = lambda text: Non
         model, tokenizer = load_base(config)
     if config.learning_rate is None:
         config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
-    return Policy(model, tokenizer, config), config
+    policy = Policy(model, tokenizer, config)
+    if config.max_new_tokens >= policy.context:
+        raise ConfigError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room in a context of {policy.context} tokens"
+        )
+    return policy, config
 
 
 def is_bundled(model_name: str) -> bool:
@@ -411,6 +428,8 @@ def load_base(config: Config):
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         options["device_map"] = {"": config.device}
+    if config.model_name.startswith((".", "/", "~")) and not Path(config.model_name).is_dir():
+        raise ConfigError(f"model_name={config.model_name}: there is no such folder")
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model_name, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(config.model_name)
@@ -428,12 +447,12 @@ def silence_libraries() -> None:
     import logging
     import warnings
 
+    from transformers.utils import logging as transformers_logging  # first: loading it resets the level of the hub's
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     for name in ("transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub", "torch"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
 
@@ -1000,6 +1019,7 @@ class Foresight:
         self.policy, self.batch, self.earlier = policy, batch, earlier
         self.before = policy.snapshot()
         self.outcomes: dict[float, tuple[dict[str, float], Snapshot]] = {}
+        self.seconds: dict[float, float] = {}  # that an outcome took to compute
         self.wanted = set(self.REWARDS)
         self.thread = threading.Thread(target=self.work, name="foresight", daemon=True)
         self.thread.start()
@@ -1010,12 +1030,16 @@ class Foresight:
 
     def work(self) -> None:
         try:
+            started = time.perf_counter()
             look = look_at(self.policy, self.batch)
             rewards = [reward for reward in self.REWARDS if reward in self.wanted]
             updates = [begin_update(self.policy, look, self.scores(reward), keep_graph=True) for reward in rewards]
+            begun = (time.perf_counter() - started) / max(len(rewards), 1)
             for reward, update in zip(rewards, updates, strict=True):
                 if reward in self.wanted:
+                    started = time.perf_counter()
                     metrics = finish_update(self.policy, look, update, self.before)
+                    self.seconds[reward] = begun + time.perf_counter() - started
                     self.outcomes[reward] = metrics, self.policy.snapshot()
                     self.policy.restore(self.before)
         except Exception:  # `take` takes the plain step, which meets the same trouble and knows what to say
@@ -1126,7 +1150,7 @@ def model_card(policy: Policy, result: str) -> str:
     task, algorithm = getattr(config, "task", "quiz"), getattr(config, "algorithm", "ppo")
     return (
         f"---\nbase_model: {base_name(config)}\nlibrary_name: peft\ntags: [lora, {algorithm}]\n---\n"
-        f"# LoRA adapters after {policy.step} {algorithm.upper()} steps\n\n"
+        f"# LoRA adapters after {policy.step} {algorithm.upper()} step{'' if policy.step == 1 else 's'}\n\n"
         f"Rank {config.lora_r} on {', '.join(policy.targets)} of `{base_name(config)}`; task: `{task}`. {result}\n\n"
         "`adapter_model.safetensors` loads in PEFT and vLLM as it is. `value_head.safetensors` and\n"
         "`optimizer.safetensors` are needed only to train on.\n"
@@ -1450,7 +1474,7 @@ class Run:
 
         `outcome` in it is `taken`, `undone` (beyond the trust region), `skipped` (with `why`) or `pending`.
         """
-        started = time.perf_counter()
+        started, foreseen = time.perf_counter(), None
         self.pending.append(turn)
         metrics: dict[str, Any] = {}
         outcome = "pending"
@@ -1459,6 +1483,7 @@ class Run:
             try:
                 self.undo_snapshot = self.foresight.before if self.foresight else self.policy.snapshot()
                 metrics = self.foresight.take(turn.reward) if self.foresight else self.take_step()
+                foreseen = self.foresight.seconds.get(turn.reward) if self.foresight else None
                 self.foresight = None
                 outcome = "undone" if metrics.pop("undone", False) else "taken"
             except StepSkipped as skipped:
@@ -1470,7 +1495,7 @@ class Run:
                     raise
                 outcome, metrics = "skipped", {"why": OUT_OF_MEMORY}
         self.turn = turn.number + 1
-        seconds = round(time.perf_counter() - started, 4)
+        seconds = round(foreseen or time.perf_counter() - started, 4)  # of computing, not of waiting for it
         line = {"timestamp": now(), "step": self.policy.step, "turn": turn.number} | line | metrics
         line |= {"reward": turn.reward, "seconds": seconds, "outcome": outcome}
         self.record({"type": "turn"} | asdict(turn) | {"outcome": outcome, "log": line})
@@ -1551,7 +1576,7 @@ class Run:
         """The log lines of this run's turns, in order, without those taken back."""
         lines: list[dict[str, Any]] = []
         with contextlib.suppress(OSError, Damaged):
-            for line in self.log.read():
+            for line in [*self.log.read(), *map(json.loads, self.log.unwritten)]:
                 if line.get("undo"):
                     del lines[-line["undo"] :]
                 else:
@@ -1615,10 +1640,14 @@ class Terminal:
     def __init__(self, history: Path | None):
         from rich.console import Console
 
+        class PlainConsole(Console):
+            def on_broken_pipe(self) -> None:
+                raise BrokenPipeError  # for `main`; rich would exit with status 1
+
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(encoding="utf-8", errors="replace")
-        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.console = PlainConsole(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.prompter = None
         if self.interactive and history:
@@ -1631,6 +1660,25 @@ class Terminal:
                 self.prompter = PromptSession(history=FileHistory(str(history)))
             except OSError:
                 self.prompter = PromptSession(history=InMemoryHistory())
+
+    @contextlib.contextmanager
+    def keys_kept(self) -> Iterator[None]:
+        """What is typed while the tutor speaks, Ctrl-D too, waits in here for the next prompt, and does not show."""
+        try:
+            import termios
+        except ImportError:  # Windows
+            yield
+            return
+        if not self.interactive:
+            yield
+            return
+        before = termios.tcgetattr(sys.stdin)
+        kept = [*before[:3], before[3] & ~(termios.ICANON | termios.ECHO), *before[4:]]
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, kept)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(clean(text), style=style)
@@ -1646,6 +1694,7 @@ class Terminal:
             self.write(prompt)
             line = sys.stdin.readline()
             if not line:
+                self.say("")
                 raise EOFError
             self.say(line.strip())  # the pipe's text is part of the transcript
             return line.strip()
@@ -1724,9 +1773,11 @@ def read_questions(path: str) -> list[str]:
     questions = []
     for number, line in enumerate(lines, 1):
         try:
-            questions.append(line.decode("utf-8").strip())
+            questions.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
         except UnicodeDecodeError:
             raise ConfigError(f"questions={path}: line {number} is not UTF-8 text") from None
+        if clean(questions[-1]) != questions[-1]:
+            raise ConfigError(f"questions={path}: line {number} holds a control character")
     questions = [question for question in questions if question]
     if not questions:
         raise ConfigError(f"questions={path} holds no question: write one a line")
@@ -1735,11 +1786,12 @@ def read_questions(path: str) -> list[str]:
 
 @contextlib.contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """A Ctrl-C in here takes effect at the end; a second one ends the program."""
+    """A Ctrl-C in here takes effect at the end; a second one, also after one that is on its way, ends the program."""
     seen: list[int] = []
+    another = isinstance(sys.exception(), KeyboardInterrupt)
 
     def note(number: int, frame: Any) -> None:
-        if seen:
+        if seen or another:
             raise SecondInterrupt
         seen.append(number)
 
@@ -1759,7 +1811,7 @@ def interrupts_deferred() -> Iterator[None]:
 def banner(policy: Policy, config: Config, run: Run) -> str:
     """What a person sees first."""
     size = sum(p.numel() for p in policy.parameters.values())
-    total = sum(p.numel() for p in policy.model.parameters())
+    total = sum(p.numel() for n, p in policy.model.named_parameters() if n not in policy.parameters)
     precision = "4-bit NF4" if config.load_in_4bit == "true" else config.dtype
     return "\n".join(
         [
@@ -1919,7 +1971,8 @@ def progress_chart(rewards: Sequence[float], columns: int = 60, rows: int = 5, w
     points = [means[(i + 1) * len(means) // width - 1] for i in range(width)]
     lines = []
     for row in reversed(range(rows)):
-        cells = [" ▁▂▃▄▅▆▇█"[round(min(max(p * rows - row, 0.0), 1.0) * 8)] for p in points]
+        least = 0 if row else 1  # a share of 0 is to be seen too
+        cells = [" ▁▂▃▄▅▆▇█"[max(round(min(max(p * rows - row, 0.0), 1.0) * 8), least)] for p in points]
         share = (row + 1) / rows
         lines.append(f"{100 * share:>4.0f} % {2 * share - 1:+5.1f} {''.join(cells)}".rstrip())
     mean_reward = sum(rewards) / len(rewards)
@@ -1928,7 +1981,7 @@ def progress_chart(rewards: Sequence[float], columns: int = 60, rows: int = 5, w
         [
             f"right answers and mean reward, running over {window} quizzes",
             *lines,
-            "             1" + (f"{len(rewards):>{width - 1}}" if width > 1 else ""),
+            "             1" + (f"{len(rewards):>{width - 1}}" if width > 4 else ""),
             f"accuracy {sum(right) / len(right):.0%} of {len(right)}, mean reward {mean_reward:+.2f}; "
             f"last {len(last)}: {sum(right[-window:]) / len(last):.0%}, {sum(last) / len(last):+.2f}",
         ]
@@ -1957,12 +2010,15 @@ def main() -> int:
             if questions:
                 terminal = SimulatedLearner(policy, questions, config.steps)
             terminal.say(banner(policy, config, run), "cyan")
-            status = session(policy, run, terminal)
+            with terminal.keys_kept():
+                status = session(policy, run, terminal)
         except KeyboardInterrupt:  # while loading
             terminal.say("\nInterrupted.")
         # After a second Ctrl-C nothing is saved: the journal has every turn, and the weights may be half of a step.
         if run and status == 0 and run.policy.step > run.saved_step and run.save():
-            terminal.say(f"\nSaved step {policy.step} in {run.folder}. Goodbye.")
+            terminal.say(f"Saved step {policy.step} in {run.folder}. Goodbye.")
+        if run and run.journal.unwritten:
+            terminal.say(f"{run.folder} could not be written to: what was learnt since step {run.saved_step} is lost.")
         return status
     except ConfigError as error:
         print(f"error: {clean(str(error))}", file=sys.stderr)

@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from lora_ppo_demo import (
     LineFile,
     Policy,
     StepSkipped,
+    base_name,
     checkpoints,
     clean,
     is_bundled,
@@ -283,13 +284,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_requests(patient: bool) -> Iterator[list[int]]:
+def stop_requests(patient: bool, say: Callable[[str], None]) -> Iterator[list[int]]:
     """Notes Ctrl-C and SIGTERM in the list it gives. A second ends at once, unless `patient`: a launcher sends two."""
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         if asked and not patient:
             raise KeyboardInterrupt
+        if not asked:
+            say("Stopping after this step." + ("" if patient else " Ctrl-C again stops at once."))
         asked.append(number)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -419,12 +422,13 @@ class Training:
         found = [line for line in self.lines if "eval_accuracy" in line]
         if not found:
             return "It was not evaluated yet."
-        first, last = found[0], found[-1]
-        return (
-            f"Held-out accuracy {last['eval_accuracy']:.1%} at step {last['step']} (95 % interval "
-            f"{last['eval_low']:.1%} to {last['eval_high']:.1%}, {last['eval_samples']} samples), "
-            f"{first['eval_accuracy']:.1%} at step {first['step']}."
-        )
+
+        def told(line: dict[str, Any]) -> str:
+            interval = f"{line['eval_low']:.1%} to {line['eval_high']:.1%}"
+            return f"{line['eval_accuracy']:.1%} at step {line['step']} (95 % interval {interval})"
+
+        samples = found[-1]["eval_samples"]
+        return f"Held-out accuracy {told(found[-1])}, {told(found[0])}, on {samples} samples."
 
     def save(self, name: str) -> None:
         """Writes the checkpoint `name`, on the main process, while the others wait."""
@@ -445,31 +449,19 @@ class Training:
 
     def checkpoint_name(self) -> str:
         epoch, rest = divmod(self.policy.step, self.steps_per_epoch)
-        return f"step_{self.policy.step}" if rest else f"epoch_{epoch}"
+        return f"epoch_{epoch}" if epoch and not rest else f"step_{self.policy.step}"
 
     def run(self) -> int:
         """Trains to the end, or until it is asked to stop. Returns the exit status."""
-        config, policy = self.config, self.policy
-        align(policy, self.accelerator)
-        with stop_requests(self.accelerator.num_processes > 1) as asked, self.progress() as show:
-            if policy.step == 0 and not self.lines:
-                self.write({"timestamp": now(), "step": 0} | self.evaluate())
-                self.save("step_0")  # from here on resume_from=latest finds something
-            stop = False
-            while policy.step < self.last and not stop:
-                try:
-                    line = self.step()
-                except KeyboardInterrupt:
-                    self.say(f"Stopped in a step; {self.root} has what was saved before. {self.how_to_go_on()}")
-                    return 130
-                stop = total(self.accelerator, float(bool(asked)))[0] > 0
-                every = config.eval_every or self.steps_per_epoch
-                if policy.step % every == 0 or policy.step == self.last:
-                    line |= self.evaluate()
-                self.write(line)
-                show(line)
-                if stop or policy.step % self.steps_per_epoch == 0 or policy.step % config.save_every == 0:
-                    self.save(self.checkpoint_name())
+        align(self.policy, self.accelerator)
+        with stop_requests(self.accelerator.num_processes > 1, self.say) as asked, self.progress() as show:
+            try:
+                self.steps(asked, show)
+            except KeyboardInterrupt:
+                there = bool(all_checkpoints(self.root))
+                self.say("Stopped at once. " + (self.how_to_go_on() if there else "Nothing was saved yet."))
+                return 130
+        policy = self.policy
         if policy.step < self.last:
             folder = self.root / self.checkpoint_name()
             self.say(f"Stopped after step {policy.step}" + (f", saved in {folder}." if folder.exists() else "."))
@@ -478,9 +470,27 @@ class Training:
         self.report()
         return 0
 
+    def steps(self, asked: list[int], show: Callable[[dict[str, Any]], None]) -> None:
+        """Takes the steps that are left, or those until somebody `asked` to stop."""
+        config, policy = self.config, self.policy
+        every = config.eval_every or self.steps_per_epoch
+        if not self.lines:  # the start of this run, be it the base model or a checkpoint of another
+            self.write({"timestamp": now(), "step": policy.step} | self.evaluate())
+            self.save(self.checkpoint_name())  # from here on resume_from=latest finds something
+        stop = False
+        while policy.step < self.last and not stop:
+            line = self.step()
+            stop = total(self.accelerator, float(bool(asked)))[0] > 0
+            if policy.step % every == 0 or policy.step == self.last:
+                line |= self.evaluate()
+            self.write(line)
+            show(line)
+            if stop or policy.step % self.steps_per_epoch == 0 or policy.step % config.save_every == 0:
+                self.save(self.checkpoint_name())
+
     def how_to_go_on(self) -> str:
         several = self.accelerator.num_processes
-        launcher = f"accelerate launch (as before, {several} processes)" if several > 1 else "python"
+        launcher = f"accelerate launch --num_processes {several}" if several > 1 else "python"
         return f"Go on with: {launcher} train.py --config {self.root / 'effective_config.yaml'} resume_from=latest"
 
     @contextlib.contextmanager
@@ -489,10 +499,13 @@ class Training:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        hidden = not self.accelerator.is_main_process
-        with Progress(*columns, console=Console(stderr=True, markup=False), disable=hidden) as bar:
-            item = bar.add_task("the first step", total=self.last, completed=self.policy.step)
+        columns = (MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.description}"))
+        hidden, console = not self.accelerator.is_main_process, Console(stderr=True, markup=False)
+        # Speed is judged by the last hour's steps: one step of a large model takes longer than rich looks back.
+        with Progress(
+            BarColumn(bar_width=10), *columns, console=console, disable=hidden, speed_estimate_period=3600
+        ) as bar:
+            item = bar.add_task("starting", total=self.last, completed=self.policy.step)
 
             def show(line: dict[str, Any]) -> None:
                 text = f"reward {line.get('reward', 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
@@ -520,9 +533,15 @@ class Training:
             self.say(f"The report has no answers: {skipped}.")
             answers = [[], []]
         if self.accelerator.is_main_process:
-            rows = [(a.question, a.replies, b.replies) for a, b in zip(*answers, strict=True)]
+            rows = [
+                (a.question, *([*t.replies, f"({t.outcome.verdict})"] for t in (a, b)))
+                for a, b in zip(*answers, strict=True)
+            ]
+            settings = f"Task {self.config.task}, {self.config.algorithm.upper()}, {base_name(self.config)}, "
+            settings += f"learning rate {self.config.learning_rate:g}, {self.config.batch_size} answers a step, "
+            settings += f"seed {self.config.seed}."
             try:
-                path = write_report(self.root, self.lines, rows, self.result())
+                path = write_report(self.root, self.lines, rows, f"{settings} {self.result()}")
                 self.say(f"{self.result()} The report is {path}.")
             except OSError as error:
                 self.say(f"{self.result()} The report could not be written ({error}).")
@@ -531,7 +550,10 @@ class Training:
 
 def training_stats(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The log as columns: `training` has a value for each step, `evaluation` one for each evaluation."""
-    names = "step reward accuracy kl kl_coef step_kl length loss policy_loss value_loss entropy grad_norm outcome"
+    names = (
+        "step reward accuracy kl kl_coef step_kl length loss policy_loss value_loss entropy grad_norm "
+        "equal_groups left_out outcome"
+    )
     steps = [line for line in lines if line["step"] > 0]
     found = [line for line in lines if "eval_accuracy" in line]
     evals = ["step", *(name for name in (found[0] if found else ()) if name.startswith("eval_"))]
@@ -576,12 +598,15 @@ def begin(
     prepare(policy, config)
     shard(policy, accelerator)
     training = Training(config, policy, build_task(policy), accelerator)
+    if (there := len(training.task.samples("test"))) < config.eval_samples:
+        notice(f"eval_samples={config.eval_samples}: the test split has {there} samples, all are used.")
     if found:
         training.resume(*found)
     if accelerator.is_main_process:
         save_yaml(replace(config, device=device), training.root / "effective_config.yaml")
     if tracker:
-        accelerator.init_trackers("train", config={"algorithm": config.algorithm, "task": config.task})
+        flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(config).items()}
+        accelerator.init_trackers("train", config=flat)
     status = training.run()
     accelerator.end_training()
     return status

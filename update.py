@@ -294,6 +294,8 @@ def update(
     policy.optimizer.zero_grad()
     if not taken:
         raise StepSkipped("no answer has an advantage: every one was left out, or earned what its group earned")
+    if config.algorithm == "grpo":
+        del metrics["value_loss"]  # there is none
     return {name: value / taken for name, value in metrics.items()}
 
 
@@ -430,9 +432,7 @@ def use_8bit_adamw(policy: Policy, paged: bool) -> None:
             super().update_step(group, p, gindex, pindex)
             state["step"] = step.fill_(state["step"])
 
-    policy.optimizer = Optimizer(
-        policy.parameters.values(), lr=policy.config.learning_rate, weight_decay=0.0, is_paged=paged
-    )
+    policy.optimizer = Optimizer(policy.groups(), weight_decay=0.0, is_paged=paged)
     for gindex, group in enumerate(policy.optimizer.param_groups):
         for pindex, p in enumerate(group["params"]):
             policy.optimizer.init_state(group, p, gindex, pindex)

@@ -1,6 +1,9 @@
 """The whole loop on every supported architecture: tiny random models, loaded from folders as real ones are."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ from lora_ppo_demo import (
     token_logprobs_and_values,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What is the capital of France?"
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -120,7 +124,22 @@ def test_a_missing_model_is_named_in_one_line(name):
     with pytest.raises(ConfigError) as refusal:
         load_policy(tiny_config(name))
     assert "\n" not in str(refusal.value)
-    assert f"model_name={name} " in str(refusal.value)
+    assert f"model_name={name}" in str(refusal.value)
+    assert ("there is no such folder" in str(refusal.value)) == name.startswith("/")
+
+
+def test_the_libraries_are_silent_from_the_first_load_on():
+    """In a process of its own: loading transformers sets levels once."""
+    code = "import logging, lora_ppo_demo; lora_ppo_demo.silence_libraries(); "
+    code += "print(*(logging.getLogger(name).level for name in ('transformers', 'huggingface_hub', 'peft')))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["50", "50", "50"]
+    assert result.stderr == ""
+
+
+def test_a_context_too_small_for_an_answer_is_refused_with_both_numbers(folder):
+    with pytest.raises(ConfigError, match=r"max_new_tokens=5000 .* context of \d+ tokens"):
+        load_policy(tiny_config(folder, max_new_tokens=5000))
 
 
 @pytest.mark.parametrize("damage", ["weights", "config", "pickle"])

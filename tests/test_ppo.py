@@ -637,6 +637,17 @@ def test_gradient_of_a_step_is_that_of_a_naive_loss(n, monkeypatch):
         assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_first_step_moves_adapters_by_their_rate_and_the_value_head_by_its_own():
+    """AdamW's first step is the rate times the gradient's sign: values move by a rate that no setting makes hasty."""
+    policy = make_policy(learning_rate=3e-3)
+    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
+    demo.ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in policy.parameters.items()}
+    for name, distance in moved.items():
+        rate = demo.VALUE_STEP / 32 if name.startswith("value_head") else 3e-3
+        assert distance == pytest.approx(rate, rel=0.01), name
+
+
 def test_metrics_are_those_of_a_naive_forward():
     policy, batch = make_policy(learning_rate=5e-3), make_batch()
     with torch.no_grad():

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from tiny import tiny_config
 
 import lora_ppo_demo as demo
 
+ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("alpha", "beta", "gamma", "delta")
 SETTINGS = {"learning_rate": 1e-2, "save_every": 3, "max_new_tokens": 6, "temperature": 1.0, "target_kl": 1e6}
 
@@ -339,10 +341,12 @@ def test_a_full_disk_costs_a_message_not_the_session(play):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, limits[1]))
     try:
-        status, output, run = play([*turns(2, first=1), "/save"])
+        status, output, run = play([*turns(2, first=1), "/progress", "/save"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 0
+    assert "of 3, mean reward" in output  # what waits to be written counts
+    assert output.rstrip().endswith("what was learnt since step 1 is lost.")
     for task in ("write the journal", "write the log", "save a checkpoint"):
         assert f"Could not {task} (" in output
     assert run.policy.step == 3
@@ -611,3 +615,21 @@ def play_in_child(llama: Path, folder: Path, count: int, seconds: float | None) 
     if seconds is None:
         assert status == 0
     return status == 0, seen
+
+
+def test_questions_are_read_line_by_line(tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_bytes("\ufeffWhat is a quark?\r\n\n  Who wrote Hamlet? \n".encode())
+    assert demo.read_questions(str(path)) == ["What is a quark?", "Who wrote Hamlet?"]
+    path.write_bytes(b"one\n" * 16 + b"What is \x1b[31m it?\n")
+    with pytest.raises(demo.ConfigError, match=r"line 17 holds a control character"):
+        demo.read_questions(str(path))
+
+
+def test_a_reader_that_leaves_is_no_error(llama, tmp_path):
+    command = f"{sys.executable} {ROOT / 'lora_ppo_demo.py'} model_name={llama} device=cpu </dev/null | head -1"
+    result = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""

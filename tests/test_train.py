@@ -501,7 +501,7 @@ def test_a_second_ctrl_c_ends_at_once_and_saves_nothing_half_done(run, monkeypat
     monkeypatch.setattr(train, "learn", learn)
     status, output = run(output_dir="out")
     assert status == 130
-    assert "Stopped in a step" in output
+    assert "Stopped at once. Go on with: python train.py" in output
     assert [path.name for path in Path("out").glob("*_*/")] == ["step_0"]  # what resume_from=latest goes on from
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

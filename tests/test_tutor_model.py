@@ -271,9 +271,13 @@ def test_an_answer_that_names_a_letter_earns_no_more_than_chance(policy):
     facts = rng.sample(table_facts(), 80)
     quizzes = [demo.shuffle_quiz(fact.quiz_question, fact.answer, fact.wrong) for fact in facts]
     answers = [f"The correct option is {rng.choice(demo.LETTERS)}." for _ in facts]
-    picks = choices(policy, answers, quizzes)
-    right = sum(pick == quiz.key for pick, quiz in zip(picks, quizzes, strict=True))
-    assert right / len(facts) <= 0.43  # a quarter, and 3.7 standard deviations
+    read, unread = demo.learner_probabilities(policy, answers, quizzes)
+    keys = torch.tensor([quiz.key for quiz in quizzes])
+    right = (torch.tensor(demo.learner_choices(read, unread)) == keys).float().mean()
+    assert right <= 0.43  # a quarter, and 3.7 standard deviations
+    gains = (read - unread)[torch.arange(len(keys)), keys]  # the reward of the other learner
+    assert gains.mean() <= 3.7 * gains.std() / len(keys) ** 0.5
+    assert gains.mean() <= 0.1
 
 
 def test_a_stopped_build_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], name: str) -> None:
     """One plot as PNG: what every step had in grey and its running mean, evaluations as points, with their interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     title, label, key, eval_key = PLOTS[name]
     figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
@@ -36,7 +37,7 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], name: str) -> None:
     if points:
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color="0.75", linewidth=1, label="training")
-        axes.plot(steps, running_mean(values), color="tab:blue", label="training, mean of 20 steps")
+        axes.plot(steps, running_mean(values), color="tab:blue", label="training, mean of up to 20 steps")
     found = [line for line in lines if eval_key and line.get(eval_key) is not None]
     if found:
         steps, values = [line["step"] for line in found], [line[eval_key] for line in found]
@@ -50,6 +51,7 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], name: str) -> None:
         axes.errorbar(steps, values, yerr=bars, fmt="o-", color="tab:red", capsize=3, label="held out")
     if points or found:
         axes.legend()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     figure.savefig(path)
 
@@ -71,7 +73,9 @@ def write_report(
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     images = []
-    for name, (title, *_) in PLOTS.items():
+    for name, (title, _, key, _) in PLOTS.items():
+        if not any(line.get(key) is not None for line in lines):
+            continue  # with GRPO there is no value loss
         draw(plots / f"{name}.png", lines, name)
         data = base64.b64encode((plots / f"{name}.png").read_bytes()).decode("ascii")
         images.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
