@@ -59,7 +59,7 @@ class Config:
     entropy_coef: float = setting(0.0, "weight of the entropy bonus")
     gamma: float = setting(1.0, "discount per token")
     lam: float = setting(0.95, "lambda of generalized advantage estimation")
-    kl_coef: float = setting(0.05, "price of a nat of divergence from the base model, per token")
+    kl_coef: float = setting(0.2, "price of a nat of divergence from the base model, per token")
     adaptive_kl: bool = setting(False, "steer kl_coef towards kl_target")
     kl_target: float = setting(6.0, "wanted divergence from the base model, nats per answer (adaptive_kl)")
     kl_horizon: int = setting(10000, "answers over which kl_coef adapts (adaptive_kl)")
