@@ -321,8 +321,7 @@ def attach(policy: Policy, folder: Path, name: str) -> None:
     added = policy.model.peft_config[name]
     if added.use_dora or added.lora_bias:
         raise ConfigError(f"adapter={folder} uses DoRA or biases: expected plain LoRA")
-    policy.gate_adapters()  # it may sit on layers that the policy's own does not
-    policy.model.set_adapter(name)
+    policy.use_adapter(name)
     policy.model.eval()
 
 
@@ -358,7 +357,7 @@ def evaluate(config: EvaluateConfig, notice: Callable[[str], None]) -> tuple[lis
     for i, (folder, state) in enumerate(zip(folders, states, strict=True)):
         attach(policy, folder, f"adapter_{i}")
         results.append(Result(folder.name, str(folder), state.get("step"), answers(policy, folder.name, adapter=True)))
-        policy.model.set_adapter("default")
+        policy.use_adapter()
         policy.model.delete_adapter(f"adapter_{i}")
     if all(state for state in states):  # a learning curve, whatever the order in which the shell named the folders
         results[1:] = sorted(results[1:], key=lambda result: result.step)

@@ -186,7 +186,7 @@ class Policy:
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
         self.gate = AdapterGate()
-        self.layers = self.gate_adapters()
+        self.layers = self.use_adapter()
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.groups(), weight_decay=0.0, fused=True)
@@ -204,13 +204,14 @@ class Policy:
             {"params": head, "lr": VALUE_STEP / self.value_head.in_features},
         ]
 
-    def gate_adapters(self) -> list:
-        """Puts all LoRA layers under the gate, those of adapters loaded later too; returns them."""
+    def use_adapter(self, name: str = "default") -> list:
+        """Makes `name`, its own or one that was loaded, the adapter under the gate; returns all LoRA layers."""
         from peft.tuners.lora import LoraLayer
 
+        self.model.set_adapter(name)
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
-            layer.forward = gated_forward(layer, self.gate)
+            layer.forward = gated_forward(layer, name, self.gate)
         return layers
 
     def configure(self, config: Config) -> None:
@@ -221,6 +222,7 @@ class Policy:
         for layer in self.layers:
             dropout = torch.nn.Dropout(config.lora_dropout).eval() if config.lora_dropout else torch.nn.Identity()
             layer.lora_dropout["default"] = dropout
+        self.use_adapter()
         self.optimizer.param_groups[0]["lr"] = config.learning_rate
         if not config.adaptive_kl:
             self.kl_coef = config.kl_coef
@@ -316,29 +318,31 @@ class AdapterGate:
         self.share: bool | Tensor = True
 
 
-def gated_forward(layer, gate: AdapterGate) -> Callable[["Tensor"], "Tensor"]:
-    """A LoRA layer's forward: base(x) + share * scaling * B(A(dropout(x))), in the compute dtype.
+def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "Tensor"]:
+    """A LoRA layer's forward with adapter `name`: base(x) + share * scaling * B(A(dropout(x))), in the compute dtype.
 
     In PEFT's place, which switches adapters for a whole batch only and takes longer to do so than a small model's pass.
+    For the same reason the parts are looked up here and not at every call.
     """
     import torch
     from torch.nn.functional import linear
 
-    base, dropouts, scalings = layer.base_layer, layer.lora_dropout, layer.scaling
-    downs, ups = layer.lora_A, layer.lora_B
+    base = layer.base_layer
+    if name not in layer.lora_A:  # an adapter on fewer layers than the policy's own
+        return base.__call__
+    down, up, scaling, dropout = (
+        parts[name] for parts in (layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
+    )
 
     def forward(x: "Tensor") -> "Tensor":
         result = base(x)
-        if gate.share is False or layer.disable_adapters:  # the latter is PEFT's own switch
+        if gate.share is False:
             return result
-        (name,) = layer.active_adapters
-        if name not in downs:  # an adapter on fewer layers than the policy's own
-            return result
-        low_rank = linear(dropouts[name](x), downs[name].weight.to(x.dtype))
+        low_rank = linear(dropout(x), down.weight.to(x.dtype))
         if gate.share is not True:
             low_rank = (low_rank * gate.share).to(x.dtype)
-        rows, up = low_rank.flatten(0, -2), ups[name].weight.to(x.dtype)
-        return torch.addmm(result.flatten(0, -2), rows, up.t(), alpha=scalings[name]).view_as(result)
+        rows, columns = low_rank.flatten(0, -2), up.weight.to(x.dtype).t()
+        return torch.addmm(result.flatten(0, -2), rows, columns, alpha=scaling).view_as(result)
 
     return forward
 
