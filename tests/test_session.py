@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -633,3 +634,26 @@ def test_a_reader_that_leaves_is_no_error(llama, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+
+
+def test_nothing_that_is_shown_or_written_depends_on_the_key(play, monkeypatch, tmp_path):
+    """Two sessions in which everything but the key is the same, and the choice is wrong in both."""
+    seen = []
+    for key in (0, 1):
+        folder = tmp_path / f"key_{key}"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(demo, "make_quiz", lambda *_, key=key: demo.Quiz("Which one?", OPTIONS, key))
+        status, output, _ = play(["a question", "D", "/progress", "/config", "/save"])
+        assert status == 0
+        texts = {"": output} | {
+            str(path.relative_to(folder)): path.read_bytes().decode("latin-1")
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        times = r'"(timestamp|seconds|sha256)": ("[^"]*"|[0-9.e-]+)|took \d+\.\d\d s|^# \d{4}-.*'
+        seen.append({name: re.sub(times, "", text, flags=re.MULTILINE) for name, text in texts.items()})
+    assert len(seen[0]) > 9
+    assert seen[0].keys() == seen[1].keys()
+    for name, text in seen[0].items():
+        assert text == seen[1][name], name

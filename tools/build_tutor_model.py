@@ -6,8 +6,8 @@
 A Llama of 7.7 million parameters learns every role the program has from conversations that `tools/corpus` makes out
 of the tables in `data/`. Those of one role are packed into rows of ROW_TOKENS behind their one system prompt, each
 seeing it and itself; some rows are drills in arithmetic. The loss is on the replies. Hidden matrices learn with Muon
-(Jordan 2024), the rest with AdamW, under a constant rate that decays linearly at the end; a short second stage adds
-words and guesses that the first lacks. The work folder keeps the run's state: the command goes on where it was stopped.
+(Jordan 2024), the rest with AdamW, under a constant rate that decays linearly at the end; two short stages add words,
+guesses and spellings that the first lacks. The work folder keeps the run's state: the command goes on where it stopped.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROW_TOKENS = 256
 ROWS = 32
 MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.01
 WARMUP_STEPS, DECAY_SHARE = 50, 0.45
-SECOND_STAGE, SECOND_RATE = 3417, 0.3  # with `corpus.wording`, under a small rate that decays from the start
+LATER_STAGES, LATER_RATE = (3417, 3869), 0.3  # steps at which `corpus.wording` and `corpus.spelling` join; their rate
 SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -118,7 +118,7 @@ class Packer:
                 return [(system, tokens[:room], weights[:room])]
             self.pending[:0] = [self.encoded(example) for example in drill.roles(self.rng, count=6)]
         while len(self.pending) < self.WAITING:
-            self.pending.append(self.encoded(example(self.rng, self.step >= SECOND_STAGE)))
+            self.pending.append(self.encoded(example(self.rng, stage_of(self.step))))
         shared = self.pending[0][0]
         room, chosen, left = ROW_TOKENS - len(shared), [], []
         for item in self.pending:
@@ -195,11 +195,17 @@ def reply_logits(model, batch):
     return model.lm_head(hidden.flatten(0, 1)[batch["at"]]).float()
 
 
+def stage_of(step: int) -> int:
+    return sum(step >= first for first in LATER_STAGES)
+
+
 def learning_rate_share(step: int, steps: int) -> float:
-    """Warm-up, constant, linear decay over the last DECAY_SHARE of the first stage; then SECOND_RATE, decaying."""
-    if step >= SECOND_STAGE:
-        return SECOND_RATE * (steps - step) / (steps - SECOND_STAGE)
-    steps = min(steps, SECOND_STAGE)
+    """Warm-up, constant, linear decay over the last DECAY_SHARE of the first stage; then twice LATER_RATE, decaying."""
+    stage = stage_of(step)
+    end = min((steps, *LATER_STAGES[stage : stage + 1]))
+    if stage:
+        return LATER_RATE * (end - step) / (end - LATER_STAGES[stage - 1])
+    steps = end
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
 
 
@@ -404,7 +410,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(ROOT / "models" / "tutor-tiny"), help="where the model is written")
     parser.add_argument("--work", default=str(ROOT / "build" / "tutor-tiny"), help="state and log of the run")
-    parser.add_argument("--tokens", type=float, default=31.7e6, help="length of the training, in tokens")
+    parser.add_argument("--tokens", type=float, default=34.2e6, help="length of the training, in tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_every", type=int, default=100, help="steps between saved states")
     parser.add_argument("--probe_every", type=int, default=100, help="steps between figures in the log")
