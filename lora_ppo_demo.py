@@ -1651,7 +1651,7 @@ class Terminal:
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(encoding="utf-8", errors="replace")
-        self.console = PlainConsole(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.console = PlainConsole(highlight=False, markup=False, emoji=False)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.prompter = None
         if self.interactive and history:
@@ -1685,11 +1685,11 @@ class Terminal:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
     def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(clean(text), style=style)
+        self.console.print(clean(text), style=style, soft_wrap=not self.interactive)  # in a pipe no line is broken
 
     def write(self, text: str) -> None:
         """Text without a line's end, shown at once."""
-        self.console.print(clean(text), end="")
+        self.console.print(clean(text), end="", soft_wrap=True)
         self.console.file.flush()
 
     def ask(self, prompt: str, remember: bool = True) -> str:
