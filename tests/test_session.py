@@ -658,3 +658,21 @@ def test_nothing_that_is_shown_or_written_depends_on_the_key(play, monkeypatch, 
     assert seen[0].keys() == seen[1].keys()
     for name, text in seen[0].items():
         assert text == seen[1][name], name
+
+
+def test_a_ctrl_c_after_one_that_is_on_its_way_ends_the_program():
+    def cleanup():
+        with demo.interrupts_deferred():
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            cleanup()
+
+    with pytest.raises(demo.SecondInterrupt):
+        interrupted()
+    with pytest.raises(KeyboardInterrupt) as single:
+        cleanup()
+    assert single.type is KeyboardInterrupt

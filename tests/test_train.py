@@ -506,6 +506,20 @@ def test_a_second_ctrl_c_ends_at_once_and_saves_nothing_half_done(run, monkeypat
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_before_anything_is_saved_says_so(run, monkeypatch):
+    """In the first evaluation: the first one is acknowledged, the second ends the run."""
+
+    def evaluate(training):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.Training, "evaluate", evaluate)
+    status, output = run(output_dir="out")
+    assert status == 130
+    assert "Stopping after this step. Ctrl-C again stops at once." in output
+    assert "Stopped at once. Nothing was saved yet." in output
+
+
 def test_checkpoints_within_an_epoch_are_few_and_a_damaged_one_is_passed_over(run):
     run(output_dir="out", samples_per_epoch=24, save_every=1)
     assert sorted(path.name for path in Path("out").glob("*_*/")) == ["epoch_1", "step_4", "step_5"]

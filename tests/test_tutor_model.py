@@ -20,7 +20,7 @@ from config import BUNDLED_MODEL, Config
 from tasks.facts import arithmetic_facts, in_words, subjects, table_facts
 from tasks.quiz import QuizTask, split_samples
 from tools.build_tutor_model import Packer
-from tools.corpus import drill, example, reworded, unknown
+from tools.corpus import drill, example, reworded, spelling, unknown
 from tools.tutor_figures import held_out_facts, measure
 
 ROOT = Path(demo.__file__).parent
@@ -86,6 +86,15 @@ def test_held_out_phrasings_never_occur_in_training():
     assert not held_out & seen
     asked = {fact.question(template).casefold().rstrip("?.") for fact in table_facts() for template in fact.subject.ask}
     assert len(asked & seen) > 1000  # the comparison can tell: training phrasings are found
+
+
+def test_spellings_of_a_word_differ():
+    rng = random.Random(3)
+    for word in ("H", "lost", "strength", "kiwi"):
+        for _ in range(50):
+            found = spelling.spellings(word, rng)
+            assert len(set(found)) == 4
+            assert all(found)
 
 
 def test_other_words_keep_what_the_question_is_about():

@@ -28,6 +28,7 @@ from lora_ppo_demo import (
     survives,
 )
 from tasks.facts import Fact, arithmetic_facts, subjects, table_facts
+from tasks.quiz import states
 from tools.corpus import ARITHMETIC_SHARE, shuffled, tutor
 from tools.corpus.unknown import invented_name
 
@@ -41,11 +42,6 @@ STRANGE_QUESTIONS = (
     "Why do people dream?",
     "Tell me a story about a dragon.",
 )
-
-
-def explains(answer: str, fact: Fact) -> bool:
-    """Whether the answer states the fact, in the words of its table's template."""
-    return fact.statement[4:].casefold() in answer.casefold()
 
 
 def held_out_facts(count: int, rng: random.Random) -> list[Fact]:
@@ -66,7 +62,7 @@ def measure(policy, facts: list[Fact], rng: random.Random) -> dict[str, tuple[in
     torch.manual_seed(rng.randrange(2**31))
     questions = [fact.question(rng.choice(fact.subject.held_out)) for fact in facts]
     for fact, (answer, written) in zip(facts, answers_and_quizzes(policy, questions), strict=True):
-        count("answer explains the fact", explains(answer, fact))
+        count("answer explains the fact", states(answer, fact))
         parts = parse_quiz(written)
         count("quiz JSON valid, options distinct", parts is not None)
         if parts:
