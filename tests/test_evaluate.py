@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from tiny import CORPUS, randomize_adapter, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -341,6 +341,23 @@ def test_a_merge_that_lost_the_adapter_writes_nothing(run, adapter, monkeypatch)
     assert status == 2
     assert "merging failed and nothing was written" in output
     assert not any("merged" in path.name for path in Path().iterdir())
+
+
+def test_a_merge_in_which_half_of_the_adapter_got_lost_writes_nothing(run, adapter, monkeypatch):
+    """However much rounding is said to explain: what is left must be the adapter."""
+    merge = LoraModel.merge_and_unload
+
+    def halved(model, adapter_names):
+        for name, parameter in model.named_parameters():
+            if "lora_B.trained" in name:
+                parameter.data *= 0.5
+        return merge(model, adapter_names=adapter_names)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", halved)
+    monkeypatch.setitem(evaluate.MERGE_TOLERANCE, "float32", 1e9)
+    status, output, _ = run("--mode=merge", "--adapter", adapter("epoch_1"), "--merged_model_path=merged")
+    assert status == 2
+    assert "merging failed and nothing was written" in output
 
 
 def test_merging_leaves_a_folder_that_is_not_empty_alone(run, adapter):
