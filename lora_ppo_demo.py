@@ -1023,7 +1023,7 @@ class Foresight:
         self.policy, self.batch, self.earlier = policy, batch, earlier
         self.before = policy.snapshot()
         self.outcomes: dict[float, tuple[dict[str, float], Snapshot]] = {}
-        self.seconds: dict[float, float] = {}  # that an outcome took to compute
+        self.seconds: dict[float, float] = {}  # that an outcome took to compute, or would have alone
         self.wanted = set(self.REWARDS)
         self.thread = threading.Thread(target=self.work, name="foresight", daemon=True)
         self.thread.start()
@@ -1036,14 +1036,15 @@ class Foresight:
         try:
             started = time.perf_counter()
             look = look_at(self.policy, self.batch)
+            looked = time.perf_counter() - started
             rewards = [reward for reward in self.REWARDS if reward in self.wanted]
             updates = [begin_update(self.policy, look, self.scores(reward), keep_graph=True) for reward in rewards]
-            begun = (time.perf_counter() - started) / max(len(rewards), 1)
+            begun = (time.perf_counter() - started - looked) / max(len(rewards), 1)
             for reward, update in zip(rewards, updates, strict=True):
                 if reward in self.wanted:
                     started = time.perf_counter()
                     metrics = finish_update(self.policy, look, update, self.before)
-                    self.seconds[reward] = begun + time.perf_counter() - started
+                    self.seconds[reward] = looked + begun + time.perf_counter() - started
                     self.outcomes[reward] = metrics, self.policy.snapshot()
                     self.policy.restore(self.before)
         except Exception:  # `take` takes the plain step, which meets the same trouble and knows what to say
