@@ -2,7 +2,8 @@
 
 transformers' generate does the same for one kind of reply at a time and spends most of a small model's time around the
 model. Here the adapters are gated by row, so that an answer (adapters on) and the quiz on its question (adapters off,
-under its grammar) are written side by side; a row that is done leaves the batch.
+under its grammar) are written side by side; a row that is done leaves the batch. On a CPU a policy that has written
+for a while has its pass over one token recorded, which saves the time that Python takes for it.
 
 Every reply is drawn from a generator of its own: it is the same reply whatever is written beside it, and the same that
 `plain_reply` in lora_ppo_demo.py draws through generate.
@@ -13,14 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+from transformers import DynamicCache
 
+if TYPE_CHECKING:
     from lora_ppo_demo import Policy, Request
 
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 TOP = 64  # tokens among which the nucleus is looked for first
 FEW_ROWS = 16  # so many rows at most are taken as W x^T; above, x W^T is as fast
+RECORDING_PAYS = 256  # after so many passes: to record one takes as long as it saves on as many
 
 
 @dataclass
@@ -53,10 +57,9 @@ def speed_up_few_rows(model) -> None:
 
     There W x^T takes a quarter to three quarters of the time of x W^T, which is how torch writes the same product.
     """
-    import torch
 
     def few_rows_forward(layer):
-        def forward(x: "Tensor") -> "Tensor":
+        def forward(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
             if not 1 < len(rows) <= FEW_ROWS:
                 return torch.nn.functional.linear(x, layer.weight, layer.bias)
@@ -76,63 +79,131 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
 
     `seeds` are those of the replies' generators.
     """
-    import torch
-    from transformers import DynamicCache
-
     model, device = policy.model.get_base_model(), policy.device
     rows = [Row(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
     replies = [row.reply for row in rows]
     least = 2 if device.type == "cpu" else 1  # there a row alone, a matrix-vector product, takes longer than two
 
-    def filled(items: list) -> list:
-        return items if len(items) >= least else items * least
-
-    batch = filled(list(requests))
-    ids, real, positions = padded_left(policy, [request.prompt_ids for request in batch], policy.config.max_new_tokens)
+    prompts = [request.prompt_ids for request in requests]
+    ids, real, positions = padded_left(policy, prompts, policy.config.max_new_tokens)
     padded, length = not bool(real.all()), ids.shape[1]
+    adapted = torch.tensor([request.adapter for request in requests], device=device)
+    temperatures = torch.tensor([[request.temperature] for request in requests], device=device)
     config = model.config.get_text_config()
-    own_mask = sees_all(config)
-    adapted = torch.tensor([request.adapter for request in batch], device=device)
-    temperatures = torch.tensor([[request.temperature] for request in batch], device=device)
-    cache = DynamicCache(config=config)
+    cache, own_mask = DynamicCache(config=config), sees_all(config)
     mask = real[:, :length].long() if padded else None
     sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
     with torch.no_grad() if sharded else torch.inference_mode():  # what is gathered in the latter can't be trained on
+        logits = next_logits(policy, ids, positions, mask, together(adapted), cache)
         while True:
-            with policy.adapter(bool(adapted[0]) if (adapted == adapted[0]).all() else adapted):
-                logits = model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
             scores = logits[: len(rows)].float() / temperatures[: len(rows)]
             totals = scores.logsumexp(-1)
             tokens = [row.draw(*given) for row, *given in zip(rows, scores, totals, strict=True)]
             going = [i for i, row in enumerate(rows) if not row.done]
             if not going:
                 return replies
-            kept = filled(going)
+            kept = going if len(going) >= least else going * least
             ids, positions = torch.tensor([[tokens[i]] for i in kept], device=device), positions[:, -1:] + 1
-            if len(going) < len(rows):
+            if len(going) < len(rows) or len(kept) > len(real):
                 rows, kept = [rows[i] for i in going], torch.tensor(kept, device=device)
                 cache.batch_select_indices(kept)
                 positions, real, adapted, temperatures = (x[kept] for x in (positions, real, adapted, temperatures))
             length += 1
-            if padded:  # the model takes time to make its own mask of this one
-                mask = real[:, None, None, :length] if own_mask else real[:, :length].long()
+            if own_mask:  # the model takes time to make its own of another
+                mask = real[:, None, None, :length]
+            elif padded:
+                mask = real[:, :length].long()
+            logits = policy.recorder.next_logits(ids, positions, mask, adapted, cache)
 
 
-def score(policy: "Policy", prompts: Sequence[list[int]], replies: Sequence[Sequence[list[int]]]) -> "Tensor":
+def next_logits(
+    policy: "Policy", ids: Tensor, positions: Tensor, mask: Tensor | None, on: bool | Tensor, cache: DynamicCache
+) -> Tensor:
+    """Logits (B, V) of the token after `ids` (B, T), which follow what is in `cache`; `on` as for `Policy.adapter`."""
+    with policy.adapter(on):
+        output = policy.model.get_base_model()(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return output.logits[:, -1]
+
+
+def together(adapted: Tensor) -> bool | Tensor:
+    """Which rows have the adapters on (B,): one truth where it is the same for all, which takes less time."""
+    return bool(adapted[0]) if (adapted == adapted[0]).all() else adapted
+
+
+def cached(cache: DynamicCache) -> list[Tensor]:
+    """The tensors of a cache: keys and values, layer by layer."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def fill(cache: DynamicCache, tensors: Sequence[Tensor]) -> DynamicCache:
+    """Puts into a cache what `cached` takes out of one."""
+    for layer, keys, values in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return cache
+
+
+class OnePass(torch.nn.Module):
+    """`next_logits` for one token of each row as a function of tensors alone, the cache's among them."""
+
+    def __init__(self, policy: "Policy"):
+        super().__init__()
+        self.policy, self.model = policy, policy.model.get_base_model()
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, adapted: Tensor, *before: Tensor) -> tuple:
+        cache = fill(DynamicCache(config=self.model.config.get_text_config()), before)
+        return next_logits(self.policy, ids, positions, mask, adapted, cache), *cached(cache)
+
+
+class Recorder:
+    """Takes a policy's passes over one token of each row; on a CPU it records one, and plays it from then on.
+
+    Its operations then run without the Python around them, which is most of a small model's time. torch.jit.trace is
+    deprecated, but all that replaces it needs a C++ compiler. Few rows and many take different ways (`FEW_ROWS`) and
+    have a recording each. One is played only after it gave the model's own numbers, bit for bit, at two lengths.
+    """
+
+    def __init__(self, policy: "Policy"):
+        model = policy.model.get_base_model()
+        config = model.config.get_text_config()
+        scaled = any(kind in str(config.to_dict()) for kind in ("dynamic", "longrope", "num_experts_per_tok"))
+        self.policy, self.passes, self.proofs = policy, 0, {True: 0, False: 0}
+        self.able = policy.device.type == "cpu" and sees_all(config) and model._can_compile_fullgraph and not scaled
+        self.recordings: dict[bool, torch.jit.ScriptModule] = {}
+
+    def next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, adapted: Tensor, cache) -> Tensor:
+        """As the function of that name; `ids` are (B, 1)."""
+        self.passes += 1
+        if not self.able or self.passes < RECORDING_PAYS:
+            return next_logits(self.policy, ids, positions, mask, together(adapted), cache)
+        few, given = len(ids) <= FEW_ROWS, (ids, positions, mask, adapted, *cached(cache))
+        if few not in self.recordings:
+            self.recordings[few] = torch.jit.trace(OnePass(self.policy), given, check_trace=False)
+        with torch.jit.optimized_execution(False):
+            logits, *after = self.recordings[few](*given)
+        if self.proofs[few] < 2:
+            right = next_logits(self.policy, ids, positions, mask, together(adapted), cache)
+            played = zip([right, *cached(cache)], [logits, *after], strict=True)
+            self.able = all(torch.equal(a, b) for a, b in played)
+            self.proofs[few] += 1
+            return right
+        fill(cache, after)
+        return logits
+
+
+def score(policy: "Policy", prompts: Sequence[list[int]], replies: Sequence[Sequence[list[int]]]) -> Tensor:
     """Log-probability (B, N), at temperature 1, of the base model giving each of N replies to each of B prompts.
 
     A prompt is read once for all its replies.
     """
-    import torch
-    from transformers import DynamicCache
-
     model, count = policy.model.get_base_model(), len(replies[0])
     flat = [reply for those in replies for reply in those]
     longest = max(map(len, flat))
@@ -155,10 +226,8 @@ def score(policy: "Policy", prompts: Sequence[list[int]], replies: Sequence[Sequ
     return logprobs.masked_fill(~told, 0.0).sum(-1).view(len(prompts), count)
 
 
-def padded_left(policy: "Policy", prompts: Sequence[Sequence[int]], room: int) -> tuple["Tensor", "Tensor", "Tensor"]:
+def padded_left(policy: "Policy", prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Tensor, Tensor]:
     """The prompts (B, P), which of the P + `room` places of each row are real (B, P + room), and positions (B, P)."""
-    import torch
-
     longest = max(map(len, prompts))
     pad = [longest - len(prompt) for prompt in prompts]
     rows = [[policy.pad_id] * p + list(prompt) for p, prompt in zip(pad, prompts, strict=True)]
@@ -171,16 +240,12 @@ class Row:
     """One reply in the making."""
 
     def __init__(self, policy: "Policy", request: "Request", seed: int):
-        import torch
-
         self.policy, self.request, self.reply, self.done = policy, request, Reply(), False
         self.generator = torch.Generator(policy.device).manual_seed(seed)
         self.stream = request.stream(policy.tokenizer)
 
-    def draw(self, scores: "Tensor", total: "Tensor") -> int:
+    def draw(self, scores: Tensor, total: Tensor) -> int:
         """Samples the next token from its logits / temperature (V,), takes it into the reply; `total`: logsumexp."""
-        import torch
-
         ids, config = self.reply.ids, self.policy.config
         allowed, mass = scores, total
         if self.request.grammar:
@@ -199,14 +264,12 @@ class Row:
         return token
 
 
-def nucleus(scores: "Tensor", total: "Tensor", top_p: float) -> "Tensor":
+def nucleus(scores: Tensor, total: Tensor, top_p: float) -> Tensor:
     """The scores (V,) of the most probable tokens that have `top_p` of the probability together; the others -inf.
 
     A token stays where those above it have less than top_p (Holtzman et al. 2020). `total` is the scores' logsumexp.
     The first TOP are sorted alone where they hold that much, as they nearly always do.
     """
-    import torch
-
     if top_p >= 1:
         return scores
     for count in (min(TOP, len(scores)), len(scores)):

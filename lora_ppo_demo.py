@@ -208,10 +208,13 @@ class Policy:
         """Makes `name`, its own or one that was loaded, the adapter under the gate; returns all LoRA layers."""
         from peft.tuners.lora import LoraLayer
 
+        import decode
+
         self.model.set_adapter(name)
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
             layer.forward = gated_forward(layer, name, self.gate)
+        self.recorder = decode.Recorder(self)
         return layers
 
     def configure(self, config: Config) -> None:

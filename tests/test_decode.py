@@ -88,6 +88,65 @@ def test_a_reply_does_not_depend_on_what_is_written_beside_it(tiny_folder):
     assert decode.decode(policy, [again], [4])[0].ids == together[3].ids
 
 
+def test_a_recorded_pass_writes_the_same(policy):
+    """Three rows, gated and padded, that leave the batch one by one; recorded from the first pass on."""
+    requests = [Request(prompt, 1.0, adapter=i != 1) for i, prompt in enumerate(prompts(policy))]
+    policy.model.generation_config.eos_token_id = list(range(0, 600, 25))
+    plain = decode.decode(policy, requests, seeds=[1, 2, 3])
+    assert not policy.recorder.recordings
+    policy.recorder.passes = decode.RECORDING_PAYS
+    recorded = decode.decode(policy, requests, seeds=[1, 2, 3])
+    assert recorded == plain
+    config = policy.model.get_base_model().config.get_text_config()
+    assert policy.recorder.able == bool(policy.recorder.recordings) == decode.sees_all(config)
+    assert policy.recorder.proofs[True] == (2 if policy.recorder.able else 0)
+
+
+def test_a_recording_sees_what_training_changes(tiny_folder):
+    """Weights after a step, then another adapter: neither is that of the recording's first pass."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24, learning_rate=0.3, target_kl=1e9))
+    randomize_adapter(policy)
+    policy.recorder.passes = decode.RECORDING_PAYS
+    request = Request(prompts(policy)[0], 1.0)
+    before = decode.decode(policy, [request], [1])[0]
+    batch = collate([request.prompt_ids], [before.ids], policy.pad_id, policy.device)
+    demo.ppo_step(policy, batch, [1.0])
+    after = decode.decode(policy, [request], [1])[0]
+    assert policy.recorder.recordings[True]
+    assert policy.recorder.able
+    policy.recorder.able = False
+    assert decode.decode(policy, [request], [1])[0] == after != before
+    policy.recorder.able = True
+    policy.model.add_adapter("other", policy.model.peft_config["default"])
+    policy.use_adapter("other")
+    policy.recorder.passes = decode.RECORDING_PAYS
+    other = decode.decode(policy, [request], [1])[0]
+    policy.recorder.able = False
+    assert decode.decode(policy, [request], [1])[0] == other != after
+
+
+def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monkeypatch):
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
+    policy.model.generation_config.eos_token_id = -1
+    request, trace = Request(prompts(policy)[0], 1.0), torch.jit.trace
+
+    def stray(module, given, **options):
+        recording, length = trace(module, given, **options), given[2].shape[-1]
+
+        def play(*later):
+            logits, *cache = recording(*later)
+            return logits + (1e-6 if later[2].shape[-1] > length else 0.0), *cache
+
+        return play
+
+    plain = decode.decode(policy, [request], [1])
+    monkeypatch.setattr(torch.jit, "trace", stray)
+    policy.recorder.passes = decode.RECORDING_PAYS
+    assert decode.decode(policy, [request], [1]) == plain
+    assert not policy.recorder.able
+    assert policy.recorder.proofs[True] == 2
+
+
 def test_replies_are_the_same_through_either_path(tiny_folder, monkeypatch):
     policy, _ = load_policy(tiny_config(tiny_folder("llama")))
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
