@@ -177,6 +177,8 @@ class Recorder:
         scaled = any(kind in str(config.to_dict()) for kind in ("dynamic", "longrope", "num_experts_per_tok"))
         self.policy, self.passes, self.proofs = policy, 0, {True: 0, False: 0}
         self.able = policy.device.type == "cpu" and sees_all(config) and model._can_compile_fullgraph and not scaled
+        # Frozen, a recording has fewer calls to make, but keeps what it casts weights to: their values of that day.
+        self.uncast = len({p.dtype for p in policy.model.parameters()}) == 1
         self.recordings: dict[bool, torch.jit.ScriptModule] = {}
 
     def next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, adapted: Tensor, cache) -> Tensor:
@@ -186,7 +188,9 @@ class Recorder:
             return next_logits(self.policy, ids, positions, mask, together(adapted), cache)
         few, given = len(ids) <= FEW_ROWS, (ids, positions, mask, adapted, *cached(cache))
         if few not in self.recordings:
-            self.recordings[few] = torch.jit.trace(OnePass(self.policy), given, check_trace=False)
+            self.recordings[few] = torch.jit.trace(OnePass(self.policy).eval(), given, check_trace=False)
+            if self.uncast:
+                self.recordings[few] = torch.jit.freeze(self.recordings[few], optimize_numerics=False)
         with torch.jit.optimized_execution(False):
             logits, *after = self.recordings[few](*given)
         if self.proofs[few] < 2:

@@ -102,9 +102,11 @@ def test_a_recorded_pass_writes_the_same(policy):
     assert policy.recorder.proofs[True] == (2 if policy.recorder.able else 0)
 
 
-def test_a_recording_sees_what_training_changes(tiny_folder):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_recording_sees_what_training_changes(tiny_folder, dtype):
     """Weights after a step, then another adapter: neither is that of the recording's first pass."""
-    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24, learning_rate=0.3, target_kl=1e9))
+    settings = {"max_new_tokens": 24, "learning_rate": 0.3, "target_kl": 1e9}
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), dtype=dtype, **settings))
     randomize_adapter(policy)
     policy.recorder.passes = decode.RECORDING_PAYS
     request = Request(prompts(policy)[0], 1.0)
@@ -128,10 +130,11 @@ def test_a_recording_sees_what_training_changes(tiny_folder):
 def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monkeypatch):
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
     policy.model.generation_config.eos_token_id = -1
-    request, trace = Request(prompts(policy)[0], 1.0), torch.jit.trace
+    request, freeze = Request(prompts(policy)[0], 1.0), torch.jit.freeze
+    length = len(request.prompt_ids) + 1
 
-    def stray(module, given, **options):
-        recording, length = trace(module, given, **options), given[2].shape[-1]
+    def stray(recording, **options):
+        recording = freeze(recording, **options)
 
         def play(*later):
             logits, *cache = recording(*later)
@@ -140,7 +143,7 @@ def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monke
         return play
 
     plain = decode.decode(policy, [request], [1])
-    monkeypatch.setattr(torch.jit, "trace", stray)
+    monkeypatch.setattr(torch.jit, "freeze", stray)
     policy.recorder.passes = decode.RECORDING_PAYS
     assert decode.decode(policy, [request], [1]) == plain
     assert not policy.recorder.able

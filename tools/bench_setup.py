@@ -99,7 +99,12 @@ class Bench:
         return folder
 
     def policy(self, name: str, **settings: Any) -> Policy:
-        """A model as the tutor loads it, with fresh adapters, and a trust region that undoes no step."""
+        """A model as the tutor loads it, with fresh adapters, and a trust region that undoes no step.
+
+        It decodes as one that has done so for a while: the first, untimed round records its pass.
+        """
+        from decode import RECORDING_PAYS
+
         trim()
         four_bit = "true" if name in IN_4_BITS else "false"
         config = Config(
@@ -110,7 +115,9 @@ class Bench:
             target_kl=1e6,
             **settings,
         )
-        return load_policy(config)[0]
+        policy = load_policy(config)[0]
+        policy.recorder.passes = RECORDING_PAYS
+        return policy
 
     def child(self, trainer: str, policy: Policy, extra: dict[str, Any], python: str = "", **how: int) -> Child:
         """A trainer of tools/bench_processes.py with the model and the settings of `policy`."""
