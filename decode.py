@@ -82,19 +82,24 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
     model, device = policy.model.get_base_model(), policy.device
     rows = [Row(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
     replies = [row.reply for row in rows]
-    least = 2 if device.type == "cpu" else 1  # there a row alone, a matrix-vector product, takes longer than two
-
-    prompts = [request.prompt_ids for request in requests]
-    ids, real, positions = padded_left(policy, prompts, policy.config.max_new_tokens)
-    padded, length = not bool(real.all()), ids.shape[1]
-    adapted = torch.tensor([request.adapter for request in requests], device=device)
+    asked = [(tuple(request.prompt_ids), request.adapter) for request in requests]
+    different = list(dict.fromkeys(asked))  # a prompt with several replies is read once
+    ids, real, positions = padded_left(policy, [prompt for prompt, _ in different], policy.config.max_new_tokens)
+    padded, length, on_cpu = not bool(real.all()), ids.shape[1], device.type == "cpu"
+    adapted = torch.tensor([adapter for _, adapter in different], device=device)
     temperatures = torch.tensor([[request.temperature] for request in requests], device=device)
     config = model.config.get_text_config()
-    cache, own_mask = DynamicCache(config=config), sees_all(config)
+    cache, own_mask, recorder = DynamicCache(config=config), sees_all(config), policy.recorder
     mask = real[:, :length].long() if padded else None
     sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
+    recorder.able &= not sharded  # such layers gather their weights by themselves
+    least = 2 if on_cpu else 1  # there a row alone, a matrix-vector product, takes longer than two
     with torch.no_grad() if sharded else torch.inference_mode():  # what is gathered in the latter can't be trained on
         logits = next_logits(policy, ids, positions, mask, together(adapted), cache)
+        if len(different) < len(asked):
+            each = torch.tensor([different.index(one) for one in asked], device=device)
+            cache.batch_select_indices(each)
+            logits, positions, real, adapted = (x[each] for x in (logits, positions, real, adapted))
         while True:
             scores = logits[: len(rows)].float() / temperatures[: len(rows)]
             totals = scores.logsumexp(-1)
@@ -109,11 +114,10 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
                 cache.batch_select_indices(kept)
                 positions, real, adapted, temperatures = (x[kept] for x in (positions, real, adapted, temperatures))
             length += 1
-            if own_mask:  # the model takes time to make its own of another
-                mask = real[:, None, None, :length]
-            elif padded:
-                mask = real[:, :length].long()
-            logits = policy.recorder.next_logits(ids, positions, mask, adapted, cache)
+            mask = None
+            if padded or (own_mask and on_cpu):  # a recording needs one; of (B, L) the model takes time to make its own
+                mask = real[:, None, None, :length] if own_mask else real[:, :length].long()
+            logits = recorder.next_logits(ids, positions, mask, adapted, cache)
 
 
 def next_logits(
@@ -145,9 +149,7 @@ def cached(cache: DynamicCache) -> list[Tensor]:
 def fill(cache: DynamicCache, tensors: Sequence[Tensor]) -> DynamicCache:
     """Puts into a cache what `cached` takes out of one."""
     for layer, keys, values in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
     return cache
 
 
@@ -174,9 +176,9 @@ class Recorder:
     def __init__(self, policy: "Policy"):
         model = policy.model.get_base_model()
         config = model.config.get_text_config()
-        scaled = any(kind in str(config.to_dict()) for kind in ("dynamic", "longrope", "num_experts_per_tok"))
+        varying = any(word in str(config.to_dict()) for word in ("dynamic", "longrope", "num_experts_per_tok"))
         self.policy, self.passes, self.proofs = policy, 0, {True: 0, False: 0}
-        self.able = policy.device.type == "cpu" and sees_all(config) and model._can_compile_fullgraph and not scaled
+        self.able = policy.device.type == "cpu" and sees_all(config) and model._can_compile_fullgraph and not varying
         # Frozen, a recording has fewer calls to make, but keeps what it casts weights to: their values of that day.
         self.uncast = len({p.dtype for p in policy.model.parameters()}) == 1
         self.recordings: dict[bool, torch.jit.ScriptModule] = {}
@@ -188,9 +190,11 @@ class Recorder:
             return next_logits(self.policy, ids, positions, mask, together(adapted), cache)
         few, given = len(ids) <= FEW_ROWS, (ids, positions, mask, adapted, *cached(cache))
         if few not in self.recordings:
-            self.recordings[few] = torch.jit.trace(OnePass(self.policy).eval(), given, check_trace=False)
-            if self.uncast:
-                self.recordings[few] = torch.jit.freeze(self.recordings[few], optimize_numerics=False)
+            try:
+                self.recordings[few] = self.record(given)
+            except (RuntimeError, TypeError, ValueError):  # not every model bears it
+                self.able = False
+                return self.next_logits(ids, positions, mask, adapted, cache)
         with torch.jit.optimized_execution(False):
             logits, *after = self.recordings[few](*given)
         if self.proofs[few] < 2:
@@ -201,6 +205,11 @@ class Recorder:
             return right
         fill(cache, after)
         return logits
+
+    def record(self, given: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
+        """A recording of the pass over what is given."""
+        recording = torch.jit.trace(OnePass(self.policy).eval(), given, check_trace=False)
+        return torch.jit.freeze(recording, optimize_numerics=False) if self.uncast else recording
 
 
 def score(policy: "Policy", prompts: Sequence[list[int]], replies: Sequence[Sequence[list[int]]]) -> Tensor:

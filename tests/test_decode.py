@@ -150,6 +150,21 @@ def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monke
     assert policy.recorder.proofs[True] == 2
 
 
+def test_a_prompt_with_several_replies_is_read_once(tiny_folder):
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
+    randomize_adapter(policy)
+    first, second, _ = prompts(policy)
+    asked = [Request(first, 1.0), Request(second, 1.0), Request(first, 1.0), Request(first, 1.0, adapter=False)]
+    rows, model = [], policy.model.get_base_model()
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, given, output: rows.append(len(output)))
+    replies = decode.decode(policy, asked, [1, 2, 3, 4])
+    hook.remove()
+    assert rows[:2] == [3, 4]
+    assert replies[0] != replies[2]
+    for request, seed, reply in zip(asked, [1, 2, 3, 4], replies, strict=True):
+        assert decode.decode(policy, [request], [seed])[0].ids == reply.ids
+
+
 def test_replies_are_the_same_through_either_path(tiny_folder, monkeypatch):
     policy, _ = load_policy(tiny_config(tiny_folder("llama")))
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
@@ -188,6 +203,26 @@ def test_an_interruption_leaves_the_adapters_on(tiny_folder):
     with pytest.raises(KeyboardInterrupt):
         decode.decode(policy, [Request(prompts(policy)[0], 1.0, adapter=False, on_text=interrupt)], [0])
     assert policy.gate.share is True
+
+
+class Untraceable(LlamaForCausalLM):
+    """A model whose code asks for numbers while it runs."""
+
+    def forward(self, input_ids=None, attention_mask=None, **arguments):
+        if torch.jit.is_tracing():
+            raise RuntimeError("data-dependent control flow")
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+
+
+def test_a_model_that_cannot_be_recorded_goes_on_without(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    policy = demo.Policy(LlamaForCausalLM.from_pretrained(folder), tiny_tokenizer(CHATML), tiny_config(folder))
+    requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
+    plain = decode.decode(policy, requests, [1, 2, 3])
+    policy.model.get_base_model().__class__ = Untraceable
+    policy.recorder.passes = decode.RECORDING_PAYS
+    assert decode.decode(policy, requests, [1, 2, 3]) == plain
+    assert not policy.recorder.able
 
 
 class Unwilling(LlamaForCausalLM):

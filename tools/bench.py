@@ -58,6 +58,7 @@ from tools.bench_measure import (  # noqa: E402
     memory_rate,
     multiplication_rate,
     peak_above,
+    profile,
     race,
     timing,
     trim,
@@ -112,8 +113,10 @@ def ppo_step_table(bench: Bench) -> Table:
         f"One PPO step: one sample, prompt {bench.prompt_tokens}, response {bench.response_tokens} tokens",
         "ratio: seconds to this project's. of limit: share of the limit reached, (2 + 4 ppo_epochs) N T FLOP (policy "
         "and reference forward, backward) at the rate of a large matrix product of that dtype. Passes are of one "
-        "sequence through the base. vocabulary tensors: made with V columns and a row for each response token. peak "
-        "MB: above the loaded model. AgileRL builds its own adapters, and has a second set for its critic.",
+        "sequence through the base. vocabulary tensors: made with V columns and a row for each response token. "
+        "products s: in matrix products, attention's among them. tensors MB, peak MB: what the tensors, and what the "
+        "process, fill at the most above the loaded model. AgileRL builds its own adapters, and a second set for its "
+        "critic.",
     )
     return each_model(bench, table, measure_steps)
 
@@ -161,6 +164,8 @@ def measure_step(
         else:
             work.reset()
             made = count(policy.model, lambda arm=arm: arm.run(None), bench.response_tokens)
+            work.reset()
+            made |= profile(lambda arm=arm: arm.run(None))
             work.reset()
             made["peak MB"] = peak_above(lambda arm=arm: arm.run(None))
         share = {"of limit": flop / rate / arm.median}

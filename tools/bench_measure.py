@@ -5,11 +5,14 @@ Nothing here knows this project: the same functions measure every trainer, each 
 
 import contextlib
 import gc
+import json
 import platform
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -170,6 +173,36 @@ def peak_above(run: Callable[[], Any]) -> float:
     with resident_peak() as peak:
         run()
     return (peak[-1] - before) / MB
+
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product")
+
+
+def profile(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds that `run` spends in matrix products, attention's among them, and the most MB that its tensors fill.
+
+    The latter leaves out what an allocator keeps beside them, which `peak_above` has.
+    """
+    import torch
+
+    activity = torch.profiler.ProfilerActivity
+    on_gpu = torch.cuda.is_available()
+    activities = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+        synchronize()
+    products = [event for event in profiler.key_averages() if event.key.startswith(PRODUCTS)]
+    spent = sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in products)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_bytes())["traceEvents"]
+    kind = 1 if on_gpu else 0  # of device, as torch counts them
+    changes = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == kind]
+    changes.sort(key=lambda event: event["ts"])
+    before = changes[0]["args"]["Total Allocated"] - changes[0]["args"]["Bytes"]
+    most = max(event["args"]["Total Allocated"] for event in changes) - before
+    return {"products s": spent / 1e6, "tensors MB": most / MB}
 
 
 # -------------------------------------------------------------------------------------------------------- the machine

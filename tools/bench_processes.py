@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.bench_measure import count, peak_above  # noqa: E402
+from tools.bench_measure import count, peak_above, profile  # noqa: E402
 
 REQUEST = "Tell me something about number {}."
 
@@ -143,7 +143,7 @@ def agilerl(settings: dict[str, Any]) -> None:
 
     def probe(epochs: int) -> dict[str, float]:
         found = count(agent.actor.pretrained_model, lambda: step(epochs), len(response))
-        return found | {"peak MB": peak_above(lambda: step(epochs))}
+        return found | profile(lambda: step(epochs)) | {"peak MB": peak_above(lambda: step(epochs))}
 
     serve({"step": step, "probe": probe})
 
