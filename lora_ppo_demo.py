@@ -979,6 +979,7 @@ def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) 
             with gradient_dropout(policy):
                 forward = token_logprobs_and_values(policy, look.batch)
             metrics, gradients = ppo_gradient(policy, look, forward, update.advantages, update.returns)
+            del forward  # as wide as the vocabulary: the next pass needs the room
         for parameter, gradient in zip(policy.parameters.values(), gradients, strict=True):
             parameter.grad = gradient
         policy.optimizer.step()

@@ -18,6 +18,7 @@ temperature 1.
 
 import argparse
 import contextlib
+import itertools
 import os
 import platform
 import random
@@ -316,16 +317,31 @@ def show(summaries: dict[str, list[dict[str, Any]]], seeds: int) -> None:
     Console(highlight=False, markup=False, emoji=False, width=width).print(table)
 
 
-def verdicts(summaries: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Ours beside each of TRL's arms, and the longest answers, in sentences."""
+def pooled(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of an arm's runs, those of all seeds as one."""
+    return [
+        {"step": points[0]["step"], "right": [hit for point in points for hit in point["right"]]}
+        for points in zip(*(run["points"] for run in runs), strict=True)
+    ]
+
+
+def difference_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
+    """The 95 % interval of (first accuracy - second accuracy) on the same samples."""
+    cells = list(zip(first, second, strict=True))
+    return newcombe_interval(*(cells.count(cell) for cell in itertools.product((True, False), repeat=2)))
+
+
+def verdicts(summaries: dict[str, list[dict[str, Any]]], runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Ours beside each of TRL's arms, with paired 95 % intervals, and the longest answers, in sentences."""
     ours = summaries["ours"]
     lines = [f"longest held-out answer: {ours[0]['most_tokens']} tokens before, {ours[-1]['most_tokens']} after"]
     for arm in [arm for arm in summaries if arm != "ours"]:
         theirs = summaries[arm]
-        points = [
-            f"{100 * (a['accuracy'] - b['accuracy']):+.1f} points after {a['step']}"
-            for a, b in list(zip(ours, theirs, strict=True))[1:]
-        ]
+        points = []
+        for a, b in list(zip(pooled(runs["ours"]), pooled(runs[arm]), strict=True))[1:]:
+            low, high = difference_interval(a["right"], b["right"])
+            difference = fmean(a["right"]) - fmean(b["right"])
+            points.append(f"{100 * difference:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}) after {a['step']}")
         share = ours[-1]["seconds"] / theirs[-1]["seconds"]
         in_steps = ours[-1]["seconds_in_steps"] / theirs[-1]["seconds_in_steps"]
         lines.append(
@@ -344,16 +360,10 @@ def control_verdicts(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every seed and point of a control run, and for all seeds together: is it within the base's interval?"""
     rows = []
     seeds = [(str(run["seed"]), run["points"]) for run in runs]
-    pooled = [
-        {"step": points[0]["step"], "right": [hit for point in points for hit in point["right"]]}
-        for points in zip(*(points for _, points in seeds), strict=True)
-    ]
-    for seed, points in [*seeds, ("all", pooled)]:
+    for seed, points in [*seeds, ("all", pooled(runs))]:
         base = points[0]["right"]
         low, high = wilson_interval(sum(base), len(base))
         for point in points[1:]:
-            cells = list(zip(point["right"], base, strict=True))
-            table = [cells.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False))]
             rows.append(
                 {
                     "seed": seed,
@@ -362,7 +372,7 @@ def control_verdicts(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "base_interval": (low, high),
                     "accuracy": fmean(point["right"]),
                     "inside": low <= fmean(point["right"]) <= high,
-                    "difference_interval": newcombe_interval(*table),
+                    "difference_interval": difference_interval(point["right"], base),
                 }
             )
     return rows
@@ -434,7 +444,7 @@ def main() -> int:
     if arguments.control:
         record["control"] = control_verdicts(runs["ours"])
         show_control(record["control"])
-    for line in verdicts(summaries):
+    for line in verdicts(summaries, runs):
         print(line)
     write_json(Path(arguments.output), record)
     return 0
