@@ -1933,7 +1933,7 @@ def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
     else:
         those = "this answer is" if run.config.batch_size == 1 else "these answers together are"
         terminal.say(
-            f"Step {line['step']} took {line['seconds']:.2f} s and moved the policy by {line['step_kl']:.4f} nats per "
+            f"Step {line['step']} took {line['seconds']:.2f} s and moved the policy by {line['step_kl']:.2g} nats per "
             f"token: {those} now {line['likelihood_ratio']:.3g} times as likely.",
             "dim",
         )
