@@ -4,8 +4,12 @@ import json
 import math
 
 import pytest
+import torch
 
+from config import Config
+from lora_ppo_demo import collate, load_policy, ppo_step
 from tools import bench
+from tools.bench_measure import MB, profile
 
 
 @pytest.fixture
@@ -50,3 +54,31 @@ def test_passes_and_tensors_of_a_step(setup):
     row = bench.ppo_step_table(setup).rows[0]
     assert (row["forward passes"], row["backward passes"]) == (3, 1)
     assert row["vocabulary tensors"] > 0
+
+
+def test_a_profile_counts_live_tensors_and_products():
+    a = torch.ones(1000, 1000)
+
+    def run():
+        for _ in range(3):  # one at a time: 4 MB each, and 1 MB beside the last
+            b = a @ a
+            del b
+        c = a + 1
+        return c, torch.zeros(250_000)
+
+    found = profile(run)
+    assert found["tensors MB"] == pytest.approx(5.0, abs=0.1)
+    assert found["products s"] > 0
+    assert profile(lambda: a + 1)["products s"] == 0
+
+
+def test_a_step_of_more_epochs_keeps_one_distribution_more():
+    """As wide as the vocabulary: that of the sampled policy, beside the pass at hand. Not that of the pass before."""
+    policy, _ = load_policy(Config(device="cpu", target_kl=1e9))
+    batch = collate([[300] * 150], [[301] * 256], policy.pad_id, policy.device)
+    wide = 256 * policy.head.weight.shape[0] * 4 / MB
+    peaks = []
+    for policy.config.ppo_epochs in (1, 3):
+        ppo_step(policy, batch, [1.0])
+        peaks.append(profile(lambda: ppo_step(policy, batch, [1.0]))["tensors MB"])
+    assert peaks[1] < peaks[0] + 1.5 * wide

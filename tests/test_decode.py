@@ -225,6 +225,15 @@ def test_a_model_that_cannot_be_recorded_goes_on_without(tmp_path):
     assert not policy.recorder.able
 
 
+def test_sharded_layers_are_not_recorded(tiny_folder):
+    """What FSDP makes of a weight can be told by its `to_local`; such layers gather it anew for every pass."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
+    policy.model.get_input_embeddings().weight.to_local = None
+    policy.recorder.passes = decode.RECORDING_PAYS
+    decode.decode(policy, [Request(prompts(policy)[0], 1.0)], [1])
+    assert not policy.recorder.recordings
+
+
 class Unwilling(LlamaForCausalLM):
     """A model without the arguments that the loop needs, as older remote architectures are."""
 

@@ -598,3 +598,23 @@ def test_trl_must_be_there_and_be_the_version_that_is_compared(bench, tmp_path, 
     monkeypatch.delitem(sys.modules, "trl", raising=False)
     assert (status, record) == (2, None)
     assert "holds trl 0.12.0, expected 0.11.4" in output
+
+
+def test_verdicts_compare_sample_by_sample():
+    """Two seeds of three samples; both are right on three, ours alone on two, TRL's alone on one."""
+
+    def run(*right):
+        points = [
+            {"step": step, "right": hits, "states_fact": 0, "mean_tokens": 9.0, "most_tokens": 9}
+            for step, hits in enumerate(right)
+        ]
+        return {"seed": 0, "points": [point | {"seconds": {"steps": 1.0}} for point in points]}
+
+    none = [False] * 3
+    runs = {
+        "ours": [run(none, [True, True, True]), run(none, [True, True, False])],
+        "trl": [run(none, [True, False, True]), run(none, [True, False, True])],
+    }
+    summaries = {arm: bench_learning.summary(runs[arm]) for arm in runs}
+    low, high = (f"{100 * bound:+.1f}" for bound in evaluate.newcombe_interval(3, 2, 1, 0))
+    assert f"+16.7 points ({low} to {high}) after 1" in " ".join(bench_learning.verdicts(summaries, runs))
