@@ -10,16 +10,18 @@ Every reply is drawn from a generator of its own: it is the same reply whatever 
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 if TYPE_CHECKING:
-    from lora_ppo_demo import Policy, Request
+    from lora_ppo_demo import Batch, Policy, Request
+
+Item = TypeVar("Item", bound=Hashable)
 
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 TOP = 64  # tokens among which the nucleus is looked for first
@@ -83,7 +85,7 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
     rows = [Row(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
     replies = [row.reply for row in rows]
     asked = [(tuple(request.prompt_ids), request.adapter) for request in requests]
-    different = list(dict.fromkeys(asked))  # a prompt with several replies is read once
+    different, which = distinct(asked)  # a prompt with several replies is read once
     ids, real, positions = padded_left(policy, [prompt for prompt, _ in different], policy.config.max_new_tokens)
     padded, length, on_cpu = not bool(real.all()), ids.shape[1], device.type == "cpu"
     adapted = torch.tensor([adapter for _, adapter in different], device=device)
@@ -91,13 +93,13 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
     config = model.config.get_text_config()
     cache, own_mask, recorder = DynamicCache(config=config), sees_all(config), policy.recorder
     mask = real[:, :length].long() if padded else None
-    sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
-    recorder.able &= not sharded  # such layers gather their weights by themselves
+    gathered = sharded(policy)
+    recorder.able &= not gathered
     least = 2 if on_cpu else 1  # there a row alone, a matrix-vector product, takes longer than two
-    with torch.no_grad() if sharded else torch.inference_mode():  # what is gathered in the latter can't be trained on
+    with torch.no_grad() if gathered else torch.inference_mode():  # what is gathered in the latter can't be trained on
         logits = next_logits(policy, ids, positions, mask, together(adapted), cache)
         if len(different) < len(asked):
-            each = torch.tensor([different.index(one) for one in asked], device=device)
+            each = torch.tensor(which, device=device)
             cache.batch_select_indices(each)
             logits, positions, real, adapted = (x[each] for x in (logits, positions, real, adapted))
         while True:
@@ -134,6 +136,12 @@ def next_logits(
             logits_to_keep=1,
         )
     return output.logits[:, -1]
+
+
+def distinct(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
+    """The different ones among `items`, and for each item which of those it is."""
+    places = {item: place for place, item in enumerate(dict.fromkeys(items))}
+    return list(places), [places[item] for item in items]
 
 
 def together(adapted: Tensor) -> bool | Tensor:
@@ -212,31 +220,41 @@ class Recorder:
         return torch.jit.freeze(recording, optimize_numerics=False) if self.uncast else recording
 
 
-def score(policy: "Policy", prompts: Sequence[list[int]], replies: Sequence[Sequence[list[int]]]) -> Tensor:
-    """Log-probability (B, N), at temperature 1, of the base model giving each of N replies to each of B prompts.
+def read_by_prompt(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | None:
+    """`Policy.read` on the response positions of a batch, (B, T, V) and (B, T, H), each prompt read once.
 
-    A prompt is read once for all its replies.
+    A group of answers to one prompt then costs the prompt once, forward and backward: gradients reach it through the
+    cache. None where fewer than half of the prompts could be spared, or the model is none for it.
     """
-    model, count = policy.model.get_base_model(), len(replies[0])
-    flat = [reply for those in replies for reply in those]
-    longest = max(map(len, flat))
-    rows = [reply + [policy.pad_id] * (longest - len(reply)) for reply in flat]
-    tokens = torch.tensor(rows, device=policy.device)  # (B N, T)
-    ids, real, positions = padded_left(policy, prompts, longest - 1)
-    cache = DynamicCache(config=model.config.get_text_config())
+    model, count = policy.model.get_base_model(), len(batch.input_ids)
+    config, begin = model.config.get_text_config(), batch.input_ids.shape[1] - batch.response_mask.shape[1] - 1
+    if count < 2 or begin < 1 or not takes(policy):
+        return None
+    if sharded(policy) or model.is_activation_checkpointing:  # layers that are recomputed fill no cache
+        return None
+    rows = batch.input_ids.masked_fill(~batch.attention_mask, -1)[:, :begin].tolist()  # all but a prompt's last token
+    different, which = distinct([tuple(row) for row in rows])
+    if 2 * len(different) > count:
+        return None
+    prompts, cache = torch.tensor(different, device=policy.device), DynamicCache(config=config)
+    real = prompts >= 0
     reading = {"past_key_values": cache, "use_cache": True}
-    with torch.no_grad(), policy.adapter(False):
-        mask = real[:, : ids.shape[1]].long()
-        first = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **reading).logits
-        cache.batch_repeat_interleave(count)
-        mask = real.repeat_interleave(count, 0).long()
-        after = positions[:, -1:].repeat_interleave(count, 0) + torch.arange(1, longest, device=policy.device)
-        rest = model(input_ids=tokens[:, :-1], attention_mask=mask, position_ids=after, **reading).logits
-    logp = torch.cat([first.repeat_interleave(count, 0), rest], 1).float().log_softmax(-1)  # (B N, T, V)
-    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    lengths = torch.tensor([len(reply) for reply in flat], device=policy.device)
-    told = torch.arange(longest, device=policy.device) < lengths.unsqueeze(1)
-    return logprobs.masked_fill(~told, 0.0).sum(-1).view(len(prompts), count)
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    model(
+        input_ids=prompts.clamp(min=0), attention_mask=real.long(), position_ids=positions, logits_to_keep=1, **reading
+    )
+    cache.batch_select_indices(torch.tensor(which, device=policy.device))
+    return policy.read(
+        input_ids=batch.input_ids[:, begin:-1],
+        attention_mask=batch.attention_mask[:, :-1].long(),
+        position_ids=batch.positions[:, begin:-1],
+        **reading,
+    )
+
+
+def sharded(policy: "Policy") -> bool:
+    """Whether the layers gather their weights from several processes when they are called (FSDP)."""
+    return hasattr(policy.layers[0].get_base_layer().weight, "to_local")
 
 
 def padded_left(policy: "Policy", prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Tensor, Tensor]:

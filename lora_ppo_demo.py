@@ -287,6 +287,15 @@ class Policy:
         finally:
             self.gate.share = before
 
+    def read(self, **inputs: Any) -> tuple["Tensor", "Tensor"]:
+        """What the model makes of its inputs: logits (B, K, V), and the hidden states (B, K, H) under them."""
+        hidden: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+        try:
+            return self.model(**inputs).logits, hidden[0]
+        finally:
+            hook.remove()
+
     def tensors(self) -> dict[str, "Tensor"]:
         """Everything that training changes, by name: adapter, value head, and the optimizer's slots for both."""
         tensors = {f"parameter.{name}": p.data for name, p in self.parameters.items()}
@@ -734,27 +743,16 @@ def option_probabilities(policy: Policy, chats: Sequence[list[Message]], options
 
     A reply is scored whole, its end token included, so that no option gains by beginning like another.
     """
-    import decode
-
-    prompts = [encode_chat(policy.tokenizer, messages) for messages in chats]
-    candidates = [[[*encode_text(policy.tokenizer, text), policy.end_id] for text in texts] for texts in options]
-    score = decode.score if decode.takes(policy) else plain_score
-    return score(policy, prompts, candidates).softmax(-1)
-
-
-def plain_score(policy: Policy, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]]) -> "Tensor":
-    """Log-probability (B, N), at temperature 1, of the base model giving each of N replies to each of B prompts."""
     import torch
 
-    n = len(candidates[0])
-    flat = [reply for those in candidates for reply in those]
-    batch = collate([prompt for prompt in prompts for _ in range(n)], flat, policy.pad_id, policy.device)
+    prompts = [encode_chat(policy.tokenizer, messages) for messages in chats]
+    told = [[*encode_text(policy.tokenizer, text), policy.end_id] for texts in options for text in texts]
+    asked = [prompt for prompt, texts in zip(prompts, options, strict=True) for _ in texts]
+    batch = collate(asked, told, policy.pad_id, policy.device)
     with torch.no_grad():
-        _, _, logp = token_logprobs_and_values(policy, batch, adapter=False)
-    logp = (logp * policy.config.temperature).log_softmax(-1)  # (B N, T, V), at temperature 1
-    tokens = batch.input_ids[:, -logp.shape[1] :].unsqueeze(-1)
-    logprobs = logp.gather(-1, tokens).squeeze(-1).masked_fill(~batch.response_mask, 0.0)
-    return logprobs.sum(-1).view(len(prompts), n)
+        logprobs, _, _ = token_logprobs_and_values(policy, batch, adapter=False, temperature=1.0)
+    scores = logprobs.masked_fill(~batch.response_mask, 0.0).sum(-1)
+    return scores.view(len(chats), -1).softmax(-1)
 
 
 # The simulated learner: the base model in a learner's role, blind to the key, reads an answer and takes the quiz.
@@ -790,6 +788,11 @@ class Batch:
     attention_mask: "Tensor"  # (B, P + T), True on what is no padding
     response_mask: "Tensor"  # (B, T)
 
+    @property
+    def positions(self) -> "Tensor":
+        """How many real tokens stand before each (B, P + T); 0 on the padding at the left."""
+        return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+
 
 def collate(
     prompts: Sequence[Sequence[int]],
@@ -812,35 +815,31 @@ def collate(
 
 
 def token_logprobs_and_values(
-    policy: Policy, batch: Batch, adapter: bool = True
+    policy: Policy, batch: Batch, adapter: bool = True, temperature: float | None = None
 ) -> tuple["Tensor", "Tensor", "Tensor"]:
     """Log-probabilities (B, T) of the response tokens, values (B, T), and the log-probabilities of all (B, T, V).
 
-    They are float32 and of softmax(logits / temperature). Column t is what was known before response token t was
-    written. Logits exist for response positions only.
+    They are float32 and of softmax(logits / temperature), by default the configured one. Column t is what was known
+    before response token t was written. Logits exist for response positions only.
     """
     import torch
 
+    import decode
     import ppo
 
     width, t = batch.input_ids.shape[1], batch.response_mask.shape[1]
-    hidden: list[Tensor] = []
-    hook = policy.head.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
-    try:
-        with policy.adapter(adapter):
-            output = policy.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask.long(),
-                position_ids=(batch.attention_mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=False,
-                logits_to_keep=torch.arange(width - t - 1, width - 1, device=policy.device),
-            )
-    finally:
-        hook.remove()
-    logprobs, logp = ppo.chosen_logprobs(output.logits, batch.input_ids[:, -t:], policy.config.temperature)
+    with policy.adapter(adapter):
+        logits, hidden = decode.read_by_prompt(policy, batch) or policy.read(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask.long(),
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=torch.arange(width - t - 1, width - 1, device=policy.device),
+        )
+    logprobs, logp = ppo.chosen_logprobs(logits, batch.input_ids[:, -t:], temperature or policy.config.temperature)
     # The value loss trains the head alone. Through the adapters its gradient, the largest one where a policy that is
     # sure of its answers meets a wrong one, would shake the policy.
-    values = policy.value_head(hidden[0].detach().float()).squeeze(-1)  # (B, T)
+    values = policy.value_head(hidden.detach().float()).squeeze(-1)  # (B, T)
     return logprobs, values, logp
 
 

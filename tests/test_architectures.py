@@ -272,16 +272,16 @@ def test_option_probabilities_are_the_base_models(folder):
 
 def test_an_option_ends_as_the_template_ends_a_reply_and_its_special_tokens_stay_text(tiny_folder, monkeypatch):
     """Hubs list several end tokens, and the first is often not the one that ends a turn of a chat."""
-    import decode
+    import lora_ppo_demo
 
     policy = tiny_policy(tiny_folder("llama"))
     end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
     policy.model.generation_config.eos_token_id = [policy.tokenizer.convert_tokens_to_ids("<|pad|>"), end]
-    seen, real = [], decode.score
-    monkeypatch.setattr(decode, "score", lambda *given: seen.append(given[2]) or real(*given))
+    seen, real = [], lora_ppo_demo.collate
+    monkeypatch.setattr(lora_ppo_demo, "collate", lambda *given: seen.append(given[1]) or real(*given))
     options = ("Paris", "Ro<|im_end|>me", "Madrid", "Berlin")
     option_probabilities(policy, [chat(SOLVER_PROMPT, quiz_text(QUESTION, options))], [options])
-    for reply, option in zip(seen[0][0], options, strict=True):
+    for reply, option in zip(seen[0], options, strict=True):
         assert reply[-1] == end
         assert end not in reply[:-1]
         assert policy.tokenizer.decode(reply[:-1]) == option

@@ -66,12 +66,70 @@ def test_recorded_logprobs_are_those_of_a_forward_pass(policy):
         torch.testing.assert_close(torch.tensor(reply.logprobs), row[mask], atol=1e-4, rtol=0)
 
 
-def test_replies_are_scored_as_by_a_forward_pass(policy):
-    """Prompts and replies of unequal length; the adapters, which would change the scores, are off."""
-    candidates = [[[7, 9, 4], [5], [11, 12, 13, 14, 15]], [[3, 4], [8, 8, 8], [20]], [[1, 2], [2, 1], [40, 41, 42, 43]]]
-    scores = decode.score(policy, prompts(policy), candidates)
-    torch.testing.assert_close(scores, demo.plain_score(policy, prompts(policy), candidates), atol=1e-4, rtol=1e-5)
-    assert scores.shape == (3, 3)
+# ------------------------------------------------------------------------------------------- prompts with many answers
+
+ANSWERS = [[7, 9, 4], [5], [11, 12, 13, 14, 15, 16], [3, 4], [8, 8, 8], [20], [1], [2, 1]]
+
+
+def measured(policy, batch, adapter: bool = True) -> tuple[list[torch.Tensor], int]:
+    """What a forward pass says of the real response tokens, the gradient of it all; and the tokens that it took."""
+    taken, mask = [], batch.response_mask
+    layer = policy.model.get_base_model().get_decoder().layers[0]
+    hook = layer.register_forward_hook(lambda module, inputs, output: taken.append(inputs[0][..., 0].numel()))
+    policy.optimizer.zero_grad()
+    torch.nn.init.constant_(policy.value_head.weight, 0.1)
+    logprobs, values, logp = demo.token_logprobs_and_values(policy, batch, adapter=adapter)
+    (logprobs[mask].sum() + values[mask].sum()).backward()
+    hook.remove()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters.values()]
+    return [x.detach()[mask] for x in (logprobs, values, logp)] + gradients, sum(taken)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_prompt_with_several_answers_is_read_once(policy, adapter, monkeypatch):
+    """Answers and prompts of unequal length, one prompt a single token, groups that do not lie together."""
+    asked = [*prompts(policy)[:2], [9]]
+    batch = collate([asked[i % 3] for i in range(8)], ANSWERS, policy.pad_id, policy.device)
+    shared, few = measured(policy, batch, adapter)
+    monkeypatch.setattr(decode, "read_by_prompt", lambda *_: None)
+    plain, many = measured(policy, batch, adapter)
+    longest = max(map(len, asked))
+    assert (few, many) == (3 * (longest - 1) + 8 * 6, 8 * (longest + 6))
+    for ours, theirs in zip(shared, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert max(x.abs().max() for x in plain[3:]) > 0.1
+
+
+def test_prompts_are_read_as_they_are_where_few_rows_share_them_and_in_layers_of_other_kinds(tiny_folder):
+    """Layers that are recomputed fill no cache; those that gather their weights must all make the same passes."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
+    first, second, third = prompts(policy)
+    for asked, shared in (([first, first, second], False), ([first, first, second, third], False), ([first] * 2, True)):
+        batch = collate(asked, ANSWERS[: len(asked)], policy.pad_id, policy.device)
+        assert (decode.read_by_prompt(policy, batch) is not None) is shared
+    policy.model.get_base_model().gradient_checkpointing_enable()
+    assert decode.read_by_prompt(policy, batch) is None
+    policy.model.get_base_model().gradient_checkpointing_disable()
+    assert decode.read_by_prompt(policy, batch) is not None
+    policy.layers[0].get_base_layer().weight.to_local = None
+    assert decode.read_by_prompt(policy, batch) is None
+
+
+def test_padding_that_is_a_real_token_elsewhere_makes_no_two_prompts_one(tiny_folder):
+    """[pad] 5 and a real pad token before 5 look the same in the ids alone."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
+    randomize_adapter(policy)
+    asked = [[5, 6], [5, 6], [policy.pad_id, 5, 6], [policy.pad_id, 5, 6]]
+    answers = ANSWERS[2:4] * 2
+    batch = collate(asked, answers, policy.pad_id, policy.device)
+    assert decode.read_by_prompt(policy, batch) is not None
+    logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
+    for row, prompt, answer in zip(logprobs, asked, answers, strict=True):
+        alone, _, _ = demo.token_logprobs_and_values(policy, collate([prompt], [answer], policy.pad_id, policy.device))
+        torch.testing.assert_close(row[: len(answer)], alone[0], atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- the batch
 
 
 def test_a_reply_does_not_depend_on_what_is_written_beside_it(tiny_folder):
@@ -228,7 +286,7 @@ def test_a_model_that_cannot_be_recorded_goes_on_without(tmp_path):
 def test_sharded_layers_are_not_recorded(tiny_folder):
     """What FSDP makes of a weight can be told by its `to_local`; such layers gather it anew for every pass."""
     policy, _ = load_policy(tiny_config(tiny_folder("llama")))
-    policy.model.get_input_embeddings().weight.to_local = None
+    policy.layers[0].get_base_layer().weight.to_local = None
     policy.recorder.passes = decode.RECORDING_PAYS
     decode.decode(policy, [Request(prompts(policy)[0], 1.0)], [1])
     assert not policy.recorder.recordings
