@@ -10,13 +10,15 @@ Every reply is drawn from a generator of its own: it is the same reply whatever 
 """
 
 import inspect
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
     from lora_ppo_demo import Batch, Policy, Request
@@ -26,7 +28,8 @@ Item = TypeVar("Item", bound=Hashable)
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 TOP = 64  # tokens among which the nucleus is looked for first
 FEW_ROWS = 16  # so many rows at most are taken as W x^T; above, x W^T is as fast
-RECORDING_PAYS = 256  # after so many passes: to record one takes as long as it saves on as many
+RECORDING_PAYS = {"cpu": 256, "cuda": 16}  # after so many passes: to record one takes as long as it saves on as many
+ROOM = 256  # a CUDA graph has room for a multiple of so many tokens
 
 
 @dataclass
@@ -87,7 +90,7 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
     asked = [(tuple(request.prompt_ids), request.adapter) for request in requests]
     different, which = distinct(asked)  # a prompt with several replies is read once
     ids, real, positions = padded_left(policy, [prompt for prompt, _ in different], policy.config.max_new_tokens)
-    padded, length, on_cpu = not bool(real.all()), ids.shape[1], device.type == "cpu"
+    padded, length = not bool(real.all()), ids.shape[1]
     adapted = torch.tensor([adapter for _, adapter in different], device=device)
     temperatures = torch.tensor([[request.temperature] for request in requests], device=device)
     config = model.config.get_text_config()
@@ -95,7 +98,6 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
     mask = real[:, :length].long() if padded else None
     gathered = sharded(policy)
     recorder.able &= not gathered
-    least = 2 if on_cpu else 1  # there a row alone, a matrix-vector product, takes longer than two
     with torch.no_grad() if gathered else torch.inference_mode():  # what is gathered in the latter can't be trained on
         logits = next_logits(policy, ids, positions, mask, together(adapted), cache)
         if len(different) < len(asked):
@@ -109,7 +111,8 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
             going = [i for i, row in enumerate(rows) if not row.done]
             if not going:
                 return replies
-            kept = going if len(going) >= least else going * least
+            count = recorder.rows_for(len(going))
+            kept = (going * count)[:count]
             ids, positions = torch.tensor([[tokens[i]] for i in kept], device=device), positions[:, -1:] + 1
             if len(going) < len(rows) or len(kept) > len(real):
                 rows, kept = [rows[i] for i in going], torch.tensor(kept, device=device)
@@ -117,9 +120,9 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
                 positions, real, adapted, temperatures = (x[kept] for x in (positions, real, adapted, temperatures))
             length += 1
             mask = None
-            if padded or (own_mask and on_cpu):  # a recording needs one; of (B, L) the model takes time to make its own
+            if padded or own_mask:  # a recording needs one; of (B, L) the model takes time to make its own
                 mask = real[:, None, None, :length] if own_mask else real[:, :length].long()
-            logits = recorder.next_logits(ids, positions, mask, adapted, cache)
+            logits = recorder.next_logits(ids, positions, mask, adapted, cache, room=real.shape[1])
 
 
 def next_logits(
@@ -173,51 +176,147 @@ class OnePass(torch.nn.Module):
         return next_logits(self.policy, ids, positions, mask, adapted, cache), *cached(cache)
 
 
-class Recorder:
-    """Takes a policy's passes over one token of each row; on a CPU it records one, and plays it from then on.
+class FixedLayer(DynamicLayer):
+    """A layer of a cache whose keys and values stay where they are: those of a new token are written at `place`."""
 
-    Its operations then run without the Python around them, which is most of a small model's time. torch.jit.trace is
-    deprecated, but all that replaces it needs a C++ compiler. Few rows and many take different ways (`FEW_ROWS`) and
-    have a recording each. One is played only after it gave the model's own numbers, bit for bit, at two lengths.
+    def __init__(self, keys: Tensor, values: Tensor, place: Tensor):
+        super().__init__()
+        self.keys, self.values, self.place, self.is_initialized = keys, values, place, True
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.place, keys)
+        self.values.index_copy_(2, self.place, values)
+        return self.keys, self.values
+
+
+class Graph:
+    """`OnePass` as a CUDA graph: its thousands of kernels are started as one.
+
+    A graph reads and writes where it was captured. So its tensors are its own; only those of the cache, `kept`, with
+    room for more tokens and perhaps more rows, it may share with graphs of more rows. What it returns of the cache are
+    views of them, and given those again it has nothing to copy.
+    """
+
+    def __init__(self, policy: "Policy", given: Sequence[Tensor], kept: Sequence[Tensor]):
+        ids, positions, mask, adapted, *_ = given
+        self.policy, self.kept = policy, [x[: len(ids)] for x in kept]
+        self.ids, self.positions, self.adapted = (torch.clone(x) for x in (ids, positions, adapted))
+        self.mask = mask.new_zeros(*mask.shape[:-1], kept[0].shape[2])
+        self.place = torch.zeros(1, dtype=torch.long, device=policy.device)
+        self.cache = DynamicCache()
+        self.cache.layers = [
+            FixedLayer(*pair, self.place) for pair in zip(self.kept[::2], self.kept[1::2], strict=True)
+        ]
+        self.put(*given)
+        self.play = self.captured() if policy.device.type == "cuda" else self.run
+
+    def run(self) -> None:
+        self.logits = next_logits(self.policy, self.ids, self.positions, self.mask, self.adapted, self.cache)
+
+    def captured(self) -> Callable[[], None]:
+        """What plays a capture of `run`, which has to be warm before."""
+        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.run()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.run()
+        return graph.replay
+
+    def put(self, ids: Tensor, positions: Tensor, mask: Tensor, adapted: Tensor, *before: Tensor) -> int:
+        """Copies what is given to where the graph reads it; returns the length of the cache."""
+        length = before[0].shape[2]
+        if before[0].data_ptr() != self.kept[0].data_ptr():
+            for own, x in zip(self.kept, before, strict=True):
+                own[:, :, :length] = x
+        for own, x in ((self.ids, ids), (self.positions, positions), (self.adapted, adapted)):
+            own.copy_(x)
+        self.mask.zero_()
+        self.mask[..., : length + 1] = mask
+        self.place.fill_(length)
+        return length
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+        length = self.put(*given)
+        self.play()
+        return self.logits, *(x[:, :, : length + 1] for x in self.kept)
+
+
+def wide_cache(given: Sequence[Tensor], room: int) -> list[Tensor]:
+    """Tensors like those of the cache in what is given to `OnePass`, with room for so many tokens."""
+    return [x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in given[4:]]
+
+
+class Recorder:
+    """Takes a policy's passes over one token of each row; after a while it records one, and plays it from then on.
+
+    On a GPU that saves the launches of the kernels (`Graph`), on a CPU the Python around the operations, which is most
+    of a small model's time. There it is torch.jit.trace, which is deprecated, but all that replaces it needs a C++
+    compiler; few rows and many take different ways (`FEW_ROWS`) and have a recording each. A recording is played only
+    after it gave the model's own numbers at two lengths: on a CPU bit for bit, on a GPU up to the rounding of 16 bits.
     """
 
     def __init__(self, policy: "Policy"):
         model = policy.model.get_base_model()
         config = model.config.get_text_config()
         varying = any(word in str(config.to_dict()) for word in ("dynamic", "longrope", "num_experts_per_tok"))
-        self.policy, self.passes, self.proofs = policy, 0, {True: 0, False: 0}
-        self.able = policy.device.type == "cpu" and sees_all(config) and model._can_compile_fullgraph and not varying
+        self.policy, self.kind, self.passes = policy, policy.device.type, 0
+        self.pays = RECORDING_PAYS.get(self.kind)  # None: never
+        self.able = self.pays is not None and sees_all(config) and model._can_compile_fullgraph and not varying
         # Frozen, a recording has fewer calls to make, but keeps what it casts weights to: their values of that day.
         self.uncast = len({p.dtype for p in policy.model.parameters()}) == 1
-        self.recordings: dict[bool, torch.jit.ScriptModule] = {}
+        self.recordings: dict[Hashable, Callable] = {}
+        self.proofs: Counter[Hashable] = Counter()
 
-    def next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, adapted: Tensor, cache) -> Tensor:
-        """As the function of that name; `ids` are (B, 1)."""
+    def rows_for(self, count: int) -> int:
+        """How many rows a pass for `count` of them best has."""
+        if self.kind == "cpu":
+            return max(count, 2)  # a row alone, a matrix-vector product, takes longer than two
+        return 1 << (count - 1).bit_length() if self.able else count  # so that few graphs do
+
+    def next_logits(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, adapted: Tensor, cache: DynamicCache, room: int
+    ) -> Tensor:
+        """As the function of that name; `ids` are (B, 1), and there will be no more than `room` tokens in the cache."""
         self.passes += 1
-        if not self.able or self.passes < RECORDING_PAYS:
+        if not self.able or self.passes < self.pays:
             return next_logits(self.policy, ids, positions, mask, together(adapted), cache)
-        few, given = len(ids) <= FEW_ROWS, (ids, positions, mask, adapted, *cached(cache))
-        if few not in self.recordings:
-            try:
-                self.recordings[few] = self.record(given)
-            except (RuntimeError, TypeError, ValueError):  # not every model bears it
-                self.able = False
-                return self.next_logits(ids, positions, mask, adapted, cache)
-        with torch.jit.optimized_execution(False):
-            logits, *after = self.recordings[few](*given)
-        if self.proofs[few] < 2:
+        given = ids, positions, mask, adapted, *cached(cache)
+        case = len(ids) <= FEW_ROWS if self.kind == "cpu" else (-(-room // ROOM) * ROOM, len(ids))
+        try:
+            if case not in self.recordings:
+                self.recordings[case] = self.record(given, case)
+            with torch.jit.optimized_execution(False):
+                logits, *after = self.recordings[case](*given)
+        except (RuntimeError, TypeError, ValueError):  # not every model bears it
+            self.able = False
+            return self.next_logits(ids, positions, mask, adapted, cache, room)
+        if self.proofs[case] < 2:
             right = next_logits(self.policy, ids, positions, mask, together(adapted), cache)
             played = zip([right, *cached(cache)], [logits, *after], strict=True)
-            self.able = all(torch.equal(a, b) for a, b in played)
-            self.proofs[few] += 1
+            self.able = all(self.same(a, b) for a, b in played)
+            self.proofs[case] += 1
             return right
         fill(cache, after)
         return logits
 
-    def record(self, given: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
+    def record(self, given: tuple[Tensor, ...], case: Hashable) -> Callable:
         """A recording of the pass over what is given."""
+        if self.kind != "cpu":
+            room, rows = case
+            wider = [graph for (tokens, most), graph in self.recordings.items() if tokens == room and most > rows]
+            return Graph(self.policy, given, wider[0].kept if wider else wide_cache(given, room))
         recording = torch.jit.trace(OnePass(self.policy).eval(), given, check_trace=False)
         return torch.jit.freeze(recording, optimize_numerics=False) if self.uncast else recording
+
+    def same(self, right: Tensor, played: Tensor) -> bool:
+        """Whether a recording gave what it should."""
+        if self.kind == "cpu":
+            return torch.equal(right, played)
+        return bool((right - played).abs().max() <= 0.02 * right.abs().max())
 
 
 def read_by_prompt(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | None:

@@ -53,13 +53,18 @@ class ChosenLogprobs(torch.autograd.Function):
     def backward(ctx, chosen_grad: Tensor | None, grad: Tensor | None) -> tuple[Tensor, None, None]:
         # The gradient of log softmax at token k, with respect to the logits, is onehot(k) - softmax.
         logp, tokens = ctx.saved_tensors
+        result = torch.empty(logp.shape, dtype=ctx.dtype, device=logp.device)
         chosen_grad = torch.zeros_like(logp[..., 0]) if chosen_grad is None else chosen_grad
-        weight = chosen_grad.unsqueeze(-1) if grad is None else chosen_grad.unsqueeze(-1) + grad.sum(-1, keepdim=True)
-        result = torch.exp(logp).mul_(-weight / ctx.temperature)
-        result.scatter_add_(-1, tokens, chosen_grad.unsqueeze(-1) / ctx.temperature)
-        if grad is not None:
-            result.add_(grad, alpha=1 / ctx.temperature)
-        return result.to(ctx.dtype), None, None
+        weight = chosen_grad if grad is None else chosen_grad + grad.sum(-1)
+        split = pieces(logp)
+        columns = [x.reshape(-1, 1).split(len(split[0])) for x in (tokens, chosen_grad, weight)]
+        more = [None] * len(split) if grad is None else pieces(grad)
+        for rows, out, k, chosen, all_of_row, given in zip(split, pieces(result), *columns, more, strict=True):
+            piece = torch.exp(rows).mul_(-all_of_row).scatter_add_(-1, k, chosen)
+            if given is not None:
+                piece += given
+            torch.div(piece, ctx.temperature, out=out)
+        return result, None, None
 
 
 def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def test_a_recorded_pass_writes_the_same(policy):
     policy.model.generation_config.eos_token_id = list(range(0, 600, 25))
     plain = decode.decode(policy, requests, seeds=[1, 2, 3])
     assert not policy.recorder.recordings
-    policy.recorder.passes = decode.RECORDING_PAYS
+    policy.recorder.pays = 0
     recorded = decode.decode(policy, requests, seeds=[1, 2, 3])
     assert recorded == plain
     config = policy.model.get_base_model().config.get_text_config()
@@ -166,7 +166,7 @@ def test_a_recording_sees_what_training_changes(tiny_folder, dtype):
     settings = {"max_new_tokens": 24, "learning_rate": 0.3, "target_kl": 1e9}
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), dtype=dtype, **settings))
     randomize_adapter(policy)
-    policy.recorder.passes = decode.RECORDING_PAYS
+    policy.recorder.pays = 0
     request = Request(prompts(policy)[0], 1.0)
     before = decode.decode(policy, [request], [1])[0]
     batch = collate([request.prompt_ids], [before.ids], policy.pad_id, policy.device)
@@ -179,10 +179,67 @@ def test_a_recording_sees_what_training_changes(tiny_folder, dtype):
     policy.recorder.able = True
     policy.model.add_adapter("other", policy.model.peft_config["default"])
     policy.use_adapter("other")
-    policy.recorder.passes = decode.RECORDING_PAYS
+    policy.recorder.pays = 0
     other = decode.decode(policy, [request], [1])[0]
     policy.recorder.able = False
     assert decode.decode(policy, [request], [1])[0] == other != after
+
+
+def as_a_graph(policy) -> None:
+    """What a GPU captures and plays, from the first pass on: here it is run where it would be played."""
+    policy.recorder.kind, policy.recorder.pays = "cuda", 0
+
+
+def test_a_pass_in_fixed_tensors_writes_the_same(policy):
+    """Three rows, gated and padded, that leave the batch one by one."""
+    requests = [Request(prompt, 1.0, adapter=i != 1) for i, prompt in enumerate(prompts(policy))]
+    policy.model.generation_config.eos_token_id = list(range(0, 600, 25))
+    plain = decode.decode(policy, requests, seeds=[1, 2, 3])
+    assert len({len(reply.ids) for reply in plain}) > 1
+    as_a_graph(policy)
+    policy.recorder.able = fit = decode.sees_all(policy.model.get_base_model().config.get_text_config())
+    played = decode.decode(policy, requests, seeds=[1, 2, 3])
+    assert [reply.ids for reply in played] == [reply.ids for reply in plain]
+    for reply, right in zip(played, plain, strict=True):
+        torch.testing.assert_close(torch.tensor(reply.logprobs), torch.tensor(right.logprobs), atol=1e-4, rtol=0)
+    recorder = policy.recorder
+    assert recorder.able is fit
+    assert len(recorder.recordings) > 1 or not fit
+    assert {rows for _, rows in recorder.recordings} <= {1, 2, 4}
+    assert len({recording.kept[0].data_ptr() for recording in recorder.recordings.values()}) <= 1  # the cache is shared
+
+
+def test_a_graph_sees_what_training_changes_and_reads_only_what_it_is_given(tiny_folder):
+    """A second reply, to a shorter prompt: of the first one, nothing that is still there may count."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24, learning_rate=0.3, target_kl=1e9))
+    randomize_adapter(policy)
+    policy.model.generation_config.eos_token_id = -1
+    requests = [Request(prompt, 1.0) for prompt in sorted(prompts(policy), key=len, reverse=True)]
+    as_a_graph(policy)
+    first = decode.decode(policy, requests[:1], [1])[0]
+    batch = collate([requests[0].prompt_ids], [first.ids], policy.pad_id, policy.device)
+    demo.ppo_step(policy, batch, [1.0])
+    played = [decode.decode(policy, [request], [1])[0] for request in requests]
+    assert policy.recorder.able
+    [graph] = policy.recorder.recordings.values()
+    assert graph.place.item() == len(requests[-1].prompt_ids) + 22  # the last token that it read, the last but one
+    policy.recorder.able = False
+    plain = [decode.decode(policy, [request], [1])[0] for request in requests]
+    assert [reply.ids for reply in played] == [reply.ids for reply in plain]
+    assert plain[0].ids != first.ids
+
+
+def test_replies_of_other_lengths_have_graphs_with_other_room(tiny_folder):
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
+    policy.model.generation_config.eos_token_id = -1
+    request = Request(prompts(policy)[0], 1.0)
+    as_a_graph(policy)
+    decode.decode(policy, [request, request], [1, 2])
+    policy.config.max_new_tokens = 24 + decode.ROOM
+    decode.decode(policy, [request], [1])
+    [first, second] = policy.recorder.recordings
+    assert policy.recorder.able
+    assert second == (first[0] + decode.ROOM, 1)
 
 
 def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monkeypatch):
@@ -202,7 +259,7 @@ def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monke
 
     plain = decode.decode(policy, [request], [1])
     monkeypatch.setattr(torch.jit, "freeze", stray)
-    policy.recorder.passes = decode.RECORDING_PAYS
+    policy.recorder.pays = 0
     assert decode.decode(policy, [request], [1]) == plain
     assert not policy.recorder.able
     assert policy.recorder.proofs[True] == 2
@@ -278,7 +335,7 @@ def test_a_model_that_cannot_be_recorded_goes_on_without(tmp_path):
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
     plain = decode.decode(policy, requests, [1, 2, 3])
     policy.model.get_base_model().__class__ = Untraceable
-    policy.recorder.passes = decode.RECORDING_PAYS
+    policy.recorder.pays = 0
     assert decode.decode(policy, requests, [1, 2, 3]) == plain
     assert not policy.recorder.able
 
@@ -287,7 +344,7 @@ def test_sharded_layers_are_not_recorded(tiny_folder):
     """What FSDP makes of a weight can be told by its `to_local`; such layers gather it anew for every pass."""
     policy, _ = load_policy(tiny_config(tiny_folder("llama")))
     policy.layers[0].get_base_layer().weight.to_local = None
-    policy.recorder.passes = decode.RECORDING_PAYS
+    policy.recorder.pays = 0
     decode.decode(policy, [Request(prompts(policy)[0], 1.0)], [1])
     assert not policy.recorder.recordings
 

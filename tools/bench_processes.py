@@ -184,7 +184,6 @@ def ours(settings: dict[str, Any]) -> None:
     import torch
     from accelerate import Accelerator
 
-    from decode import RECORDING_PAYS
     from lora_ppo_demo import load_policy
     from train import TrainConfig, Training
     from update import align, prepare
@@ -209,7 +208,7 @@ def ours(settings: dict[str, Any]) -> None:
     accelerator = Accelerator(cpu=settings["device"] == "cpu")
     policy, config = load_policy(config)
     policy.model.generation_config.eos_token_id = -1
-    policy.recorder.passes = RECORDING_PAYS  # as after a few steps
+    policy.recorder.pays = 0  # as after a few steps
     prepare(policy, config)
     training = Training(config, policy, VarietyTask(), accelerator)
     align(policy, accelerator)

@@ -103,8 +103,6 @@ class Bench:
 
         It decodes as one that has done so for a while: the first, untimed round records its pass.
         """
-        from decode import RECORDING_PAYS
-
         trim()
         four_bit = "true" if name in IN_4_BITS else "false"
         config = Config(
@@ -116,7 +114,7 @@ class Bench:
             **settings,
         )
         policy = load_policy(config)[0]
-        policy.recorder.passes = RECORDING_PAYS
+        policy.recorder.pays = 0
         return policy
 
     def child(self, trainer: str, policy: Policy, extra: dict[str, Any], python: str = "", **how: int) -> Child:
