@@ -2,8 +2,8 @@
 
 transformers' generate does the same for one kind of reply at a time and spends most of a small model's time around the
 model. Here the adapters are gated by row, so that an answer (adapters on) and the quiz on its question (adapters off,
-under its grammar) are written side by side; a row that is done leaves the batch. On a CPU a policy that has written
-for a while has its pass over one token recorded, which saves the time that Python takes for it.
+under its grammar) are written side by side; a row that is done leaves the batch. A policy that has written for a while
+has its pass over one token recorded, which saves the time that Python, or on a GPU the launch of kernels, takes for it.
 
 Every reply is drawn from a generator of its own: it is the same reply whatever is written beside it, and the same that
 `plain_reply` in lora_ppo_demo.py draws through generate.
@@ -114,7 +114,7 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
             count = recorder.rows_for(len(going))
             kept = (going * count)[:count]
             ids, positions = torch.tensor([[tokens[i]] for i in kept], device=device), positions[:, -1:] + 1
-            if len(going) < len(rows) or len(kept) > len(real):
+            if len(going) < len(rows) or len(kept) != len(real):
                 rows, kept = [rows[i] for i in going], torch.tensor(kept, device=device)
                 cache.batch_select_indices(kept)
                 positions, real, adapted, temperatures = (x[kept] for x in (positions, real, adapted, temperatures))

@@ -229,6 +229,25 @@ def test_a_graph_sees_what_training_changes_and_reads_only_what_it_is_given(tiny
     assert plain[0].ids != first.ids
 
 
+def test_a_graph_that_strays_from_the_model_is_not_played(tiny_folder, monkeypatch):
+    """Three rows, for which it would take four, go on as three."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
+    policy.model.generation_config.eos_token_id = -1
+    requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
+    plain = decode.decode(policy, requests, [1, 2, 3])
+
+    class Stray(decode.Graph):
+        def __call__(self, *given):
+            logits, *cache = super().__call__(*given)
+            return 1.1 * logits, *cache
+
+    monkeypatch.setattr(decode, "Graph", Stray)
+    as_a_graph(policy)
+    played = decode.decode(policy, requests, [1, 2, 3])
+    assert not policy.recorder.able
+    assert [reply.ids for reply in played] == [reply.ids for reply in plain]
+
+
 def test_replies_of_other_lengths_have_graphs_with_other_room(tiny_folder):
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
     policy.model.generation_config.eos_token_id = -1
