@@ -936,6 +936,27 @@ def begin_update(policy: Policy, look: Look, scores: Sequence[float], keep_graph
     return Update(scores, advantages, returns, metrics, gradients)
 
 
+def ppo_losses(
+    config: Config,
+    mask: "Tensor",
+    forward: tuple["Tensor", "Tensor", "Tensor"],
+    old_logprobs: "Tensor",
+    old_values: "Tensor",
+    advantages: "Tensor",
+    returns: "Tensor",
+) -> dict[str, "Tensor"]:
+    """PPO's loss of a forward pass and its parts, each a mean over the response tokens (`mask`); all else is (B, T)."""
+    import ppo
+
+    logprobs, values, logp = forward
+    pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
+    vf_loss, _ = ppo.value_loss(values, old_values, returns, mask, config.cliprange_value)
+    mean_entropy = ppo.entropy(logp if config.entropy_coef else logp.detach(), mask)
+    loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
+    parts = {"loss": loss, "policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy}
+    return parts | {"clip_fraction": clip_fraction}
+
+
 def ppo_gradient(
     policy: Policy,
     look: Look,
@@ -947,21 +968,15 @@ def ppo_gradient(
     """Metrics and clipped gradient of the PPO loss of one forward pass. Raises StepSkipped if they are not finite."""
     import torch
 
-    import ppo
-
     config, mask, (old_logprobs, old_values, _) = policy.config, look.batch.response_mask, look.old
-    logprobs, values, logp = forward
-    pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
-    vf_loss, _ = ppo.value_loss(values, old_values, returns, mask, config.cliprange_value)
-    mean_entropy = ppo.entropy(logp if config.entropy_coef else logp.detach(), mask)
-    loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
+    parts = ppo_losses(config, mask, forward, old_logprobs, old_values, advantages, returns)
+    loss = parts["loss"]
     policy.optimizer.zero_grad()
     loss.backward(retain_graph=keep_graph)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm)
     if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
         raise StepSkipped(f"the loss is not finite (loss {loss.item()}, gradient norm {grad_norm.item()})")
-    metrics = {"loss": loss, "policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy}
-    metrics |= {"clip_fraction": clip_fraction, "grad_norm": grad_norm}
+    metrics = parts | {"grad_norm": grad_norm}
     gradients = [p.grad for p in policy.parameters.values()]
     policy.optimizer.zero_grad()
     return {name: value.detach() for name, value in metrics.items()}, gradients

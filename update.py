@@ -25,6 +25,7 @@ from lora_ppo_demo import (
     collate,
     gradient_dropout,
     out_of_memory,
+    ppo_losses,
     token_logprobs_and_values,
     trust_region,
 )
@@ -339,23 +340,19 @@ def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str
     """The loss of one forward pass and its parts, each a mean over the piece's response tokens; 0 if it has none."""
     import ppo
 
-    mask = piece.batch.response_mask
-    logprobs, values, logp = piece.first or token_logprobs_and_values(policy, piece.batch)
+    mask, forward = piece.batch.response_mask, piece.first or token_logprobs_and_values(policy, piece.batch)
+    logprobs, values, _ = forward
     if not mask.any():
         nothing = 0.0 * (logprobs.sum() + values.sum())
         return dict.fromkeys(LOSSES, nothing)
-    pg_loss, clip_fraction = ppo.policy_loss(logprobs, piece.logprobs, piece.advantages, mask, config.cliprange)
-    mean_entropy = ppo.entropy(logp if config.entropy_coef else logp.detach(), mask)
-    loss = pg_loss - config.entropy_coef * mean_entropy
-    vf_loss = 0.0 * pg_loss.detach()
-    if config.algorithm == "ppo":
-        vf_loss, _ = ppo.value_loss(values, piece.values, piece.returns, mask, config.cliprange_value)
-        loss = loss + config.vf_coef * vf_loss
-    elif policy.kl_coef:
-        # GRPO prices divergence in the loss, by an estimate that is never negative (Shao et al. 2024, equation 4).
+    parts = ppo_losses(config, mask, forward, piece.logprobs, piece.values, piece.advantages, piece.returns)
+    if config.algorithm == "grpo":
+        # No value head; divergence is priced in the loss, by an estimate that is never negative (Shao et al. 2024,
+        # equation 4).
         difference = (piece.ref_logprobs - logprobs).masked_fill(~mask, 0.0)
-        loss = loss + policy.kl_coef * ppo.masked_mean(difference.exp() - difference - 1.0, mask)
-    return dict(zip(LOSSES, (loss, pg_loss, vf_loss, mean_entropy, clip_fraction), strict=True))
+        divergence = ppo.masked_mean(difference.exp() - difference - 1.0, mask)
+        parts["loss"] = parts["policy_loss"] - config.entropy_coef * parts["entropy"] + policy.kl_coef * divergence
+    return parts
 
 
 def moved(
