@@ -13,7 +13,7 @@ from typing import Any
 BUNDLED_MODEL = Path(__file__).resolve().parent / "models" / "tutor-tiny"
 GPU_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 # What `learning_rate=auto` means: the first is right for 3 to 7 billion parameters, the second for the bundled model.
-LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 2e-4
+LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 1e-4
 
 
 class ConfigError(ValueError):
@@ -58,8 +58,11 @@ class Config:
     vf_coef: float = setting(0.1, "weight of the value loss")
     entropy_coef: float = setting(0.0, "weight of the entropy bonus")
     gamma: float = setting(1.0, "discount per token")
-    lam: float = setting(0.95, "lambda of generalized advantage estimation")
-    kl_coef: float = setting(0.2, "price of a nat of divergence from the base model, per token")
+    lam: float = setting(
+        1.0,
+        "lambda of generalized advantage estimation; 1: the first token of an answer gets as much reward as the last",
+    )
+    kl_coef: float = setting(0.3, "price of a nat of divergence from the base model, per token")
     adaptive_kl: bool = setting(False, "steer kl_coef towards kl_target")
     kl_target: float = setting(6.0, "wanted divergence from the base model, nats per answer (adaptive_kl)")
     kl_horizon: int = setting(10000, "answers over which kl_coef adapts (adaptive_kl)")

@@ -10,6 +10,7 @@ Every reply is drawn from a generator of its own: it is the same reply whatever 
 """
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ TOP = 64  # tokens among which the nucleus is looked for first
 FEW_ROWS = 16  # so many rows at most are taken as W x^T; above, x W^T is as fast
 RECORDING_PAYS = {"cpu": 256, "cuda": 16}  # after so many passes: to record one takes as long as it saves on as many
 ROOM = 256  # a CUDA graph has room for a multiple of so many tokens
+KEPT_TOKENS = 4096  # of all rows: a graph's cache is kept, and what it fills is missing elsewhere
 
 
 @dataclass
@@ -282,10 +284,11 @@ class Recorder:
     ) -> Tensor:
         """As the function of that name; `ids` are (B, 1), and there will be no more than `room` tokens in the cache."""
         self.passes += 1
-        if not self.able or self.passes < self.pays:
+        case = len(ids) <= FEW_ROWS if self.kind == "cpu" else (-(-room // ROOM) * ROOM, len(ids))
+        too_much = self.kind != "cpu" and math.prod(case) > KEPT_TOKENS
+        if not self.able or self.passes < self.pays or too_much:
             return next_logits(self.policy, ids, positions, mask, together(adapted), cache)
         given = ids, positions, mask, adapted, *cached(cache)
-        case = len(ids) <= FEW_ROWS if self.kind == "cpu" else (-(-room // ROOM) * ROOM, len(ids))
         try:
             if case not in self.recordings:
                 self.recordings[case] = self.record(given, case)
@@ -293,6 +296,7 @@ class Recorder:
                 logits, *after = self.recordings[case](*given)
         except (RuntimeError, TypeError, ValueError):  # not every model bears it
             self.able = False
+            self.recordings.clear()  # a graph keeps memory
             return self.next_logits(ids, positions, mask, adapted, cache, room)
         if self.proofs[case] < 2:
             right = next_logits(self.policy, ids, positions, mask, together(adapted), cache)

@@ -79,7 +79,7 @@ def test_defaults():
     assert config == Config()
     assert (config.model_name, config.load_in_4bit, config.device, config.dtype) == ("auto",) * 4
     assert (config.batch_size, config.ppo_epochs, config.lora_dropout, config.adaptive_kl) == (1, 1, 0.0, False)
-    assert (config.cliprange, config.gamma, config.lam, config.resume) == (0.2, 1.0, 0.95, "auto")
+    assert (config.cliprange, config.gamma, config.lam, config.resume) == (0.2, 1.0, 1.0, "auto")
     assert config.learning_rate is None
 
 

@@ -248,7 +248,7 @@ def test_a_graph_that_strays_from_the_model_is_not_played(tiny_folder, monkeypat
     assert [reply.ids for reply in played] == [reply.ids for reply in plain]
 
 
-def test_replies_of_other_lengths_have_graphs_with_other_room(tiny_folder):
+def test_replies_of_other_lengths_have_graphs_with_other_room_and_many_rows_none(tiny_folder, monkeypatch):
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
     policy.model.generation_config.eos_token_id = -1
     request = Request(prompts(policy)[0], 1.0)
@@ -259,6 +259,11 @@ def test_replies_of_other_lengths_have_graphs_with_other_room(tiny_folder):
     [first, second] = policy.recorder.recordings
     assert policy.recorder.able
     assert second == (first[0] + decode.ROOM, 1)
+    monkeypatch.setattr(decode, "KEPT_TOKENS", 3 * second[0])
+    policy.config.max_new_tokens = 24
+    decode.decode(policy, [request] * 4, [1, 2, 3, 4])
+    decode.decode(policy, [request] * 8, range(8))
+    assert list(policy.recorder.recordings)[2:] == [(first[0], 4)]
 
 
 def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monkeypatch):
