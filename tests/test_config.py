@@ -35,7 +35,7 @@ OTHER = {
     "entropy_coef": ("1e-3", 1e-3),
     "gamma": ("0.99", 0.99),
     "lam": ("0", 0.0),
-    "kl_coef": ("0.3", 0.3),
+    "kl_coef": ("0.4", 0.4),
     "adaptive_kl": ("true", True),
     "kl_target": ("3", 3.0),
     "kl_horizon": ("500", 500),

@@ -699,7 +699,7 @@ def test_a_reward_moves_the_answer_in_its_direction(reward, direction):
 
 @pytest.mark.parametrize(("n", "whitened"), [(1, False), (7, False), (8, True)])
 def test_whitening_is_for_batches_of_eight_or_more(n, whitened, monkeypatch):
-    policy, calls = make_policy(kl_coef=0.0), spy_on_policy_loss(monkeypatch)
+    policy, calls = make_policy(kl_coef=0.0, lam=0.95), spy_on_policy_loss(monkeypatch)
     torch.nn.init.zeros_(policy.value_head.weight)
     torch.nn.init.zeros_(policy.value_head.bias)
     demo.ppo_step(policy, make_batch(n), [-1.0] * n)
