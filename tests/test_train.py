@@ -381,6 +381,14 @@ def test_the_grpo_gradient_is_that_of_the_formula(llama, accelerator):
     assert all(not found[name].any() for name in found if name.startswith("value_head"))
 
 
+def test_with_kl_coef_0_no_divergence_is_too_large(llama, accelerator):
+    """The estimate grows with its exponential, and 0 times infinity is no number."""
+    policy, config = loaded(llama, algorithm="grpo", group_size=2, kl_coef=0.0)
+    experience, _ = update.examine(policy, accelerator, config, answered(policy, [1.0, 0.0]))
+    far = replace(experience, ref_logprobs=experience.ref_logprobs + 1000.0)
+    assert update.losses(policy, config, far)["loss"].isfinite()
+
+
 def test_a_group_of_equal_rewards_gives_no_gradient_and_is_counted(llama, accelerator):
     policy, config = loaded(llama, algorithm="grpo", group_size=2, kl_coef=0.5)
     different, equal = answered(policy, [1.0, 0.0]), answered(policy, [0.3, 0.3], seed=3)
