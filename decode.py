@@ -59,16 +59,23 @@ def sees_all(config) -> bool:
     return layers == {"full_attention"} and window is None and config._attn_implementation == "sdpa"
 
 
+def steady(config) -> bool:
+    """Whether a token's keys and values are the same however many tokens follow, by the same operations."""
+    varying = ("dynamic", "longrope", "num_experts_per_tok")
+    return sees_all(config) and not any(word in str(config.to_dict()) for word in varying)
+
+
 def speed_up_few_rows(model) -> None:
     """Makes the model's float32 linear layers on a CPU quick on a handful of rows, which is what decoding gives them.
 
     There W x^T takes a quarter to three quarters of the time of x W^T, which is how torch writes the same product.
+    Elsewhere it would not pay: the result lies in memory column by column, and its gradient takes longer.
     """
 
     def few_rows_forward(layer):
         def forward(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
-            if not 1 < len(rows) <= FEW_ROWS:
+            if not (torch.is_inference_mode_enabled() and 1 < len(rows) <= FEW_ROWS):
                 return torch.nn.functional.linear(x, layer.weight, layer.bias)
             result = torch.mm(layer.weight, rows.t()).t()
             return (result if layer.bias is None else result + layer.bias).reshape(*x.shape[:-1], -1)
@@ -264,10 +271,9 @@ class Recorder:
     def __init__(self, policy: "Policy"):
         model = policy.model.get_base_model()
         config = model.config.get_text_config()
-        varying = any(word in str(config.to_dict()) for word in ("dynamic", "longrope", "num_experts_per_tok"))
         self.policy, self.kind, self.passes = policy, policy.device.type, 0
         self.pays = RECORDING_PAYS.get(self.kind)  # None: never
-        self.able = self.pays is not None and sees_all(config) and model._can_compile_fullgraph and not varying
+        self.able = self.pays is not None and steady(config) and model._can_compile_fullgraph
         # Frozen, a recording has fewer calls to make, but keeps what it casts weights to: their values of that day.
         self.uncast = len({p.dtype for p in policy.model.parameters()}) == 1
         self.recordings: dict[Hashable, Callable] = {}
@@ -323,36 +329,68 @@ class Recorder:
         return bool((right - played).abs().max() <= 0.02 * right.abs().max())
 
 
-def read_by_prompt(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | None:
-    """`Policy.read` on the response positions of a batch, (B, T, V) and (B, T, H), each prompt read once.
+def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | None:
+    """`Policy.read` on the response positions of a batch, (B, T, V) and (B, T, H), with nothing read twice.
 
-    A group of answers to one prompt then costs the prompt once, forward and backward: gradients reach it through the
-    cache. None where fewer than half of the prompts could be spared, or the model is none for it.
+    A prompt that several rows share is read once, forward and backward: gradients reach it through the cache. How the
+    base model's prompts begin is not read at all, once it was. None where fewer than half of the prompts could be
+    spared and there is no such beginning, or the model is none for it.
     """
-    model, count = policy.model.get_base_model(), len(batch.input_ids)
-    config, begin = model.config.get_text_config(), batch.input_ids.shape[1] - batch.response_mask.shape[1] - 1
-    if count < 2 or begin < 1 or not takes(policy):
+    model, (count, t) = policy.model.get_base_model(), batch.response_mask.shape
+    recomputed = torch.is_grad_enabled() and model.is_activation_checkpointing  # such layers fill no cache
+    if recomputed or sharded(policy) or not takes(policy):
         return None
-    if sharded(policy) or model.is_activation_checkpointing:  # layers that are recomputed fill no cache
-        return None
-    rows = batch.input_ids.masked_fill(~batch.attention_mask, -1)[:, :begin].tolist()  # all but a prompt's last token
+    ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
+    last = ids.shape[1] - t  # where the prompts' last tokens are
+    rows = [ids[i, :last][real[i, :last]].tolist() for i in range(count)]
     different, which = distinct([tuple(row) for row in rows])
-    if 2 * len(different) > count:
+    known = known_beginning(policy, different)
+    shared = last > 0 and 2 * len(different) <= count
+    if not (known or shared):
         return None
-    prompts, cache = torch.tensor(different, device=policy.device), DynamicCache(config=config)
-    real = prompts >= 0
+    readers = [which.index(i) for i in range(len(different))] if shared else list(range(count))
+    cache = DynamicCache(config=model.config.get_text_config())
+    if known:
+        fill(cache, [x.expand(len(readers), -1, -1, -1) for x in policy.kept[known]])
+    start, mask = len(known), real & (positions >= len(known))
+    mask[:, :start] = True  # the cache's places
     reading = {"past_key_values": cache, "use_cache": True}
-    positions = (real.cumsum(-1) - 1).clamp(min=0)
-    model(
-        input_ids=prompts.clamp(min=0), attention_mask=real.long(), position_ids=positions, logits_to_keep=1, **reading
-    )
-    cache.batch_select_indices(torch.tensor(which, device=policy.device))
+    if shared:
+        model(
+            input_ids=ids[readers, start:last],
+            attention_mask=mask[readers, :last].long(),
+            position_ids=positions[readers, start:last],
+            logits_to_keep=1,
+            **reading,
+        )
+        cache.batch_select_indices(torch.tensor(which, device=policy.device))
+        start = last
     return policy.read(
-        input_ids=batch.input_ids[:, begin:-1],
-        attention_mask=batch.attention_mask[:, :-1].long(),
-        position_ids=batch.positions[:, begin:-1],
+        input_ids=ids[:, start:],
+        attention_mask=mask.long(),
+        position_ids=positions[:, start:],
+        logits_to_keep=t,
         **reading,
     )
+
+
+def known_beginning(policy: "Policy", prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The one of `Policy.beginnings` that all the prompts go on from, if the base model reads; () without one.
+
+    Its keys and values are in `policy.kept` then.
+    """
+    if policy.gate.share is not False:
+        return ()
+    for known in policy.beginnings:
+        if all(prompt[: len(known)] == known and len(prompt) > len(known) for prompt in prompts):
+            if known not in policy.kept:
+                cache = DynamicCache(config=policy.model.config.get_text_config())
+                ids = torch.tensor([known], device=policy.device)
+                with torch.no_grad():
+                    policy.model.get_base_model()(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                policy.kept[known] = cached(cache)
+            return known
+    return ()
 
 
 def sharded(policy: "Policy") -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 PIECE = {"cpu": 2**18, "cuda": 2**26}  # elements of a tensor as wide as the vocabulary that are worked on at a time
+LEAST_LOGP = -60.0  # e^-60 is no number that counts, and far from float32's subnormal ones, which take a CPU ten times as long
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class ChosenLogprobs(torch.autograd.Function):
         columns = [x.reshape(-1, 1).split(len(split[0])) for x in (tokens, chosen_grad, weight)]
         more = [None] * len(split) if grad is None else pieces(grad)
         for rows, out, k, chosen, all_of_row, given in zip(split, pieces(result), *columns, more, strict=True):
-            piece = torch.exp(rows).mul_(-all_of_row).scatter_add_(-1, k, chosen)
+            piece = probabilities(rows).mul_(-all_of_row).scatter_add_(-1, k, chosen)
             if given is not None:
                 piece += given
             torch.div(piece, ctx.temperature, out=out)
@@ -72,12 +73,17 @@ def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple
     return ChosenLogprobs.apply(logits, tokens, temperature)
 
 
+def probabilities(logp: Tensor) -> Tensor:
+    """exp of log-probabilities; one below e^-60 counts as that."""
+    return logp.clamp(min=LEAST_LOGP).exp_()
+
+
 def exact_kl(logp: Tensor, other_logp: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities log p, log q, summed over the vocabulary: (..., V), (..., V) -> (...), in nats.
 
     Never negative, unlike the sampled estimate log p(token) - log q(token), whose mean over truncated samples can be.
     """
-    return by_pieces(lambda p, q: (p.exp() * (p - q)).sum(-1).clamp(min=0.0), logp, other_logp)
+    return by_pieces(lambda p, q: (probabilities(p) * (p - q)).sum(-1).clamp(min=0.0), logp, other_logp)
 
 
 def compute_rewards(
@@ -153,7 +159,7 @@ def entropy(logits: Tensor, response_mask: Tensor) -> Tensor:
 
     def of_rows(logits: Tensor, real: Tensor) -> Tensor:
         logp = logits.masked_fill(~real, 0.0).log_softmax(-1)
-        return -(logp.exp() * logp).sum(-1)
+        return -(probabilities(logp) * logp).sum(-1)
 
     return masked_mean(by_pieces(of_rows, logits, response_mask.unsqueeze(-1).expand_as(logits)), response_mask)
 

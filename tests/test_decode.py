@@ -91,7 +91,7 @@ def test_a_prompt_with_several_answers_is_read_once(policy, adapter, monkeypatch
     asked = [*prompts(policy)[:2], [9]]
     batch = collate([asked[i % 3] for i in range(8)], ANSWERS, policy.pad_id, policy.device)
     shared, few = measured(policy, batch, adapter)
-    monkeypatch.setattr(decode, "read_by_prompt", lambda *_: None)
+    monkeypatch.setattr(decode, "read_sparingly", lambda *_: None)
     plain, many = measured(policy, batch, adapter)
     longest = max(map(len, asked))
     assert (few, many) == (3 * (longest - 1) + 8 * 6, 8 * (longest + 6))
@@ -106,13 +106,13 @@ def test_prompts_are_read_as_they_are_where_few_rows_share_them_and_in_layers_of
     first, second, third = prompts(policy)
     for asked, shared in (([first, first, second], False), ([first, first, second, third], False), ([first] * 2, True)):
         batch = collate(asked, ANSWERS[: len(asked)], policy.pad_id, policy.device)
-        assert (decode.read_by_prompt(policy, batch) is not None) is shared
+        assert (decode.read_sparingly(policy, batch) is not None) is shared
     policy.model.get_base_model().gradient_checkpointing_enable()
-    assert decode.read_by_prompt(policy, batch) is None
+    assert decode.read_sparingly(policy, batch) is None
     policy.model.get_base_model().gradient_checkpointing_disable()
-    assert decode.read_by_prompt(policy, batch) is not None
+    assert decode.read_sparingly(policy, batch) is not None
     policy.layers[0].get_base_layer().weight.to_local = None
-    assert decode.read_by_prompt(policy, batch) is None
+    assert decode.read_sparingly(policy, batch) is None
 
 
 def test_padding_that_is_a_real_token_elsewhere_makes_no_two_prompts_one(tiny_folder):
@@ -122,11 +122,46 @@ def test_padding_that_is_a_real_token_elsewhere_makes_no_two_prompts_one(tiny_fo
     asked = [[5, 6], [5, 6], [policy.pad_id, 5, 6], [policy.pad_id, 5, 6]]
     answers = ANSWERS[2:4] * 2
     batch = collate(asked, answers, policy.pad_id, policy.device)
-    assert decode.read_by_prompt(policy, batch) is not None
+    assert decode.read_sparingly(policy, batch) is not None
     logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
     for row, prompt, answer in zip(logprobs, asked, answers, strict=True):
         alone, _, _ = demo.token_logprobs_and_values(policy, collate([prompt], [answer], policy.pad_id, policy.device))
         torch.testing.assert_close(row[: len(answer)], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", [[0], [0, 1, 2], [2, 0, 2, 0, 0, 2]], ids=["alone", "unequal", "shared"])
+def test_how_a_role_begins_is_read_once_by_the_base_model(policy, which, monkeypatch):
+    """Where layers see all tokens, that is; the policy changes, and reads it every time."""
+    asked = [prompts(policy)[i] for i in which]
+    batch = collate(asked, ANSWERS[: len(which)], policy.pad_id, policy.device)
+    begins = next((b for b in policy.beginnings if tuple(asked[0][: len(b)]) == b), ())
+    assert bool(begins) == decode.sees_all(policy.model.get_base_model().config.get_text_config())
+    runs = [measured(policy, batch, adapter=False) for _ in range(2)]
+    trained = measured(policy, batch, adapter=True)
+    monkeypatch.setattr(decode, "read_sparingly", lambda *_: None)
+    plain, many = measured(policy, batch, adapter=False)
+    for run, _ in runs:
+        for ours, theirs in zip(run, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    (longest, width), spared = (max(map(len, x)) for x in (asked, ANSWERS[: len(which)])), len(begins)
+    if len(which) == 6:
+        rest = 2 * (longest - 1 - spared) + 6 * width
+    else:
+        rest = len(which) * (longest + width - spared - (spared > 0))
+    assert [taken for _, taken in runs] == [rest + spared, rest]
+    assert trained[1] == (2 * (longest - 1) + 6 * width if len(which) == 6 else many)
+
+
+def test_a_beginning_is_known_only_to_prompts_that_go_on_from_it(tiny_folder):
+    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
+    begins = policy.beginnings[0]
+    with policy.adapter(False):
+        assert decode.known_beginning(policy, [(*begins, 5), (*begins, 6, 7)]) == begins
+        for other in ((5,), begins, (*begins[:-1], 5, 5), (5, *begins)):
+            assert decode.known_beginning(policy, [(*begins, 5), other]) == ()
+    assert list(policy.kept) == [begins]
+    assert decode.known_beginning(policy, [(*begins, 5)]) == ()  # the policy reads
+    assert load_policy(tiny_config(tiny_folder("llama"), dtype="bfloat16"))[0].beginnings == []
 
 
 # ---------------------------------------------------------------------------------------------------------- the batch
