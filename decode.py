@@ -337,8 +337,7 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
     spared and there is no such beginning, or the model is none for it.
     """
     model, (count, t) = policy.model.get_base_model(), batch.response_mask.shape
-    recomputed = torch.is_grad_enabled() and model.is_activation_checkpointing  # such layers fill no cache
-    if recomputed or sharded(policy) or not takes(policy):
+    if sharded(policy) or not takes(policy):
         return None
     ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
     last = ids.shape[1] - t  # where the prompts' last tokens are
@@ -346,8 +345,8 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
     different, which = distinct([tuple(row) for row in rows])
     known = known_beginning(policy, different)
     shared = last > 0 and 2 * len(different) <= count
-    if not (known or shared):
-        return None
+    if not (known or shared) or (torch.is_grad_enabled() and model.is_activation_checkpointing):
+        return None  # layers that are recomputed fill no cache
     readers = [which.index(i) for i in range(len(different))] if shared else list(range(count))
     cache = DynamicCache(config=model.config.get_text_config())
     if known:
@@ -375,22 +374,19 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
 
 
 def known_beginning(policy: "Policy", prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The one of `Policy.beginnings` that all the prompts go on from, if the base model reads; () without one.
+    """The one of `Policy.beginnings` that all the prompts go on from, if it is the base model that reads; else ().
 
-    Its keys and values are in `policy.kept` then.
+    What it makes of it, keys and values, is in `policy.kept` then.
     """
-    if policy.gate.share is not False:
-        return ()
-    for known in policy.beginnings:
-        if all(prompt[: len(known)] == known and len(prompt) > len(known) for prompt in prompts):
-            if known not in policy.kept:
-                cache = DynamicCache(config=policy.model.config.get_text_config())
-                ids = torch.tensor([known], device=policy.device)
-                with torch.no_grad():
-                    policy.model.get_base_model()(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                policy.kept[known] = cached(cache)
-            return known
-    return ()
+    begins = policy.beginnings if policy.gate.share is False else []
+    known = next((b for b in begins if all(p[: len(b)] == b and len(p) > len(b) for p in prompts)), ())
+    if known and known not in policy.kept:
+        model = policy.model.get_base_model()
+        cache = DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad():
+            model(torch.tensor([known], device=policy.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        policy.kept[known] = cached(cache)
+    return known
 
 
 def sharded(policy: "Policy") -> bool:

@@ -274,8 +274,12 @@ class Policy:
         if not decode.steady(self.model.config.get_text_config()) or self.model.dtype != torch.float32:
             return []
         roles = TUTOR_PROMPT, QUIZMASTER_PROMPT, SOLVER_PROMPT, LEARNER_PROMPT
-        chats = [[encode_chat(self.tokenizer, chat(role, text)) for text in "AB"] for role in roles]
-        return [begins for pair in chats if (begins := tuple(os.path.commonprefix(pair)))]
+        begins = []
+        for role in roles:
+            first, second = (encode_chat(self.tokenizer, chat(role, text)) for text in "AB")
+            same = next(i for i, ids in enumerate(zip(first, second, strict=False)) if ids[0] != ids[1])
+            begins += [tuple(first[:same])] if same else []
+        return begins
 
     @property
     def pad_id(self) -> int:
@@ -353,7 +357,6 @@ def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "
     In PEFT's place, which switches adapters for a whole batch only and takes longer to do so than a small model's pass.
     For the same reason the parts are looked up here and not at every call.
     """
-    import torch
     from torch.nn.functional import linear
 
     base = layer.base_layer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 PIECE = {"cpu": 2**18, "cuda": 2**26}  # elements of a tensor as wide as the vocabulary that are worked on at a time
-LEAST_LOGP = -60.0  # e^-60 is no number that counts, and far from float32's subnormal ones, which take a CPU ten times as long
+LEAST_LOGP = -60.0  # e^-60 counts for nothing, and is above float32's subnormals, which take a CPU ten times as long
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
