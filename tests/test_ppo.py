@@ -485,6 +485,21 @@ def test_chosen_logprobs_and_their_gradient_are_those_of_torch(monkeypatch, piec
         assert agree == (fault == "none" or (used == (False, True) and "alone" in fault))
 
 
+@pytest.mark.parametrize("least", [ppo.LEAST_LOGP, -5.0])
+def test_what_is_next_to_impossible_counts_for_nothing(monkeypatch, least):
+    """Log-probabilities of -200 to 0, against float64's exp; with -5 they would count."""
+    monkeypatch.setattr(ppo, "LEAST_LOGP", least)
+    logits = 40 * torch.randn(2, 4, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, q = logits.log_softmax(-1)
+    assert (p < -150).any()
+    ours = ppo.exact_kl(p.float(), q.float()), ppo.entropy(p.float(), torch.ones(4, dtype=torch.bool))
+    right = (p.exp() * (p - q)).sum(-1), -(p.exp() * p).sum(-1).mean()
+    agree = all(torch.allclose(a.double(), b, rtol=1e-5) for a, b in zip(ours, right, strict=True))
+    assert agree == (least == -60)
+    smallest = ppo.probabilities(p.float()).min()
+    assert smallest > torch.finfo(torch.float32).tiny  # no subnormal number
+
+
 def test_logits_of_half_precision_become_float32():
     logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     logprobs, logp = ppo.chosen_logprobs(logits, torch.tensor([[0, 1, 2, 3]]), 0.7)
@@ -529,6 +544,7 @@ def make_policy(**overrides):
     tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
     policy = demo.Policy(base, tokenizer, Config(**(options | overrides)))
     policy.untouched = untouched
+    policy.beginnings = []  # no tokenizer, no roles
     g = torch.Generator().manual_seed(11)
     for name, p in policy.parameters.items():
         if "lora_B" in name or "value_head" in name:
