@@ -10,6 +10,7 @@ Every reply is drawn from a generator of its own: it is the same reply whatever 
 """
 
 import inspect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -341,8 +342,8 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
         return None
     ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
     last = ids.shape[1] - t  # where the prompts' last tokens are
-    rows = [ids[i, :last][real[i, :last]].tolist() for i in range(count)]
-    different, which = distinct([tuple(row) for row in rows])
+    rows = zip(ids[:, :last].tolist(), real[:, :last].tolist(), strict=True)
+    different, which = distinct([tuple(itertools.compress(*row)) for row in rows])
     known = known_beginning(policy, different)
     shared = last > 0 and 2 * len(different) <= count
     if not (known or shared) or (torch.is_grad_enabled() and model.is_activation_checkpointing):
