@@ -338,6 +338,8 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
     spared and there is no such beginning, or the model is none for it.
     """
     model, (count, t) = policy.model.get_base_model(), batch.response_mask.shape
+    if count == 1 and policy.gate.share is not False:  # nothing to spare, and no need to look at the tokens
+        return None
     if sharded(policy) or not takes(policy):
         return None
     ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
@@ -351,7 +353,7 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
     readers = [which.index(i) for i in range(len(different))] if shared else list(range(count))
     cache = DynamicCache(config=model.config.get_text_config())
     if known:
-        fill(cache, [x.expand(len(readers), -1, -1, -1) for x in policy.kept[known]])
+        fill(cache, [x.expand(len(readers), -1, -1, -1) for x in policy.beginnings[known]])
     start, mask = len(known), real & (positions >= len(known))
     mask[:, :start] = True  # the cache's places
     reading = {"past_key_values": cache, "use_cache": True}
@@ -377,16 +379,16 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
 def known_beginning(policy: "Policy", prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The one of `Policy.beginnings` that all the prompts go on from, if it is the base model that reads; else ().
 
-    What it makes of it, keys and values, is in `policy.kept` then.
+    Its keys and values stand there then.
     """
-    begins = policy.beginnings if policy.gate.share is False else []
-    known = next((b for b in begins if all(p[: len(b)] == b and len(p) > len(b) for p in prompts)), ())
-    if known and known not in policy.kept:
+    begins = policy.beginnings if policy.gate.share is False else ()
+    known = next((b for b in begins if b and all(p[: len(b)] == b and len(p) > len(b) for p in prompts)), ())
+    if known and not policy.beginnings[known]:
         model = policy.model.get_base_model()
         cache = DynamicCache(config=model.config.get_text_config())
         with torch.no_grad():
             model(torch.tensor([known], device=policy.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        policy.kept[known] = cached(cache)
+        policy.beginnings[known] = cached(cache)
     return known
 
 

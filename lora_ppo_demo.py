@@ -186,7 +186,6 @@ class Policy:
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
         self.gate = AdapterGate()
-        self.kept: dict[tuple[int, ...], list[Tensor]] = {}  # the base model's keys and values of `beginnings`
         self.layers = self.use_adapter()
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
@@ -262,8 +261,8 @@ class Policy:
         return next((i for i in ids if i in self.stop_ids), self.stop_ids[0])
 
     @cached_property
-    def beginnings(self) -> list[tuple[int, ...]]:
-        """How the prompts of each role begin, whatever is asked: what the base model makes of it can be kept.
+    def beginnings(self) -> dict[tuple[int, ...], list["Tensor"]]:
+        """How the prompts of each role begin, whatever is asked, and its keys and values, once the base model read it.
 
         Nothing where that would show: in 16 bits, read apart and read together round to different numbers.
         """
@@ -272,13 +271,13 @@ class Policy:
         import decode
 
         if not decode.steady(self.model.config.get_text_config()) or self.model.dtype != torch.float32:
-            return []
+            return {}
         roles = TUTOR_PROMPT, QUIZMASTER_PROMPT, SOLVER_PROMPT, LEARNER_PROMPT
-        begins = []
+        begins: dict[tuple[int, ...], list[Tensor]] = {}
         for role in roles:
             first, second = (encode_chat(self.tokenizer, chat(role, text)) for text in "AB")
             same = next(i for i, ids in enumerate(zip(first, second, strict=False)) if ids[0] != ids[1])
-            begins += [tuple(first[:same])] if same else []
+            begins[tuple(first[:same])] = []
         return begins
 
     @property

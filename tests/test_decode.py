@@ -154,14 +154,16 @@ def test_how_a_role_begins_is_read_once_by_the_base_model(policy, which, monkeyp
 
 def test_a_beginning_is_known_only_to_prompts_that_go_on_from_it(tiny_folder):
     policy, _ = load_policy(tiny_config(tiny_folder("llama")))
-    begins = policy.beginnings[0]
+    begins, *others = policy.beginnings
     with policy.adapter(False):
         assert decode.known_beginning(policy, [(*begins, 5), (*begins, 6, 7)]) == begins
         for other in ((5,), begins, (*begins[:-1], 5, 5), (5, *begins)):
             assert decode.known_beginning(policy, [(*begins, 5), other]) == ()
-    assert list(policy.kept) == [begins]
+    assert policy.beginnings[begins]
+    assert others
+    assert not any(policy.beginnings[other] for other in others)
     assert decode.known_beginning(policy, [(*begins, 5)]) == ()  # the policy reads
-    assert load_policy(tiny_config(tiny_folder("llama"), dtype="bfloat16"))[0].beginnings == []
+    assert load_policy(tiny_config(tiny_folder("llama"), dtype="bfloat16"))[0].beginnings == {}
 
 
 # ---------------------------------------------------------------------------------------------------------- the batch
