@@ -348,10 +348,10 @@ def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str
     parts = ppo_losses(config, mask, forward, piece.logprobs, piece.values, piece.advantages, piece.returns)
     if config.algorithm == "grpo":
         parts["loss"] = parts["policy_loss"] - config.entropy_coef * parts["entropy"]  # no value head
-    if config.algorithm == "grpo" and policy.kl_coef:
-        # Divergence is priced in the loss, by an estimate that is never negative (Shao et al. 2024, equation 4).
-        difference = (piece.ref_logprobs - logprobs).masked_fill(~mask, 0.0)
-        parts["loss"] = parts["loss"] + policy.kl_coef * ppo.masked_mean(difference.exp() - difference - 1.0, mask)
+        if policy.kl_coef:
+            # Divergence is priced in the loss, by an estimate that is never negative (Shao et al. 2024, equation 4).
+            difference = (piece.ref_logprobs - logprobs).masked_fill(~mask, 0.0)
+            parts["loss"] += policy.kl_coef * ppo.masked_mean(difference.exp() - difference - 1.0, mask)
     return parts
 
 
