@@ -66,7 +66,9 @@ class Config:
     adaptive_kl: bool = setting(False, "steer kl_coef towards kl_target")
     kl_target: float = setting(6.0, "wanted divergence from the base model, nats per answer (adaptive_kl)")
     kl_horizon: int = setting(10000, "answers over which kl_coef adapts (adaptive_kl)")
-    target_kl: float = setting(0.1, "trust region: a step that moves the policy further, in nats per token, is undone")
+    target_kl: float = setting(
+        0.1, "trust region: a step that moves the policy further, in nats per token, is undone; 0: none"
+    )
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     # session
     checkpoint_dir: str = setting("checkpoints", "where checkpoints and the journal are kept")
@@ -107,7 +109,7 @@ RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "kl_coef": (0, 1000, True),
     "kl_target": (0, 1e6, False),
     "kl_horizon": (1, 1e12, True),
-    "target_kl": (0, 1e6, False),
+    "target_kl": (0, 1e6, True),
     "max_grad_norm": (0, 1e9, False),
     "save_every": (1, 1_000_000, True),
     "keep_checkpoints": (2, 1_000_000, True),

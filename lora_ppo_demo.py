@@ -177,7 +177,7 @@ class Policy:
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
-        decode.speed_up_few_rows(model)
+        decode.speed_up_products(model)
         self.model = get_peft_model(model, lora).eval()
         self.tokenizer, self.config, self.targets = tokenizer, config, targets
         self.head = model.get_output_embeddings()
@@ -1025,7 +1025,7 @@ def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) 
     metrics["value"] = ppo.masked_mean(old_values, mask)
     result = {name: value.item() for name, value in metrics.items()} | {"kl": kl, "kl_coef": kl_coef}
     result |= trust_region(policy, look.batch, old_logp, old_logprobs.masked_fill(~mask, 0.0).sum().item())
-    if not result["step_kl"] <= config.target_kl:  # NaN included
+    if not result["step_kl"] <= (config.target_kl or math.inf):  # NaN included
         policy.restore(before)
         result["undone"] = True
     policy.step += 1

@@ -48,7 +48,8 @@ class Experience:
 
     The batch's response_mask leaves out answers that no reward was given to and, with GRPO, groups of equal rewards.
     `first` is the policy's forward pass with its graph, where the update is one pass over all rows: there the policy is
-    the one that sampled, and no second pass is needed. `logp` (B, T, V) is the policy's distribution, where it fits.
+    the one that sampled, and no second pass is needed. `logp` (B, T, V) is the policy's distribution, where it fits
+    and there is a trust region.
     """
 
     batch: Batch
@@ -213,7 +214,7 @@ def observe(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", b
 
     seen, distributions, forward, count = [], [], None, len(batch.input_ids)
     whole = in_one_pass(config, accelerator, count)
-    kept = batch.response_mask.numel() * policy.head.weight.shape[0] <= KEPT_LOGP
+    kept = config.target_kl and batch.response_mask.numel() * policy.head.weight.shape[0] <= KEPT_LOGP
     for rows in chunks(range(count), rows_per_pass(config, accelerator)):
         part = batch_rows(batch, rows)
         with torch.set_grad_enabled(whole):
@@ -243,11 +244,12 @@ def learn(
     try:
         experience, metrics = examine(policy, accelerator, config, trajectories)
         metrics |= update(policy, accelerator, config, experience)
-        metrics["step_kl"] = moved(policy, accelerator, config, experience, before)
+        if config.target_kl:
+            metrics["step_kl"] = moved(policy, accelerator, config, experience, before)
         if config.adaptive_kl:
             policy.kl_coef = adapted(policy, config, metrics)
         metrics["outcome"] = "taken"
-        if not metrics["step_kl"] <= config.target_kl:  # NaN included
+        if config.target_kl and not metrics["step_kl"] <= config.target_kl:  # NaN included
             policy.restore(before)
             metrics["outcome"] = "undone"
     except StepSkipped as skipped:

@@ -363,11 +363,13 @@ def test_the_nucleus_is_that_of_transformers():
     from transformers import TopPLogitsWarper
 
     torch.manual_seed(0)
-    for sharpness in (0.1, 1.0, 5.0, 20.0):  # flat ones need more than the tokens looked at first
-        scores = torch.randn(500) * sharpness
-        for top_p in (0.3, 0.9, 0.999):
-            wanted = TopPLogitsWarper(top_p)(None, scores.unsqueeze(0))[0]
-            assert torch.equal(decode.nucleus(scores, scores.logsumexp(-1), top_p), wanted)
+    sharpness = torch.tensor([[0.1], [1.0], [5.0], [20.0]])  # flat ones need more than the tokens looked at first
+    scores = torch.randn(4, 5000) * sharpness
+    for top_p in (0.3, 0.9, 0.999):
+        wanted = TopPLogitsWarper(top_p)(None, scores)
+        assert torch.equal(decode.nucleus(scores, scores.logsumexp(-1, keepdim=True), top_p), wanted)
+        for alone, right in zip(scores.split(1), wanted.split(1), strict=True):
+            assert torch.equal(decode.nucleus(alone, alone.logsumexp(-1, keepdim=True), top_p), right)
 
 
 def test_an_interruption_leaves_the_adapters_on(tiny_folder):

@@ -887,8 +887,9 @@ def test_a_step_outside_the_trust_region_is_undone_and_counts():
     assert policy.step == 2
 
 
-def test_a_step_inside_the_trust_region_is_kept():
-    policy = make_policy(target_kl=10.0)
+@pytest.mark.parametrize("target_kl", [10.0, 0.0])  # 0: there is none
+def test_a_step_inside_the_trust_region_is_kept(target_kl):
+    policy = make_policy(target_kl=target_kl)
     before = bits(policy)
     metrics = demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
     assert "undone" not in metrics

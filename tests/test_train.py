@@ -281,6 +281,20 @@ def test_a_step_beyond_the_trust_region_is_undone(llama, accelerator):
     assert policy.kl_coef == before.kl_coef
 
 
+def test_without_a_trust_region_the_same_step_is_not_measured(llama, accelerator):
+    tensors, metrics, passes = [], [], []
+    for target_kl in (1e6, 0.0):
+        policy, config = loaded(llama, target_kl=target_kl)
+        trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
+        policy.head.register_forward_hook(lambda *_, now=target_kl: passes.append(now))
+        metrics.append(update.learn(policy, accelerator, config, trajectories))
+        tensors.append(policy.tensors())
+    assert passes.count(1e6) == passes.count(0.0) + 1
+    assert metrics[0].pop("step_kl") > 0
+    assert metrics[0] == metrics[1]
+    assert same(*tensors)
+
+
 def test_adaptive_kl_moves_its_coefficient_towards_the_target(llama, accelerator):
     for target, direction in ((1e-6, 1), (1e5, -1)):
         policy, config = loaded(llama, adaptive_kl=True, kl_target=target, kl_horizon=100)

@@ -202,7 +202,6 @@ def ours(settings: dict[str, Any]) -> None:
         top_p=1.0,
         learning_rate=settings["learning_rate"],
         kl_coef=settings["kl_coef"],
-        target_kl=1e6,
         output_dir=settings["output"],
     )
     accelerator = Accelerator(cpu=settings["device"] == "cpu")
@@ -213,8 +212,9 @@ def ours(settings: dict[str, Any]) -> None:
     training = Training(config, policy, VarietyTask(), accelerator)
     align(policy, accelerator)
 
-    def step(threads: int) -> None:
+    def step(threads: int, target_kl: float = 0.0) -> None:
         torch.set_num_threads(threads)
+        training.config.target_kl = target_kl
         line = training.step()
         if line["outcome"] != "taken":
             raise RuntimeError(f"the step was {line['outcome']} ({line.get('why')})")
