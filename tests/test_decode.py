@@ -1,6 +1,8 @@
 """The decode loop against transformers' generate, on every architecture; the recorded log-probabilities against a
 forward pass."""
 
+import copy
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, CHATML, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
@@ -64,6 +66,64 @@ def test_recorded_logprobs_are_those_of_a_forward_pass(policy):
         logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
     for row, mask, reply in zip(logprobs, batch.response_mask, replies, strict=True):
         torch.testing.assert_close(torch.tensor(reply.logprobs), row[mask], atol=1e-4, rtol=0)
+
+
+def test_a_reply_under_a_grammar_is_that_of_generate_and_its_logprobs_are_the_models(policy):
+    """The nucleus is one of what the grammar allows; the log-probabilities are those without a grammar."""
+    prompt, policy.config.temperature, policy.config.top_p = prompts(policy)[0], 1.0, 0.3
+    once, again = (Request(prompt, 1.0, adapter=False, grammar=QuizGrammar(policy, len(prompt))) for _ in range(2))
+    (reply,) = decode.decode(policy, [once], [3])
+    assert reply.ids == plain_reply(policy, again, 3)
+    batch = collate([prompt], [reply.ids], policy.pad_id, policy.device)
+    with torch.no_grad():
+        logprobs, _, _ = demo.token_logprobs_and_values(policy, batch, adapter=False)
+    torch.testing.assert_close(torch.tensor([reply.logprobs]), logprobs, atol=1e-4, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- products
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, decode.FEW_ROWS, decode.FEW_ROWS + 1, 150])
+def test_quick_products_and_their_gradients_are_those_of_float64(rows, bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(48, 80, bias=bias).requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+    decode.speed_up_products(torch.nn.ModuleList([layer]))
+    for shape in ((rows, 48), (1, rows, 48)):
+        x = torch.randn(shape, requires_grad=True)
+        weights = torch.randn(80, rows).t()  # of the sum below: a gradient that does not lie row by row
+        (gradient,) = torch.autograd.grad((layer(x) * weights).sum(), x)
+        y = x.detach().double().requires_grad_()
+        (wanted,) = torch.autograd.grad((exact(y) * weights).sum(), y)
+        torch.testing.assert_close(gradient.double(), wanted, atol=1e-5, rtol=1e-5)
+        for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with mode():
+                torch.testing.assert_close(layer(x).double(), exact(y), atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_that_is_trained_after_all_keeps_its_gradient_and_16_bits_are_left_to_torch():
+    trained, half = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    decode.speed_up_products(torch.nn.ModuleList([trained, half]))
+    trained(torch.ones(40, 8)).sum().backward()
+    assert trained.weight.grad.eq(40).all()
+    assert "forward" not in vars(half)
+
+
+def test_a_cache_with_room_is_written_in_place():
+    torch.manual_seed(0)
+    keys, values = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4)
+    layer = decode.RoomyLayer(room=5)
+    layer.update(keys[:, :, :3], values[:, :, :3])
+    where = [x.data_ptr() for x in layer.whole]
+    for t in (3, 4):
+        seen = layer.update(keys[:, :, t : t + 1], values[:, :, t : t + 1])
+        assert torch.equal(torch.stack(seen), torch.stack((keys, values))[..., : t + 1, :])
+    assert [x.data_ptr() for x in layer.whole] == where
+    layer.batch_select_indices(torch.tensor([2, 0]))
+    assert torch.equal(layer.keys, keys[[2, 0]])
+    assert torch.equal(layer.values, values[[2, 0]])
+    assert layer.get_seq_length() == 5
 
 
 # ------------------------------------------------------------------------------------------- prompts with many answers
@@ -303,7 +363,9 @@ def test_replies_of_other_lengths_have_graphs_with_other_room_and_many_rows_none
     assert list(policy.recorder.recordings)[2:] == [(first[0], 4)]
 
 
-def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monkeypatch):
+@pytest.mark.parametrize("strays", ["logits", "cache"])
+def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monkeypatch, strays):
+    """From the second pass on, in what it says or in what it writes for the later ones."""
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
     policy.model.generation_config.eos_token_id = -1
     request, freeze = Request(prompts(policy)[0], 1.0), torch.jit.freeze
@@ -314,7 +376,9 @@ def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monke
 
         def play(*later):
             logits, *cache = recording(*later)
-            return logits + (1e-6 if later[2].shape[-1] > length else 0.0), *cache
+            if later[2].shape[-1] > length:
+                (logits if strays == "logits" else cache[-1][:, :, length]).add_(1e-3)
+            return logits, *cache
 
         return play
 
