@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from config import Config
+from decode import speed_up_products
 from lora_ppo_demo import collate, load_policy, ppo_step
 from tools import bench
 from tools.bench_measure import MB, profile
@@ -70,6 +71,9 @@ def test_a_profile_counts_live_tensors_and_products():
     assert found["tensors MB"] == pytest.approx(5.0, abs=0.1)
     assert found["products s"] > 0
     assert profile(lambda: a + 1)["products s"] == 0
+    layer = torch.nn.Linear(1000, 1000).requires_grad_(False)
+    speed_up_products(torch.nn.ModuleList([layer]))
+    assert profile(lambda: layer(a))["products s"] > 0
 
 
 def test_a_step_of_more_epochs_keeps_one_distribution_more():

@@ -100,6 +100,8 @@ def test_quick_products_and_their_gradients_are_those_of_float64(rows, bias):
         for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
             with mode():
                 torch.testing.assert_close(layer(x).double(), exact(y), atol=1e-5, rtol=1e-5)
+                columns = x.detach().mT.contiguous().mT  # that do not lie row by row
+                torch.testing.assert_close(layer(columns).double(), exact(y), atol=1e-5, rtol=1e-5)
 
 
 def test_a_layer_that_is_trained_after_all_keeps_its_gradient_and_16_bits_are_left_to_torch():
