@@ -543,8 +543,8 @@ def nucleus(scores: Tensor, totals: Tensor, top_p: float) -> Tensor:
     """
     if top_p >= 1:
         return scores
-    for count in (TOP, TOP**2, scores.shape[1]):
-        values, tokens = scores.topk(min(count, scores.shape[1]))
+    for count in sorted({min(count, scores.shape[1]) for count in (TOP, TOP**2, scores.shape[1])}):
+        values, tokens = scores.topk(count)
         probabilities = (values - totals).exp()
         up_to = probabilities.cumsum(-1)
         if (up_to[:, -1] > top_p).all():

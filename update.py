@@ -244,14 +244,14 @@ def learn(
     try:
         experience, metrics = examine(policy, accelerator, config, trajectories)
         metrics |= update(policy, accelerator, config, experience)
-        if config.target_kl:
-            metrics["step_kl"] = moved(policy, accelerator, config, experience, before)
         if config.adaptive_kl:
             policy.kl_coef = adapted(policy, config, metrics)
         metrics["outcome"] = "taken"
-        if config.target_kl and not metrics["step_kl"] <= config.target_kl:  # NaN included
-            policy.restore(before)
-            metrics["outcome"] = "undone"
+        if config.target_kl:
+            metrics["step_kl"] = moved(policy, accelerator, config, experience, before)
+            if not metrics["step_kl"] <= config.target_kl:  # NaN included
+                policy.restore(before)
+                metrics["outcome"] = "undone"
     except StepSkipped as skipped:
         policy.restore(before)
         metrics |= {"outcome": "skipped", "why": str(skipped)}
