@@ -13,7 +13,7 @@ from typing import Any
 BUNDLED_MODEL = Path(__file__).resolve().parent / "models" / "tutor-tiny"
 GPU_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 # What `learning_rate=auto` means: the first is right for 3 to 7 billion parameters, the second for the bundled model.
-LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 1e-4
+LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 8e-5
 
 
 class ConfigError(ValueError):

@@ -836,10 +836,10 @@ def collate(
 def token_logprobs_and_values(
     policy: Policy, batch: Batch, adapter: bool = True, temperature: float | None = None
 ) -> tuple["Tensor", "Tensor", "Tensor"]:
-    """Log-probabilities (B, T) of the response tokens, values (B, T), and the log-probabilities of all (B, T, V).
+    """Log-probabilities (B, T) of the response tokens, values (B, T), and the model's logits (B, T, V).
 
-    They are float32 and of softmax(logits / temperature), by default the configured one. Column t is what was known
-    before response token t was written. Logits exist for response positions only.
+    The log-probabilities are float32 and of softmax(logits / temperature), by default the configured one. Column t is
+    what was known before response token t was written. Logits exist for response positions only, in the model's dtype.
     """
     import torch
 
@@ -855,11 +855,11 @@ def token_logprobs_and_values(
             use_cache=False,
             logits_to_keep=torch.arange(width - t - 1, width - 1, device=policy.device),
         )
-    logprobs, logp = ppo.chosen_logprobs(logits, batch.input_ids[:, -t:], temperature or policy.config.temperature)
+    logprobs = ppo.chosen_logprobs(logits, batch.input_ids[:, -t:], temperature or policy.config.temperature)
     # The value loss trains the head alone. Through the adapters its gradient, the largest one where a policy that is
     # sure of its answers meets a wrong one, would shake the policy.
     values = policy.value_head(hidden.detach().float()).squeeze(-1)  # (B, T)
-    return logprobs, values, logp
+    return logprobs, values, logits
 
 
 OUT_OF_MEMORY = "out of memory: try a smaller max_new_tokens, a smaller lora_r, or load_in_4bit=true"
@@ -905,7 +905,7 @@ class Look:
 
     batch: Batch
     ref_logprobs: "Tensor"  # (B, T)
-    old: tuple["Tensor", "Tensor", "Tensor"]  # logprobs (B, T), values (B, T), logp (B, T, V) of the policy as it is
+    old: tuple["Tensor", "Tensor", "Tensor"]  # logprobs (B, T), values (B, T), logits (B, T, V) of the policy as it is
     first: tuple["Tensor", "Tensor", "Tensor"]  # the same from the first epoch's forward pass, with its graph
     kl: "Tensor"  # exact, from the reference, in nats an answer
 
@@ -928,15 +928,15 @@ def look_at(policy: Policy, batch: Batch) -> Look:
     import ppo
 
     with torch.no_grad():
-        ref_logprobs, _, ref_logp = token_logprobs_and_values(policy, batch, adapter=False)
+        ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, batch, adapter=False)
         # With one epoch on a fresh sample the old policy is the current one: the gradient pass below yields its
         # logprobs, the ratio is exactly 1, and the clip does nothing. Dropout would make the two differ.
         old = token_logprobs_and_values(policy, batch) if policy.config.lora_dropout else None
     with gradient_dropout(policy):
         first = token_logprobs_and_values(policy, batch)
     old = old or tuple(x.detach() for x in first)
-    kl = ppo.exact_kl(old[2], ref_logp).masked_fill(~batch.response_mask, 0.0).sum(-1).mean()
-    return Look(batch, ref_logprobs, old, first, kl)
+    kl = ppo.exact_kl(old[2], ref_logits, policy.config.temperature)
+    return Look(batch, ref_logprobs, old, first, kl.masked_fill(~batch.response_mask, 0.0).sum(-1).mean())
 
 
 def begin_update(policy: Policy, look: Look, scores: Sequence[float], keep_graph: bool = False) -> Update:
@@ -967,10 +967,10 @@ def ppo_losses(
     """PPO's loss of a forward pass and its parts, each a mean over the response tokens (`mask`); all else is (B, T)."""
     import ppo
 
-    logprobs, values, logp = forward
+    logprobs, values, logits = forward
     pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
     vf_loss, _ = ppo.value_loss(values, old_values, returns, mask, config.cliprange_value)
-    mean_entropy = ppo.entropy(logp if config.entropy_coef else logp.detach(), mask)
+    mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask, config.temperature)
     loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
     parts = {"loss": loss, "policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy}
     return parts | {"clip_fraction": clip_fraction}
@@ -1005,14 +1005,13 @@ def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) 
     """Takes the optimizer's steps, looks how far they went, and takes them back where that is beyond `target_kl`."""
     import ppo
 
-    config, mask, (old_logprobs, old_values, old_logp) = policy.config, look.batch.response_mask, look.old
+    config, mask, (old_logprobs, old_values, old_logits) = policy.config, look.batch.response_mask, look.old
     metrics, gradients = update.metrics, update.gradients
     for epoch in range(config.ppo_epochs):
         if epoch:
             with gradient_dropout(policy):
                 forward = token_logprobs_and_values(policy, look.batch)
             metrics, gradients = ppo_gradient(policy, look, forward, update.advantages, update.returns)
-            del forward  # as wide as the vocabulary: the next pass needs the room
         for parameter, gradient in zip(policy.parameters.values(), gradients, strict=True):
             parameter.grad = gradient
         policy.optimizer.step()
@@ -1024,7 +1023,7 @@ def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) 
     metrics = {"reward": update.scores.mean(), **metrics, "kl_estimate": estimate}
     metrics["value"] = ppo.masked_mean(old_values, mask)
     result = {name: value.item() for name, value in metrics.items()} | {"kl": kl, "kl_coef": kl_coef}
-    result |= trust_region(policy, look.batch, old_logp, old_logprobs.masked_fill(~mask, 0.0).sum().item())
+    result |= trust_region(policy, look.batch, old_logits, old_logprobs.masked_fill(~mask, 0.0).sum().item())
     if not result["step_kl"] <= (config.target_kl or math.inf):  # NaN included
         policy.restore(before)
         result["undone"] = True
@@ -1032,7 +1031,7 @@ def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) 
     return result
 
 
-def trust_region(policy: Policy, batch: Batch, old_logp: "Tensor", old_logprob_sum: float) -> dict[str, float]:
+def trust_region(policy: Policy, batch: Batch, old_logits: "Tensor", old_logprob_sum: float) -> dict[str, float]:
     """How far an update went: `step_kl`, the exact KL(old || new) in nats per response token, and `likelihood_ratio`,
     how many times as likely the sampled answers are now."""
     import torch
@@ -1040,8 +1039,9 @@ def trust_region(policy: Policy, batch: Batch, old_logp: "Tensor", old_logprob_s
     import ppo
 
     with torch.no_grad():
-        logprobs, _, logp = token_logprobs_and_values(policy, batch)
-    step_kl = ppo.masked_mean(ppo.exact_kl(old_logp, logp), batch.response_mask).item()
+        logprobs, _, logits = token_logprobs_and_values(policy, batch)
+    kl = ppo.exact_kl(old_logits, logits, policy.config.temperature)
+    step_kl = ppo.masked_mean(kl, batch.response_mask).item()
     logprob_sum = logprobs.masked_fill(~batch.response_mask, 0.0).sum().item()
     return {"step_kl": step_kl, "likelihood_ratio": math.exp(min(logprob_sum - old_logprob_sum, 700.0))}
 

@@ -5,12 +5,12 @@ token, its end-of-sequence token included; padding and what an environment wrote
 it NaN, has no influence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-PIECE = {"cpu": 2**18, "cuda": 2**26}  # elements of a tensor as wide as the vocabulary that are worked on at a time
+PIECE = {"cpu": 2**17, "cuda": 2**24}  # elements of a tensor as wide as the vocabulary that are worked on at a time
 LEAST_LOGP = -60.0  # e^-60 counts for nothing, and is above float32's subnormals, which take a CPU ten times as long
 
 
@@ -19,71 +19,68 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask, 0.0).sum() / mask.sum()
 
 
-def pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """The rows of `x` (..., V), a few at a time, as views (n, V): few enough for a processor's cache."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows.split(max(1, PIECE.get(x.device.type, PIECE["cuda"]) // x.shape[-1]))
+def pieces(wide: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of tensors (..., V) as (n, V), of those (...) as (n, 1): few enough at a time for a processor's cache.
+
+    `wide` is (..., V). The pieces are views where the tensors are contiguous.
+    """
+    size = max(1, PIECE.get(wide.device.type, PIECE["cuda"]) // wide.shape[-1])
+    columns = [x.reshape(-1, x.shape[-1] if x.dim() == wide.dim() else 1) for x in (wide, *tensors)]
+    return zip(*(x.split(size) for x in columns), strict=True)
 
 
-def by_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`function` of the rows of tensors (..., V), as (...), without another tensor of that size in between."""
-    results = [function(*rows) for rows in zip(*map(pieces, tensors), strict=True)]
-    return torch.cat(results).view(tensors[0].shape[:-1])
+def by_pieces(function: Callable[..., Tensor], wide: Tensor, *tensors: Tensor) -> Tensor:
+    """`function` of such pieces, (n,) each, as (...), without another tensor as wide as the vocabulary in between."""
+    return torch.cat([function(*rows) for rows in pieces(wide, *tensors)]).view(wide.shape[:-1])
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) over the last dimension, in float32 at least."""
+    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
 
 
 class ChosenLogprobs(torch.autograd.Function):
-    """Log-probabilities of the chosen `tokens` (...) under softmax(logits / temperature), and those of all: (..., V).
-
-    Both in float32 at least. Forward and backward make one tensor as wide as the vocabulary each; torch's own
-    operations make ten.
-    """
+    """`chosen_logprobs`. Only the gradient of the logits is as wide as the vocabulary; torch's own operations keep the
+    log-probabilities of all tokens besides, in float32, and make ten such tensors."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        logp = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-        for rows, result in zip(pieces(logits), pieces(logp), strict=True):
-            torch.log_softmax(rows.to(dtype) / temperature, -1, out=result)
-        tokens = tokens.unsqueeze(-1)
-        ctx.save_for_backward(logp, tokens)
-        ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
-        return logp.gather(-1, tokens).squeeze(-1), logp
+    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(logits, tokens)
+        ctx.temperature = temperature
+        return by_pieces(lambda rows, k: log_softmax(rows, temperature).gather(-1, k).squeeze(-1), logits, tokens)
 
     @staticmethod
-    def backward(ctx, chosen_grad: Tensor | None, grad: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         # The gradient of log softmax at token k, with respect to the logits, is onehot(k) - softmax.
-        logp, tokens = ctx.saved_tensors
-        result = torch.empty(logp.shape, dtype=ctx.dtype, device=logp.device)
-        chosen_grad = torch.zeros_like(logp[..., 0]) if chosen_grad is None else chosen_grad
-        weight = chosen_grad if grad is None else chosen_grad + grad.sum(-1)
-        split = pieces(logp)
-        columns = [x.reshape(-1, 1).split(len(split[0])) for x in (tokens, chosen_grad, weight)]
-        more = [None] * len(split) if grad is None else pieces(grad)
-        for rows, out, k, chosen, all_of_row, given in zip(split, pieces(result), *columns, more, strict=True):
-            piece = probabilities(rows).mul_(-all_of_row).scatter_add_(-1, k, chosen)
-            if given is not None:
-                piece += given
+        logits, tokens = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for rows, out, k, given in pieces(logits, result, tokens, grad):
+            piece = probabilities(log_softmax(rows, ctx.temperature)).mul_(-given).scatter_add_(-1, k, given)
             torch.div(piece, ctx.temperature, out=out)
         return result, None, None
 
 
-def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(B, T, V), (B, T) -> log softmax(logits / temperature): of the tokens (B, T), and of all (B, T, V)."""
+def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) of the chosen tokens: (B, T, V), (B, T) -> (B, T), in float32 at least."""
     return ChosenLogprobs.apply(logits, tokens, temperature)
 
 
 def probabilities(logp: Tensor) -> Tensor:
-    """exp of log-probabilities; one below e^-60 counts as that."""
-    return logp.clamp(min=LEAST_LOGP).exp_()
+    """exp of the log-probabilities (..., V) of all; one below e^-60 counts as that."""
+    return logp.clamp(min=LEAST_LOGP).softmax(-1)  # quicker than exp, and the same: they add up to 1
 
 
-def exact_kl(logp: Tensor, other_logp: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities log p, log q, summed over the vocabulary: (..., V), (..., V) -> (...), in nats.
+def exact_kl(logits: Tensor, other_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || q) in nats, each a softmax(logits / temperature) over the vocabulary: (..., V), (..., V) -> (...).
 
     Never negative, unlike the sampled estimate log p(token) - log q(token), whose mean over truncated samples can be.
     """
-    return by_pieces(lambda p, q: (probabilities(p) * (p - q)).sum(-1).clamp(min=0.0), logp, other_logp)
+
+    def of_rows(logits: Tensor, other_logits: Tensor) -> Tensor:
+        p, q = log_softmax(logits, temperature), log_softmax(other_logits, temperature)
+        return (probabilities(p) * (p - q)).sum(-1).clamp(min=0.0)
+
+    return by_pieces(of_rows, logits, other_logits)
 
 
 def compute_rewards(
@@ -154,14 +151,14 @@ def value_loss(
     return 0.5 * masked_mean(torch.maximum(plain, clipped), response_mask), clip_fraction
 
 
-def entropy(logits: Tensor, response_mask: Tensor) -> Tensor:
-    """Mean entropy, in nats, of the token distributions (B, T, V) at response positions."""
+def entropy(logits: Tensor, response_mask: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean entropy, in nats, of softmax(logits / temperature) at response positions; logits (B, T, V)."""
 
     def of_rows(logits: Tensor, real: Tensor) -> Tensor:
-        logp = logits.masked_fill(~real, 0.0).log_softmax(-1)
+        logp = log_softmax(logits.masked_fill(~real, 0.0), temperature)
         return -(probabilities(logp) * logp).sum(-1)
 
-    return masked_mean(by_pieces(of_rows, logits, response_mask.unsqueeze(-1).expand_as(logits)), response_mask)
+    return masked_mean(by_pieces(of_rows, logits, response_mask), response_mask)
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, kl_horizon: int, answers: int) -> float:

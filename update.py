@@ -48,8 +48,8 @@ class Experience:
 
     The batch's response_mask leaves out answers that no reward was given to and, with GRPO, groups of equal rewards.
     `first` is the policy's forward pass with its graph, where the update is one pass over all rows: there the policy is
-    the one that sampled, and no second pass is needed. `logp` (B, T, V) is the policy's distribution, where it fits
-    and there is a trust region.
+    the one that sampled, and no second pass is needed. `logits` (B, T, V) are the policy's, where they fit and there is
+    a trust region.
     """
 
     batch: Batch
@@ -59,12 +59,12 @@ class Experience:
     advantages: "Tensor"
     returns: "Tensor"
     first: tuple["Tensor", "Tensor", "Tensor"] | None = None
-    logp: "Tensor | None" = None
+    logits: "Tensor | None" = None
 
     def rows(self, rows: Sequence[int]) -> "Experience":
         if self.first:
             return self
-        mine = [getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("batch", "first", "logp")]
+        mine = [getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("batch", "first", "logits")]
         return Experience(batch_rows(self.batch, rows), *mine)
 
 
@@ -156,7 +156,7 @@ def examine(
     mask = batch.response_mask
     scores = scores.to(policy.device)
     seen = everywhere(policy, accelerator, lambda: observe(policy, accelerator, config, batch))
-    logprobs, ref_logprobs, values, kl, logp, first = seen
+    logprobs, ref_logprobs, values, kl, logits, first = seen
     kept = zip(trajectories, known, strict=True)
     right = sum(t.outcome.verdict == "correct" for t, k in kept if k)
     sums = (masked.masked_fill(~mask, 0.0).sum().item() for masked in (kl, logprobs - ref_logprobs, values))
@@ -189,7 +189,7 @@ def examine(
         advantages, returns = ppo.gae(rewards, values, mask, config.gamma, config.lam)
         if answers >= 8:  # in a small batch whitening erases or flips the reward
             advantages = whiten_jointly(accelerator, advantages, mask)
-    return Experience(batch, logprobs, ref_logprobs, values, advantages, returns, first, logp), metrics
+    return Experience(batch, logprobs, ref_logprobs, values, advantages, returns, first, logits), metrics
 
 
 def rows_per_pass(config: "TrainConfig", accelerator: "Accelerator") -> int:
@@ -203,7 +203,7 @@ def in_one_pass(config: "TrainConfig", accelerator: "Accelerator", rows: int) ->
 
 
 def observe(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", batch: Batch) -> tuple:
-    """logprobs, ref_logprobs, values and the exact KL from the reference, each (B, T); `Experience`'s logp and first.
+    """logprobs, ref_logprobs, values and the exact KL from the reference, each (B, T); `Experience`'s logits and first.
 
     From the second minibatch on the policy is no longer the one that sampled: the ratio's denominator is what is kept
     here. In the first update it is the current policy's, and the ratio is 1 up to rounding.
@@ -212,21 +212,21 @@ def observe(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", b
 
     import ppo
 
-    seen, distributions, forward, count = [], [], None, len(batch.input_ids)
+    seen, kept, forward, count = [], [], None, len(batch.input_ids)
     whole = in_one_pass(config, accelerator, count)
-    kept = config.target_kl and batch.response_mask.numel() * policy.head.weight.shape[0] <= KEPT_LOGP
+    fits = batch.response_mask.numel() * policy.head.weight.shape[0] <= KEPT_LOGITS
     for rows in chunks(range(count), rows_per_pass(config, accelerator)):
         part = batch_rows(batch, rows)
         with torch.set_grad_enabled(whole):
             forward = token_logprobs_and_values(policy, part)
-        logprobs, values, logp = (x.detach() for x in forward)
+        logprobs, values, logits = (x.detach() for x in forward)
         with torch.no_grad():
-            ref_logprobs, _, ref_logp = token_logprobs_and_values(policy, part, adapter=False)
-        seen.append((logprobs, ref_logprobs, values, ppo.exact_kl(logp, ref_logp)))
-        if kept:
-            distributions.append(logp)
+            ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, part, adapter=False)
+        seen.append((logprobs, ref_logprobs, values, ppo.exact_kl(logits, ref_logits, config.temperature)))
+        if fits and config.target_kl:
+            kept.append(logits)
     joined = [torch.cat(parts) for parts in zip(*seen, strict=True)]
-    return *joined, torch.cat(distributions) if kept else None, forward if whole else None
+    return *joined, torch.cat(kept) if kept else None, forward if whole else None
 
 
 # -------------------------------------------------------------------------------------------------------- the update
@@ -334,7 +334,7 @@ def gradients(
     return sums
 
 
-KEPT_LOGP = 2**26  # elements: 256 MB
+KEPT_LOGITS = 2**26  # elements: 256 MB in float32
 LOSSES = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction")
 
 
@@ -362,27 +362,26 @@ def moved(
 ) -> float:
     """How far the update went: the exact KL(old || new), in nats, mean over the response tokens of all processes.
 
-    Where the old distributions were too large to be kept, the old weights come back for a forward pass.
+    Where the old logits were too large to be kept, the old weights come back for a forward pass.
     """
     import torch
 
     batch = experience.batch
 
-    def old_distribution(part: Batch, rows: Sequence[int], after: Snapshot) -> "Tensor":
-        if experience.logp is not None:
-            return experience.logp[rows]
+    def logits_before(part: Batch, rows: Sequence[int], after: Snapshot) -> "Tensor":
+        if experience.logits is not None:
+            return experience.logits[rows]
         policy.restore(before)
         with torch.no_grad():
-            _, _, old_logp = token_logprobs_and_values(policy, part)
+            _, _, logits = token_logprobs_and_values(policy, part)
         policy.restore(after)
-        return old_logp
+        return logits
 
     def distance() -> float:
         after, nats = policy.snapshot(), 0.0
         for rows in chunks(range(len(batch.input_ids)), rows_per_pass(config, accelerator)):
             part = batch_rows(batch, rows)
-            old_logp = old_distribution(part, rows, after)
-            step_kl = trust_region(policy, part, old_logp, 0.0)["step_kl"]
+            step_kl = trust_region(policy, part, logits_before(part, rows, after), 0.0)["step_kl"]
             tokens = part.response_mask.sum().item()
             nats += step_kl * tokens if tokens else 0.0
         return nats

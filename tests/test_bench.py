@@ -85,4 +85,4 @@ def test_a_step_of_more_epochs_keeps_one_distribution_more():
     for policy.config.ppo_epochs in (1, 3):
         ppo_step(policy, batch, [1.0])
         peaks.append(profile(lambda: ppo_step(policy, batch, [1.0]))["tensors MB"])
-    assert peaks[1] < peaks[0] + 1.5 * wide
+    assert peaks[1] < peaks[0] + 2 * wide

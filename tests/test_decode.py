@@ -140,11 +140,11 @@ def measured(policy, batch, adapter: bool = True) -> tuple[list[torch.Tensor], i
     hook = layer.register_forward_hook(lambda module, inputs, output: taken.append(inputs[0][..., 0].numel()))
     policy.optimizer.zero_grad()
     torch.nn.init.constant_(policy.value_head.weight, 0.1)
-    logprobs, values, logp = demo.token_logprobs_and_values(policy, batch, adapter=adapter)
+    logprobs, values, logits = demo.token_logprobs_and_values(policy, batch, adapter=adapter)
     (logprobs[mask].sum() + values[mask].sum()).backward()
     hook.remove()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters.values()]
-    return [x.detach()[mask] for x in (logprobs, values, logp)] + gradients, sum(taken)
+    return [x.detach()[mask] for x in (logprobs, values, logits)] + gradients, sum(taken)
 
 
 @pytest.mark.parametrize("adapter", [True, False])

@@ -185,17 +185,15 @@ def check_value_loss(function):
 def check_entropy(function):
     for case in map(Case, SEEDS):
         same(function(case.logits, case.mask), oracle.mean_entropy(*case.rows("logits", "mask")))
-
-
-def normalized(*logits):
-    return [x.log_softmax(-1) for x in logits]
+        same(function(case.logits * 0.7, case.mask, 0.7), oracle.mean_entropy(*case.rows("logits", "mask")))
 
 
 def check_exact_kl(function):
     for case in map(Case, range(0, 20, 2)):  # without NaN
         pairs = zip(case.logits.flatten(0, 1).tolist(), case.other_logits.flatten(0, 1).tolist(), strict=True)
         expected = [oracle.kl_divergence(p, q) for p, q in pairs]
-        same(function(*normalized(case.logits, case.other_logits)).flatten(), expected, atol=1e-14)
+        same(function(case.logits, case.other_logits).flatten(), expected, atol=1e-14)
+        same(function(0.7 * case.logits, 0.7 * case.other_logits, 0.7).flatten(), expected, atol=1e-14)
 
 
 def check_whiten(function):
@@ -375,14 +373,16 @@ FAULTS = {
     "value: mean over padding": (check_value_loss, squared_error(torch.maximum, mean=unmasked)),
     "value gradient: no half": (check_value_gradient, squared_error(torch.maximum, factor=1.0)),
     "value gradient: clip alone": (check_value_gradient, squared_error(lambda a, b: b)),
-    "entropy: sign flipped": (check_entropy, lambda logits, m: -ppo.entropy(logits, m)),
-    "entropy: in bits": (check_entropy, lambda logits, m: ppo.entropy(logits, m) / math.log(2)),
+    "entropy: sign flipped": (check_entropy, lambda logits, m, t=1.0: -ppo.entropy(logits, m, t)),
+    "entropy: in bits": (check_entropy, lambda logits, m, t=1.0: ppo.entropy(logits, m, t) / math.log(2)),
+    "entropy: without temperature": (check_entropy, lambda logits, m, t=1.0: ppo.entropy(logits, m)),
     "entropy: over padding": (
         check_entropy,
-        lambda logits, m: ppo.entropy(logits.nan_to_num(), torch.ones_like(m)),
+        lambda logits, m, t=1.0: ppo.entropy(logits.nan_to_num(), torch.ones_like(m), t),
     ),
-    "kl: arguments swapped": (check_exact_kl, lambda p, q: ppo.exact_kl(q, p)),
-    "kl: mean over the vocabulary": (check_exact_kl, lambda p, q: ppo.exact_kl(p, q) / p.shape[-1]),
+    "kl: arguments swapped": (check_exact_kl, lambda p, q, t=1.0: ppo.exact_kl(q, p, t)),
+    "kl: mean over the vocabulary": (check_exact_kl, lambda p, q, t=1.0: ppo.exact_kl(p, q, t) / p.shape[-1]),
+    "kl: without temperature": (check_exact_kl, lambda p, q, t=1.0: ppo.exact_kl(p, q)),
     "whiten: sample variance": (check_whiten, sample_variance_whiten),
     "whiten: over padding": (check_whiten, lambda x, m: ppo.whiten(x.nan_to_num(), torch.ones_like(m))),
     "whiten: mean kept": (check_whiten, lambda x, m: ppo.whiten(x, m) + ppo.masked_mean(x, m) * m),
@@ -430,7 +430,7 @@ def test_gae_with_lam_one_returns_what_was_earned():
 @given(st.lists(st.tuples(st.floats(-80, 80), st.floats(-80, 80)), min_size=1, max_size=9))
 def test_exact_kl_is_never_negative(pairs):
     for dtype in (torch.float64, torch.float32):
-        p, q = normalized(*torch.tensor(pairs, dtype=dtype).T)
+        p, q = torch.tensor(pairs, dtype=dtype).T
         assert ppo.exact_kl(p, q).item() >= 0.0
         assert ppo.exact_kl(p, p.clone()).item() == 0.0
 
@@ -438,7 +438,7 @@ def test_exact_kl_is_never_negative(pairs):
 def test_exact_kl_of_nearly_equal_logits_is_not_negative():
     """In float32 the sum over the vocabulary cancels: rounding alone would make about half of these negative."""
     p = torch.randn(500, 1000, generator=torch.Generator().manual_seed(0))
-    kl = ppo.exact_kl(*normalized(p, p + 1e-6))
+    kl = ppo.exact_kl(p, p + 1e-6)
     assert (kl >= 0).all()
     assert kl.max() < 1e-5
 
@@ -446,22 +446,20 @@ def test_exact_kl_of_nearly_equal_logits_is_not_negative():
 def test_exact_kl_agrees_with_torch_distributions():
     case = Case(6)
     p, q = (torch.distributions.Categorical(logits=x) for x in (case.logits, case.other_logits))
-    kl = ppo.exact_kl(*normalized(case.logits, case.other_logits))
+    kl = ppo.exact_kl(case.logits, case.other_logits)
     assert_close(kl, torch.distributions.kl_divergence(p, q), rtol=1e-10, atol=0)
     assert kl.min() > 0.01
 
 
 def chosen_by_torch(logits, tokens, temperature):
-    logp = (logits / temperature).log_softmax(-1)
-    return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), logp
+    return (logits / temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 CHOSEN_FAULTS = {
     "none": chosen_by_torch,
     "temperature is left out": lambda x, k, t: chosen_by_torch(x, k, 1.0),
     "the gradient goes to the chosen token alone": lambda x, k, t: (
-        (x / t - (x / t).logsumexp(-1, keepdim=True).detach()).gather(-1, k.unsqueeze(-1)).squeeze(-1),
-        (x / t).log_softmax(-1),
+        (x / t - (x / t).logsumexp(-1, keepdim=True).detach()).gather(-1, k.unsqueeze(-1)).squeeze(-1)
     ),
 }
 
@@ -473,16 +471,13 @@ def test_chosen_logprobs_and_their_gradient_are_those_of_torch(monkeypatch, piec
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
     tokens = torch.randint(7, (2, 3), generator=generator)
-    weights = torch.randn(2, 3, generator=generator), torch.randn(2, 3, 7, generator=generator)
-    for used in ((True, False), (False, True), (True, True)):  # logprobs of the chosen, of all, both
-        results = []
-        for function in (ppo.chosen_logprobs, CHOSEN_FAULTS[fault]):
-            x = logits.clone().requires_grad_()
-            made = function(x, tokens, 0.3)
-            sum((w * m).sum() for w, m, use in zip(weights, made, used, strict=True) if use).backward()
-            results.append(torch.cat([made[0].flatten(), made[1].flatten(), x.grad.flatten()]))
-        agree = torch.allclose(*results, rtol=1e-12, atol=1e-12)
-        assert agree == (fault == "none" or (used == (False, True) and "alone" in fault))
+    weights, results = torch.randn(2, 3, generator=generator), []
+    for function in (ppo.chosen_logprobs, CHOSEN_FAULTS[fault]):
+        x = logits.clone().requires_grad_()
+        made = function(x, tokens, 0.3)
+        (weights * made).sum().backward()
+        results.append(torch.cat([made.flatten(), x.grad.flatten()]))
+    assert torch.allclose(*results, rtol=1e-12, atol=1e-12) == (fault == "none")
 
 
 @pytest.mark.parametrize("least", [ppo.LEAST_LOGP, -5.0])
@@ -502,9 +497,10 @@ def test_what_is_next_to_impossible_counts_for_nothing(monkeypatch, least):
 
 def test_logits_of_half_precision_become_float32():
     logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    logprobs, logp = ppo.chosen_logprobs(logits, torch.tensor([[0, 1, 2, 3]]), 0.7)
-    assert logprobs.dtype == logp.dtype == torch.float32
-    assert_close(logp, (logits.float() / 0.7).log_softmax(-1), rtol=1e-6, atol=1e-6)
+    tokens = torch.tensor([[0, 1, 2, 3]])
+    logprobs = ppo.chosen_logprobs(logits, tokens, 0.7)
+    assert logprobs.dtype == torch.float32
+    assert_close(logprobs, chosen_by_torch(logits.float(), tokens, 0.7), rtol=1e-6, atol=1e-6)
     logprobs.sum().backward()
     assert logits.grad.dtype == torch.bfloat16
 
@@ -1002,7 +998,8 @@ def test_the_reference_is_the_untouched_base():
     for row, logits in zip(
         naive_rows(policy, batch), demo.token_logprobs_and_values(policy, batch, adapter=False)[2], strict=True
     ):
-        assert_close(logits[: len(row.tokens)].log_softmax(-1), row.ref, rtol=1e-5, atol=1e-5)
+        logp = (logits[: len(row.tokens)] / policy.config.temperature).log_softmax(-1)
+        assert_close(logp, row.ref, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
@@ -1020,13 +1017,14 @@ def test_dropout_acts_in_the_gradient_pass_alone(monkeypatch):
     assert torch.equal(calls[0].old, rollout)
     assert (calls[0].logprobs - rollout).abs().max() > 1e-2
     assert metrics["clip_fraction"] > 0.1
-    mask = batch.response_mask
-    kl = ppo.exact_kl(logits, reference[2]).masked_fill(~mask, 0.0).sum(-1).mean().item()
+    mask, temperature = batch.response_mask, policy.config.temperature
+    kl = ppo.exact_kl(logits, reference[2], temperature).masked_fill(~mask, 0.0).sum(-1).mean().item()
     assert metrics["kl"] == pytest.approx(kl, rel=1e-6)
     assert metrics["value"] == pytest.approx(values[mask].mean().item(), rel=1e-5)
     with torch.no_grad():
         after, _, new_logits = demo.token_logprobs_and_values(policy, batch)
-    assert metrics["step_kl"] == pytest.approx(ppo.exact_kl(logits, new_logits)[mask].mean().item(), rel=1e-5)
+    step_kl = ppo.exact_kl(logits, new_logits, temperature)[mask].mean().item()
+    assert metrics["step_kl"] == pytest.approx(step_kl, rel=1e-5)
     assert metrics["likelihood_ratio"] == pytest.approx((after - rollout)[mask].sum().exp().item(), rel=1e-4)
     assert not any(module.training for module in policy.model.modules())
 

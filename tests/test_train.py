@@ -190,10 +190,10 @@ def test_an_episode_that_outgrows_the_context_is_unknown_and_takes_part_in_nothi
 def test_a_ppo_step_is_the_tutors_step(llama, accelerator, monkeypatch, epochs, kept):
     """One update on one batch of fewer than 8 answers: the same as the core's ppo_step, to rounding.
 
-    Also where the old distributions are too large to be kept, and the old weights come back to measure the step.
+    Also where the old logits are too large to be kept, and the old weights come back to measure the step.
     """
     if not kept:
-        monkeypatch.setattr(update, "KEPT_LOGP", 0)
+        monkeypatch.setattr(update, "KEPT_LOGITS", 0)
     ours, config = loaded(llama, ppo_epochs=epochs)
     theirs, _ = loaded(llama, ppo_epochs=epochs)
     trajectories = answered(ours, [1.0, -1.0, 1.0, -1.0])
