@@ -342,8 +342,9 @@ class Recorder:
 
     On a GPU that saves the launches of the kernels (`Graph`), on a CPU the Python around the operations, which is most
     of a small model's time. There it is torch.jit.trace, which is deprecated, but all that replaces it needs a C++
-    compiler; few rows and many take different ways (`FEW_ROWS`) and have a recording each. A recording is played only
-    after it gave the model's own numbers at two lengths: on a CPU bit for bit, on a GPU up to the rounding of 16 bits.
+    compiler; and it is for `FEW_ROWS`, since the products of more are oneDNN's, which can't be recorded. A recording is
+    played only after it gave the model's own numbers at two lengths: on a CPU bit for bit, on a GPU up to the rounding
+    of 16 bits.
     """
 
     def __init__(self, policy: "Policy"):
@@ -395,7 +396,7 @@ class Recorder:
         if not self.able or self.passes < self.pays:
             return None
         if self.kind == "cpu":
-            return rows <= FEW_ROWS
+            return "few rows" if rows <= FEW_ROWS else None
         room = -(-cache.layers[0].room // ROOM) * ROOM
         return (room, rows) if room * rows <= KEPT_TOKENS else None
 

@@ -256,7 +256,19 @@ def test_a_recorded_pass_writes_the_same(policy):
     assert recorded == plain
     config = policy.model.get_base_model().config.get_text_config()
     assert policy.recorder.able == bool(policy.recorder.recordings) == decode.sees_all(config)
-    assert policy.recorder.proofs[True] == (2 if policy.recorder.able else 0)
+    assert policy.recorder.proofs["few rows"] == (2 if policy.recorder.able else 0)
+
+
+def test_many_rows_are_not_recorded_and_leave_the_recording_of_few(tiny_folder):
+    """As when held-out facts are answered between two steps of training."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=6))
+    policy.recorder.pays = 0
+    requests = [Request(prompts(policy)[0], 1.0)] * (decode.FEW_ROWS + 4)
+    before = decode.decode(policy, requests[:1], [1])
+    many = decode.decode(policy, requests, list(range(1, len(requests) + 1)))
+    assert policy.recorder.able
+    assert list(policy.recorder.recordings) == ["few rows"]
+    assert before[0].ids == many[0].ids == decode.decode(policy, requests[:1], [1])[0].ids
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -271,7 +283,7 @@ def test_a_recording_sees_what_training_changes(tiny_folder, dtype):
     batch = collate([request.prompt_ids], [before.ids], policy.pad_id, policy.device)
     demo.ppo_step(policy, batch, [1.0])
     after = decode.decode(policy, [request], [1])[0]
-    assert policy.recorder.recordings[True]
+    assert policy.recorder.recordings["few rows"]
     assert policy.recorder.able
     policy.recorder.able = False
     assert decode.decode(policy, [request], [1])[0] == after != before
@@ -389,7 +401,7 @@ def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monke
     policy.recorder.pays = 0
     assert decode.decode(policy, [request], [1]) == plain
     assert not policy.recorder.able
-    assert policy.recorder.proofs[True] == 2
+    assert policy.recorder.proofs["few rows"] == 2
 
 
 def test_a_prompt_with_several_replies_is_read_once(tiny_folder):
