@@ -521,34 +521,31 @@ class Row:
 
 def draw(rows: Sequence[Row], scores: Tensor, top_p: float) -> tuple[list[int], list[float]]:
     """Samples each row's next token from its logits / temperature (B, V), and says how probable they are (log p)."""
-    totals = scores.logsumexp(-1, keepdim=True)
-    allowed, masses = scores, totals
+    allowed = logp = scores.log_softmax(-1)
     if any(row.request.grammar for row in rows):
-        allowed = torch.cat([row.allowed(own) for row, own in zip(rows, scores.split(1), strict=True)])
-        masses = allowed.logsumexp(-1, keepdim=True)
-    probabilities = nucleus(allowed, masses, top_p).softmax(-1)
+        allowed = torch.cat([row.allowed(own) for row, own in zip(rows, scores.split(1), strict=True)]).log_softmax(-1)
+    probabilities = nucleus(allowed, top_p).softmax(-1)
     # As torch.multinomial draws one of V: the first to finish, in times that are exponential, with these as speeds.
     times = torch.empty_like(probabilities)
     for row, own in zip(rows, times, strict=True):
         own.exponential_(generator=row.generator)
     tokens = (probabilities / times).argmax(-1, keepdim=True)
-    logprobs = scores.gather(-1, tokens) - totals
-    return tokens.flatten().tolist(), logprobs.flatten().tolist()
+    return tokens.flatten().tolist(), logp.gather(-1, tokens).flatten().tolist()
 
 
-def nucleus(scores: Tensor, totals: Tensor, top_p: float) -> Tensor:
-    """The scores (B, V) of the most probable tokens that have `top_p` of the probability together; the others -inf.
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """Log-probabilities (B, V) of the most probable tokens that have `top_p` together; those of the others are -inf.
 
-    A token stays where those above it have less than top_p (Holtzman et al. 2020). `totals` (B, 1): their logsumexp.
-    The first TOP are sorted alone where they hold that much in every row, as they nearly always do.
+    A token stays where those above it have less than top_p (Holtzman et al. 2020). The first TOP are sorted alone where
+    they hold that much in every row, as they nearly always do.
     """
     if top_p >= 1:
-        return scores
-    for count in sorted({min(count, scores.shape[1]) for count in (TOP, TOP**2, scores.shape[1])}):
-        values, tokens = scores.topk(count)
-        probabilities = (values - totals).exp()
+        return logp
+    for count in sorted({min(count, logp.shape[1]) for count in (TOP, TOP**2, logp.shape[1])}):
+        values, tokens = logp.topk(count)
+        probabilities = values.exp()
         up_to = probabilities.cumsum(-1)
         if (up_to[:, -1] > top_p).all():
             break
     kept = up_to - probabilities < top_p
-    return torch.full_like(scores, -torch.inf).scatter(1, tokens, values.masked_fill(~kept, -torch.inf))
+    return torch.full_like(logp, -torch.inf).scatter(1, tokens, values.masked_fill(~kept, -torch.inf))

@@ -366,13 +366,14 @@ def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "
     )
 
     def forward(x: "Tensor") -> "Tensor":
-        result = base(x.flatten(0, -2))
+        rows = x.flatten(0, -2)
+        result = base(rows)
         if gate.share is not False:
-            low_rank = linear(dropout(x), down.weight.to(x.dtype))
+            low_rank = linear(dropout(rows), down.weight.to(x.dtype))
             if gate.share is not True:
-                low_rank = (low_rank * gate.share).to(x.dtype)
+                low_rank = (low_rank.unflatten(0, x.shape[:-1]) * gate.share).to(x.dtype).flatten(0, -2)
             add = result.addmm_ if result.is_contiguous() else result.addmm
-            result = add(low_rank.flatten(0, -2), up.weight.to(x.dtype).t(), alpha=scaling)
+            result = add(low_rank, up.weight.to(x.dtype).t(), alpha=scaling)
         return result.unflatten(0, x.shape[:-1])
 
     return forward

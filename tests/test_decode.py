@@ -442,12 +442,12 @@ def test_the_nucleus_is_that_of_transformers():
 
     torch.manual_seed(0)
     sharpness = torch.tensor([[0.1], [1.0], [5.0], [20.0]])  # flat ones need more than the tokens looked at first
-    scores = torch.randn(4, 5000) * sharpness
+    logp = (torch.randn(4, 5000) * sharpness).log_softmax(-1)
     for top_p in (0.3, 0.9, 0.999):
-        wanted = TopPLogitsWarper(top_p)(None, scores)
-        assert torch.equal(decode.nucleus(scores, scores.logsumexp(-1, keepdim=True), top_p), wanted)
-        for alone, right in zip(scores.split(1), wanted.split(1), strict=True):
-            assert torch.equal(decode.nucleus(alone, alone.logsumexp(-1, keepdim=True), top_p), right)
+        wanted = TopPLogitsWarper(top_p)(None, logp)
+        assert torch.equal(decode.nucleus(logp, top_p), wanted)
+        for alone, right in zip(logp.split(1), wanted.split(1), strict=True):
+            assert torch.equal(decode.nucleus(alone, top_p), right)
 
 
 def test_an_interruption_leaves_the_adapters_on(tiny_folder):
