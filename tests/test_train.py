@@ -194,8 +194,8 @@ def test_a_ppo_step_is_the_tutors_step(llama, accelerator, monkeypatch, epochs, 
     """
     if not kept:
         monkeypatch.setattr(update, "KEPT_LOGITS", 0)
-    ours, config = loaded(llama, ppo_epochs=epochs)
-    theirs, _ = loaded(llama, ppo_epochs=epochs)
+    ours, config = loaded(llama, ppo_epochs=epochs, temperature=0.7)
+    theirs, _ = loaded(llama, ppo_epochs=epochs, temperature=0.7)
     trajectories = answered(ours, [1.0, -1.0, 1.0, -1.0])
     metrics = update.learn(ours, accelerator, config, trajectories)
     wanted = demo.ppo_step(theirs, batch_of(theirs, trajectories), [1.0, -1.0, 1.0, -1.0])
