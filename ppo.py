@@ -53,7 +53,7 @@ class ChosenLogprobs(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         # The gradient of log softmax at token k, with respect to the logits, is onehot(k) - softmax.
         logits, tokens = ctx.saved_tensors
-        result = torch.empty_like(logits)
+        result = torch.empty_like(logits, memory_format=torch.contiguous_format)  # to be written piece by piece
         for rows, out, k, given in pieces(logits, result, tokens, grad):
             piece = probabilities(log_softmax(rows, ctx.temperature)).mul_(-given).scatter_add_(-1, k, given)
             torch.div(piece, ctx.temperature, out=out)

@@ -495,6 +495,19 @@ def test_what_is_next_to_impossible_counts_for_nothing(monkeypatch, least):
     assert smallest > torch.finfo(torch.float32).tiny  # no subnormal number
 
 
+def test_logits_that_do_not_lie_row_by_row_have_the_same_gradient():
+    logits, tokens = (
+        torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[0, 1, 2], [3, 4, 5]]),
+    )
+    gradients = []
+    for x in (logits, logits.mT.contiguous().mT):
+        x = x.requires_grad_()
+        gradients.append(torch.autograd.grad(ppo.chosen_logprobs(x, tokens, 0.7).sum(), x)[0])
+    assert not x.is_contiguous()
+    assert torch.equal(*gradients)
+
+
 def test_logits_of_half_precision_become_float32():
     logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     tokens = torch.tensor([[0, 1, 2, 3]])
