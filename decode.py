@@ -2,13 +2,15 @@
 
 transformers' generate does the same for one kind of reply at a time and spends most of a small model's time around the
 model. Here the adapters are gated by row, so that an answer (adapters on) and the quiz on its question (adapters off,
-under its grammar) are written side by side; a row that is done leaves the batch. A policy that has written for a while
-has its pass over one token recorded, which saves the time that Python, or on a GPU the launch of kernels, takes for it.
+under its grammar) are written side by side; a row that is done leaves the batch. After a while its passes are recorded,
+which saves the time that Python, or on a GPU the launch of kernels, takes for them; so are, on a CPU, the other short
+passes that need no gradient.
 
 Every reply is drawn from a generator of its own: it is the same reply whatever is written beside it, and the same that
 `plain_reply` in lora_ppo_demo.py draws through generate.
 """
 
+import functools
 import inspect
 import itertools
 import platform
@@ -30,6 +32,7 @@ Item = TypeVar("Item", bound=Hashable)
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 TOP = 64  # tokens among which the nucleus is looked for first
 FEW_ROWS = 16  # so many rows at most are taken as W x^T; above, x W^T is as fast
+SHORT = 256  # tokens of a pass that a CPU records; with more of them, the time that Python takes does not matter
 RECORDING_PAYS = {"cpu": 256, "cuda": 16}  # after so many passes: to record one takes as long as it saves on as many
 ROOM = 256  # a CUDA graph has room for a multiple of so many tokens
 KEPT_TOKENS = 4096  # of all rows: a graph's cache is kept, and what it fills is missing elsewhere
@@ -84,6 +87,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+@functools.cache
+def scripted_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """`product` for torch.jit.trace, which can't record the operation itself: one of its arguments is a list."""
+    return torch.jit.script(product)
+
+
+def few(rows: int) -> bool:
+    """Whether a product of so many rows is taken as W x^T."""
+    return torch.is_inference_mode_enabled() and 1 < rows <= FEW_ROWS
+
+
 def speed_up_products(model) -> None:
     """Makes the frozen float32 linear layers of a model on an x86 CPU quick.
 
@@ -100,8 +114,8 @@ def speed_up_products(model) -> None:
             if x.requires_grad and torch.is_grad_enabled():
                 return FrozenProduct.apply(x, layer.weight, layer.bias)
             rows = x.reshape(-1, x.shape[-1])
-            if not (torch.is_inference_mode_enabled() and 1 < len(rows) <= FEW_ROWS):
-                return product(x, layer.weight, layer.bias)
+            if not few(len(rows)):
+                return (scripted_product() if torch.jit.is_tracing() else product)(x, layer.weight, layer.bias)
             result = torch.mm(layer.weight, rows.t()).t()  # its gradient would take longer: it lies column by column
             return (result if layer.bias is None else result + layer.bias).reshape(*x.shape[:-1], -1)
 
@@ -124,22 +138,20 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
     asked = [(tuple(request.prompt_ids), request.adapter) for request in requests]
     different, which = distinct(asked)  # a prompt with several replies is read once
     ids, real, positions = padded_left(policy, [prompt for prompt, _ in different], policy.config.max_new_tokens)
-    padded, length = not bool(real.all()), ids.shape[1]
+    length = ids.shape[1]
     adapted = torch.tensor([adapter for _, adapter in different], device=device)
     temperatures = torch.tensor([[request.temperature] for request in requests], device=device)
-    config = model.config.get_text_config()
-    cache, own_mask, recorder = roomy_cache(config, real.shape[1]), sees_all(config), policy.recorder
-    mask = real[:, :length].long() if padded else None
+    cache, recorder = roomy_cache(model.config.get_text_config(), real.shape[1]), policy.recorder
     gathered = sharded(policy)
     recorder.able &= not gathered
     with torch.no_grad() if gathered else torch.inference_mode():  # what is gathered in the latter can't be trained on
-        logits = next_logits(policy, ids, positions, mask, together(adapted), cache)
+        logits, _ = recorder.read(ids, positions, real[:, :length], adapted, cache)
         if len(different) < len(asked):
             each = torch.tensor(which, device=device)
             cache.batch_select_indices(each)
             logits, positions, real, adapted = (x[each] for x in (logits, positions, real, adapted))
         while True:
-            scores = logits[: len(rows)].float() / temperatures[: len(rows)]
+            scores = logits[: len(rows), -1].float() / temperatures[: len(rows)]
             tokens, logprobs = draw(rows, scores, policy.config.top_p)
             for row, *drawn in zip(rows, tokens, logprobs, strict=True):
                 row.take(*drawn)
@@ -154,26 +166,38 @@ def decode(policy: "Policy", requests: Sequence["Request"], seeds: Sequence[int]
                 cache.batch_select_indices(kept)
                 positions, real, adapted, temperatures = (x[kept] for x in (positions, real, adapted, temperatures))
             length += 1
-            mask = None
-            if padded or own_mask:  # a recording needs one; of (B, L) the model takes time to make its own
-                mask = real[:, None, None, :length] if own_mask else real[:, :length].long()
-            logits = recorder.next_logits(ids, positions, mask, adapted, cache)
+            logits, _ = recorder.read(ids, positions, real[:, :length], adapted, cache)
 
 
-def next_logits(
-    policy: "Policy", ids: Tensor, positions: Tensor, mask: Tensor | None, on: bool | Tensor, cache: DynamicCache
-) -> Tensor:
-    """Logits (B, V) of the token after `ids` (B, T), which follow what is in `cache`; `on` as for `Policy.adapter`."""
+def read(
+    policy: "Policy",
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    last: Tensor,
+    on: bool | Tensor,
+    cache: DynamicCache,
+) -> tuple[Tensor, Tensor]:
+    """`Policy.read` of `ids` (B, T) behind what is in `cache`, at the places `last`; `on` as for `Policy.adapter`."""
     with policy.adapter(on):
-        output = policy.model.get_base_model()(
+        return policy.read(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
-    return output.logits[:, -1]
+
+
+def attended(real: Tensor, t: int) -> Tensor:
+    """Which of L places (B, L) the last t of them attend to, (B, 1, t, L): the real ones up to their own."""
+    if t == 1:
+        return real[:, None, None]
+    length = real.shape[1]
+    own = torch.ones(t, length, dtype=torch.bool, device=real.device)
+    # A place that is not real attends to itself, lest it has nothing to attend to.
+    return own.tril(length - t) & (real[:, None, None] | own.triu(length - t))
 
 
 def distinct(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
@@ -190,13 +214,6 @@ def together(adapted: Tensor) -> bool | Tensor:
 def cached(cache: DynamicCache) -> list[Tensor]:
     """The tensors of a cache: keys and values, layer by layer."""
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-
-
-def fill(cache: DynamicCache, tensors: Sequence[Tensor]) -> DynamicCache:
-    """Puts into a cache what `cached` takes out of one."""
-    for layer, keys, values in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
-        layer.keys, layer.values, layer.is_initialized = keys, values, True
-    return cache
 
 
 class RoomyLayer(DynamicLayer):
@@ -224,9 +241,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        kept = self.keys[indices], self.values[indices]
-        self.is_initialized = False
-        self.update(*kept)
+        self.place([x[indices] for x in self.whole], self.keys.shape[2])
 
 
 def roomy_cache(config, room: int) -> DynamicCache:
@@ -249,19 +264,23 @@ def place(cache: DynamicCache, tensors: Sequence[Tensor], length: int) -> Dynami
 
 
 class OnePass(torch.nn.Module):
-    """`next_logits` for one token of each row as a function of tensors alone, the cache's among them.
+    """`read` as a function of tensors alone, the cache's among them.
 
-    Of those `before` that token has its keys and values written into them, and gives them back.
+    The tokens have their keys and values written into those, `kept`, which are given back. `on`: whether the adapters
+    are on, if that is the same for all rows; None: `adapted` (B,) says it of each.
     """
 
-    def __init__(self, policy: "Policy"):
+    def __init__(self, policy: "Policy", on: bool | None):
         super().__init__()
-        self.policy, self.model = policy, policy.model.get_base_model()
+        self.policy, self.model, self.on = policy, policy.model.get_base_model(), on
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, adapted: Tensor, *before: Tensor) -> tuple:
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, last: Tensor, adapted: Tensor, *kept: Tensor
+    ) -> tuple[Tensor, ...]:
         cache = roomy_cache(self.model.config.get_text_config(), room=0)
-        place(cache, before, mask.shape[-1] - 1)
-        return next_logits(self.policy, ids, positions, mask, adapted, cache), *before
+        place(cache, kept, mask.shape[-1] - ids.shape[1])
+        on = adapted if self.on is None else self.on
+        return *read(self.policy, ids, positions, mask, last, on, cache), *kept
 
 
 class FixedLayer(DynamicLayer):
@@ -278,7 +297,7 @@ class FixedLayer(DynamicLayer):
 
 
 class Graph:
-    """`OnePass` as a CUDA graph: its thousands of kernels are started as one.
+    """`OnePass` over one token of each row as a CUDA graph: its thousands of kernels are started as one.
 
     A graph reads and writes where it was captured. So its tensors are its own; only those of the cache, `kept`, with
     room for more tokens and perhaps more rows, it may share with graphs of more rows. It returns them, and given those
@@ -286,9 +305,9 @@ class Graph:
     """
 
     def __init__(self, policy: "Policy", given: Sequence[Tensor], kept: Sequence[Tensor]):
-        ids, positions, mask, adapted, *_ = given
+        ids, positions, mask, last, adapted, *_ = given
         self.policy, self.kept = policy, [x[: len(ids)] for x in kept]
-        self.ids, self.positions, self.adapted = (torch.clone(x) for x in (ids, positions, adapted))
+        self.ids, self.positions, self.last, self.adapted = map(torch.clone, (ids, positions, last, adapted))
         self.mask = mask.new_zeros(*mask.shape[:-1], kept[0].shape[2])
         self.place = torch.zeros(1, dtype=torch.long, device=policy.device)
         self.cache = DynamicCache()
@@ -299,7 +318,7 @@ class Graph:
         self.play = self.captured() if policy.device.type == "cuda" else self.run
 
     def run(self) -> None:
-        self.logits = next_logits(self.policy, self.ids, self.positions, self.mask, self.adapted, self.cache)
+        self.result = read(self.policy, self.ids, self.positions, self.mask, self.last, self.adapted, self.cache)
 
     def captured(self) -> Callable[[], None]:
         """What plays a capture of `run`, which has to be warm before."""
@@ -314,7 +333,7 @@ class Graph:
             self.run()
         return graph.replay
 
-    def put(self, ids: Tensor, positions: Tensor, mask: Tensor, adapted: Tensor, *before: Tensor) -> None:
+    def put(self, ids: Tensor, positions: Tensor, mask: Tensor, last: Tensor, adapted: Tensor, *before: Tensor) -> None:
         """Copies what is given to where the graph reads it."""
         length = mask.shape[-1] - 1  # of what is in the cache
         if before[0].data_ptr() != self.kept[0].data_ptr():
@@ -329,74 +348,94 @@ class Graph:
     def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
         self.put(*given)
         self.play()
-        return self.logits, *self.kept
-
-
-def wide_cache(given: Sequence[Tensor], room: int) -> list[Tensor]:
-    """Tensors like those of the cache in what is given to `OnePass`, with room for so many tokens."""
-    return [x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in given[4:]]
+        return *self.result, *self.kept
 
 
 class Recorder:
-    """Takes a policy's passes over one token of each row; after a while it records one, and plays it from then on.
+    """Makes a policy's passes that need no gradient; after a while it records them, and plays them from then on.
 
-    On a GPU that saves the launches of the kernels (`Graph`), on a CPU the Python around the operations, which is most
-    of a small model's time. There it is torch.jit.trace, which is deprecated, but all that replaces it needs a C++
-    compiler; and it is for `FEW_ROWS`, since the products of more are oneDNN's, which can't be recorded. A recording is
-    played only after it gave the model's own numbers at two lengths: on a CPU bit for bit, on a GPU up to the rounding
-    of 16 bits.
+    On a GPU it records those over one token of each row, which saves the launches of the kernels (`Graph`). On a CPU it
+    records all that are `SHORT`, which saves the Python around the operations, a large part of a small model's time.
+    There it is torch.jit.trace, which is deprecated, but all that replaces it needs a C++ compiler. A recording is
+    played only after it gave the model's own numbers twice: on a CPU bit for bit, on a GPU up to the rounding of 16
+    bits.
     """
 
     def __init__(self, policy: "Policy"):
         model = policy.model.get_base_model()
         config = model.config.get_text_config()
-        self.policy, self.kind, self.passes = policy, policy.device.type, 0
+        self.policy, self.kind = policy, policy.device.type
         self.pays = RECORDING_PAYS.get(self.kind)  # None: never
+        self.sees_all = sees_all(config)
         self.able = self.pays is not None and steady(config) and model._can_compile_fullgraph
         # Frozen, a recording has fewer calls to make, but keeps what it casts weights to: their values of that day.
         self.uncast = len({p.dtype for p in policy.model.parameters()}) == 1
+        self.shapes: list[tuple[int, int]] = []  # of a cache's tensors: heads, size of a head
         self.recordings: dict[Hashable, Callable] = {}
+        self.passes: Counter[Hashable] = Counter()
         self.proofs: Counter[Hashable] = Counter()
 
     def rows_for(self, count: int) -> int:
-        """How many rows a pass for `count` of them best has."""
+        """How many rows a pass over a token each best has, for `count` of them."""
         if self.kind == "cpu":
             return max(count, 2)  # a row alone, a matrix-vector product, takes longer than two
         return 1 << (count - 1).bit_length() if self.able else count  # so that few graphs do
 
-    def next_logits(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, adapted: Tensor, cache: DynamicCache
-    ) -> Tensor:
-        """As the function of that name; `ids` are (B, 1), and the cache is a roomy one."""
-        self.passes += 1
-        case = self.case(len(ids), cache)
-        if case is None:
-            return next_logits(self.policy, ids, positions, mask, together(adapted), cache)
-        given, length = (ids, positions, mask, adapted, *whole(cache)), mask.shape[-1]
+    def covers(self, rows: int, tokens: int) -> bool:
+        """Whether a pass over so many tokens of each row is of those that are recorded."""
+        short = tokens == 1 if self.kind == "cuda" else rows * tokens <= SHORT
+        return short and self.sees_all and not torch.is_grad_enabled()
+
+    def read(
+        self, ids: Tensor, positions: Tensor, real: Tensor, adapted: Tensor, cache: DynamicCache, count: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, K, V) and hidden states (B, K, H) at the last K = `count` of tokens `ids` (B, T).
+
+        They follow what is in `cache`; which tokens of it and them are `real` (B, L), at which `positions` (B, T), and
+        which rows are `adapted` (B,).
+        """
+        rows, tokens = ids.shape
+        last, on = torch.arange(tokens - count, tokens, device=ids.device), together(adapted)
+        covered = self.covers(rows, tokens)
+        mask = attended(real, tokens) if covered else real.long()
+        case = self.case(rows, tokens, count, on, cache) if covered and self.able else None
+        self.passes[case] += 1
+        kept = self.kept(cache, rows) if case and self.passes[case] > self.pays else []
+        if not kept:
+            result = read(self.policy, ids, positions, mask, last, on, cache)
+            self.shapes = [x.shape[1::2] for x in cached(cache)]
+            return result
+        given = (ids, positions, mask, last, adapted, *kept)
         try:
             if case not in self.recordings:
                 self.recordings[case] = self.record(given, case)
             with torch.jit.optimized_execution(False):
-                logits, *after = self.recordings[case](*given)
+                logits, hidden, *after = self.recordings[case](*given)
         except (RuntimeError, TypeError, ValueError):  # not every model bears it
             self.able = False
             self.recordings.clear()  # a graph keeps memory
-            return self.next_logits(ids, positions, mask, adapted, cache)
+            return self.read(ids, positions, real, adapted, cache, count)
+        length = real.shape[1]
         if self.proofs[case] < 2:
-            played = [logits, *(x[:, :, :length].clone() for x in after)]  # the model may write in the same place
-            right = next_logits(self.policy, ids, positions, mask, together(adapted), cache)
-            self.able = all(map(self.same, [right, *cached(cache)], played))
+            played = [logits, hidden, *(x[:, :, :length].clone() for x in after)]  # the model may write in their place
+            right = read(self.policy, ids, positions, mask, last, on, cache)
+            self.able = all(map(self.same, [*right, *cached(cache)], played))
             self.proofs[case] += 1
             return right
         place(cache, after, length)
-        return logits
+        return logits, hidden
 
-    def case(self, rows: int, cache: DynamicCache) -> Hashable | None:
-        """Which recording to play for so many rows; None where the model itself is to make the pass."""
-        if not self.able or self.passes < self.pays:
-            return None
-        if self.kind == "cpu":
-            return "few rows" if rows <= FEW_ROWS else None
+    def kept(self, cache: DynamicCache, rows: int) -> list[Tensor]:
+        """The tensors of a roomy cache, new ones where it is empty; none as long as their shapes are not known."""
+        if cache.layers[0].is_initialized:
+            return whole(cache)
+        room, like = cache.layers[0].room, self.policy.head.weight
+        return [like.new_empty(rows, heads, room, size) for heads, size in self.shapes]
+
+    def case(self, rows: int, tokens: int, count: int, on: bool | Tensor, cache: DynamicCache) -> Hashable | None:
+        """Which recording to play for such a pass; None where the model itself is to make it."""
+        if self.kind == "cpu":  # a single token's attention is other operations, and so are the products of few rows
+            return tokens == 1, few(rows * tokens), few(rows * count), on if isinstance(on, bool) else None
         room = -(-cache.layers[0].room // ROOM) * ROOM
         return (room, rows) if room * rows <= KEPT_TOKENS else None
 
@@ -405,8 +444,9 @@ class Recorder:
         if self.kind != "cpu":
             room, rows = case
             wider = [graph for (tokens, most), graph in self.recordings.items() if tokens == room and most > rows]
-            return Graph(self.policy, given, wider[0].kept if wider else wide_cache(given, room))
-        recording = torch.jit.trace(OnePass(self.policy).eval(), given, check_trace=False)
+            kept = wider[0].kept if wider else [x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in given[5:]]
+            return Graph(self.policy, given, kept)
+        recording = torch.jit.trace(OnePass(self.policy, on=case[-1]).eval(), given, check_trace=False)
         return torch.jit.freeze(recording, optimize_numerics=False) if self.uncast else recording
 
     def same(self, right: Tensor, played: Tensor) -> bool:
@@ -421,45 +461,38 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
 
     A prompt that several rows share is read once, forward and backward: gradients reach it through the cache. How the
     base model's prompts begin is not read at all, once it was. None where fewer than half of the prompts could be
-    spared and there is no such beginning, or the model is none for it.
+    spared, there is no such beginning, and the pass is none to be recorded, or the model is none for it.
     """
-    model, (count, t) = policy.model.get_base_model(), batch.response_mask.shape
-    if count == 1 and policy.gate.share is not False:  # nothing to spare, and no need to look at the tokens
+    model, (count, t), training = policy.model.get_base_model(), batch.response_mask.shape, torch.is_grad_enabled()
+    ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
+    covered = policy.recorder.covers(*ids.shape)
+    if count == 1 and policy.gate.share is not False and not covered:  # no need to look at the tokens
         return None
     if sharded(policy) or not takes(policy):
         return None
-    ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
     last = ids.shape[1] - t  # where the prompts' last tokens are
     rows = zip(ids[:, :last].tolist(), real[:, :last].tolist(), strict=True)
     different, which = distinct([tuple(itertools.compress(*row)) for row in rows])
     known = known_beginning(policy, different)
     shared = last > 0 and 2 * len(different) <= count
-    if not (known or shared) or (torch.is_grad_enabled() and model.is_activation_checkpointing):
+    if not (known or shared or covered) or (training and model.is_activation_checkpointing):
         return None  # layers that are recomputed fill no cache
     readers = [which.index(i) for i in range(len(different))] if shared else list(range(count))
-    cache = DynamicCache(config=model.config.get_text_config())
+    adapted = torch.full((count,), policy.gate.share, device=policy.device)
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config) if training else roomy_cache(config, ids.shape[1])
     if known:
-        fill(cache, [x.expand(len(readers), -1, -1, -1) for x in policy.beginnings[known]])
-    start, mask = len(known), real & (positions >= len(known))
-    mask[:, :start] = True  # the cache's places
-    reading = {"past_key_values": cache, "use_cache": True}
+        beginning = [x.expand(len(readers), -1, -1, -1) for x in policy.beginnings[known]]
+        for layer, *pair in zip(cache.layers, beginning[::2], beginning[1::2], strict=True):
+            layer.update(*pair)
+    start, real = len(known), real & (positions >= len(known))
+    real[:, :start] = True  # the cache's places
     if shared:
-        model(
-            input_ids=ids[readers, start:last],
-            attention_mask=mask[readers, :last].long(),
-            position_ids=positions[readers, start:last],
-            logits_to_keep=1,
-            **reading,
-        )
+        one = ids[readers, start:last], positions[readers, start:last], real[readers, :last], adapted[: len(readers)]
+        policy.recorder.read(*one, cache)
         cache.batch_select_indices(torch.tensor(which, device=policy.device))
         start = last
-    return policy.read(
-        input_ids=ids[:, start:],
-        attention_mask=mask.long(),
-        position_ids=positions[:, start:],
-        logits_to_keep=t,
-        **reading,
-    )
+    return policy.recorder.read(ids[:, start:], positions[:, start:], real, adapted, cache, t)
 
 
 def known_beginning(policy: "Policy", prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

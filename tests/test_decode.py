@@ -256,19 +256,52 @@ def test_a_recorded_pass_writes_the_same(policy):
     assert recorded == plain
     config = policy.model.get_base_model().config.get_text_config()
     assert policy.recorder.able == bool(policy.recorder.recordings) == decode.sees_all(config)
-    assert policy.recorder.proofs["few rows"] == (2 if policy.recorder.able else 0)
+    assert max(policy.recorder.proofs.values(), default=0) == (2 if policy.recorder.able else 0)
 
 
-def test_many_rows_are_not_recorded_and_leave_the_recording_of_few(tiny_folder):
-    """As when held-out facts are answered between two steps of training."""
+def test_few_rows_many_rows_and_prompts_are_recorded_each_for_itself(tiny_folder):
+    """As when held-out facts are answered between two steps of training: neither spoils what is there for the other."""
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=6))
-    policy.recorder.pays = 0
     requests = [Request(prompts(policy)[0], 1.0)] * (decode.FEW_ROWS + 4)
-    before = decode.decode(policy, requests[:1], [1])
-    many = decode.decode(policy, requests, list(range(1, len(requests) + 1)))
+    seeds = range(1, len(requests) + 1)
+    plain = decode.decode(policy, requests, seeds)
+    policy.recorder.pays = 0
+    assert decode.decode(policy, requests[:1], [1])[0].ids == plain[0].ids
+    for _ in range(2):
+        assert decode.decode(policy, requests, seeds) == plain
     assert policy.recorder.able
-    assert list(policy.recorder.recordings) == ["few rows"]
-    assert before[0].ids == many[0].ids == decode.decode(policy, requests[:1], [1])[0].ids
+    assert len(policy.recorder.recordings) == 3  # the prompt, read once; tokens of few rows; of many
+    assert set(policy.recorder.proofs.values()) == {2}
+
+
+def test_recorded_passes_without_a_gradient_teach_and_judge_the_same(tiny_folder):
+    """Bit for bit: a step's reference and measure, several answers to a prompt, the learner's reads, a long answer."""
+
+    def taught(pays: int) -> tuple[list, demo.Policy]:
+        policy, _ = load_policy(tiny_config(tiny_folder("llama"), learning_rate=0.01, target_kl=1e9))
+        policy.recorder.pays, said = pays, []
+        quiz = demo.Quiz("What is the capital of France?", ("Brussels", "Lyon", "Lisbon", "Paris"), 3)
+        first, second, _ = prompts(policy)
+        for asked, told in (
+            ([first], [[7, 9, 4]]),
+            ([second], [[5, 6] * 12]),
+            ([first, second], [[8], [9, 10, 11]]),
+            ([first] * 3, [[1, 2], [3], [4, 5, 6]]),
+            ([first], [[7, 8, 9] * (decode.SHORT // 3)]),
+        ):
+            batch = collate(asked, told, policy.pad_id, policy.device)
+            said.append(demo.ppo_step(policy, batch, [1.0, -1.0, 1.0][: len(asked)]))
+            said += [x.tolist() for x in demo.learner_probabilities(policy, ["Paris is its capital."], [quiz])]
+        return [said, {name: x.tolist() for name, x in policy.tensors().items()}], policy
+
+    plain, policy = taught(pays=1000)
+    assert not policy.recorder.recordings
+    recorded, policy = taught(pays=0)
+    assert policy.recorder.able
+    cases = {(one, on) for one, _, _, on in policy.recorder.recordings}
+    assert cases == {(False, True), (False, False)}
+    assert min(policy.recorder.passes[case] for case in policy.recorder.recordings) > 4  # proven, then played
+    assert recorded == plain
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -283,7 +316,7 @@ def test_a_recording_sees_what_training_changes(tiny_folder, dtype):
     batch = collate([request.prompt_ids], [before.ids], policy.pad_id, policy.device)
     demo.ppo_step(policy, batch, [1.0])
     after = decode.decode(policy, [request], [1])[0]
-    assert policy.recorder.recordings["few rows"]
+    assert policy.recorder.recordings
     assert policy.recorder.able
     policy.recorder.able = False
     assert decode.decode(policy, [request], [1])[0] == after != before
@@ -401,7 +434,7 @@ def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monke
     policy.recorder.pays = 0
     assert decode.decode(policy, [request], [1]) == plain
     assert not policy.recorder.able
-    assert policy.recorder.proofs["few rows"] == 2
+    assert policy.recorder.proofs[True, True, True, True] == 2
 
 
 def test_a_prompt_with_several_replies_is_read_once(tiny_folder):
