@@ -173,7 +173,7 @@ def read(
     policy: "Policy",
     ids: Tensor,
     positions: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     last: Tensor,
     on: bool | Tensor,
     cache: DynamicCache,
@@ -192,12 +192,9 @@ def read(
 
 def attended(real: Tensor, t: int) -> Tensor:
     """Which of L places (B, L) the last t of them attend to, (B, 1, t, L): the real ones up to their own."""
-    if t == 1:
-        return real[:, None, None]
     length = real.shape[1]
-    own = torch.ones(t, length, dtype=torch.bool, device=real.device)
-    # A place that is not real attends to itself, lest it has nothing to attend to.
-    return own.tril(length - t) & (real[:, None, None] | own.triu(length - t))
+    upto = torch.ones(t, length, dtype=torch.bool, device=real.device).tril(length - t) if t > 1 else True
+    return real[:, None, None] & upto
 
 
 def distinct(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
@@ -383,7 +380,7 @@ class Recorder:
 
     def covers(self, rows: int, tokens: int) -> bool:
         """Whether a pass over so many tokens of each row is of those that are recorded."""
-        short = tokens == 1 if self.kind == "cuda" else rows * tokens <= SHORT
+        short = rows * tokens <= SHORT if self.kind == "cpu" else tokens == 1
         return short and self.sees_all and not torch.is_grad_enabled()
 
     def read(
@@ -397,7 +394,9 @@ class Recorder:
         rows, tokens = ids.shape
         last, on = torch.arange(tokens - count, tokens, device=ids.device), together(adapted)
         covered = self.covers(rows, tokens)
-        mask = attended(real, tokens) if covered else real.long()
+        mask: Tensor | None = attended(real, tokens) if covered else real.long()
+        if not covered and real.all():  # of (B, L), too, the model would make its own
+            mask = None
         case = self.case(rows, tokens, count, on, cache) if covered and self.able else None
         self.passes[case] += 1
         kept = self.kept(cache, rows) if case and self.passes[case] > self.pays else []
