@@ -402,7 +402,7 @@ class Recorder:
         kept = self.kept(cache, rows) if case and self.passes[case] > self.pays else []
         if not kept:
             result = read(self.policy, ids, positions, mask, last, on, cache)
-            self.shapes = [x.shape[1::2] for x in cached(cache)]
+            self.shapes = self.shapes or [x.shape[1::2] for x in cached(cache)]
             return result
         given = (ids, positions, mask, last, adapted, *kept)
         try:
@@ -463,12 +463,12 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
     spared, there is no such beginning, and the pass is none to be recorded, or the model is none for it.
     """
     model, (count, t), training = policy.model.get_base_model(), batch.response_mask.shape, torch.is_grad_enabled()
-    ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
-    covered = policy.recorder.covers(*ids.shape)
+    covered = policy.recorder.covers(count, batch.input_ids.shape[1] - 1)
     if count == 1 and policy.gate.share is not False and not covered:  # no need to look at the tokens
         return None
     if sharded(policy) or not takes(policy):
         return None
+    ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
     last = ids.shape[1] - t  # where the prompts' last tokens are
     rows = zip(ids[:, :last].tolist(), real[:, :last].tolist(), strict=True)
     different, which = distinct([tuple(itertools.compress(*row)) for row in rows])

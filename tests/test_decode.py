@@ -302,6 +302,10 @@ def test_recorded_passes_without_a_gradient_teach_and_judge_the_same(tiny_folder
     assert cases == {(False, True), (False, False)}
     assert min(policy.recorder.passes[case] for case in policy.recorder.recordings) > 4  # proven, then played
     assert recorded == plain
+    assert not policy.recorder.covers(1, 1)  # with a gradient
+    with torch.no_grad():
+        covered = [policy.recorder.covers(*shape) for shape in ((2, decode.SHORT // 2), (1, decode.SHORT + 1))]
+    assert covered == [True, False]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

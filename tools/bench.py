@@ -165,8 +165,10 @@ def measure_step(
         else:
             work.reset()
             policy.recorder.able, able = False, policy.recorder.able  # a pass that is played calls no hooks
-            made = count(policy.model, lambda arm=arm: arm.run(None), bench.response_tokens)
-            policy.recorder.able = able
+            try:
+                made = count(policy.model, lambda arm=arm: arm.run(None), bench.response_tokens)
+            finally:
+                policy.recorder.able = able
             work.reset()
             made |= profile(lambda arm=arm: arm.run(None))
             work.reset()
