@@ -33,7 +33,9 @@ CACHED_LAYERS = {"full_attention", "sliding_attention"}
 TOP = 64  # tokens among which the nucleus is looked for first
 FEW_ROWS = 16  # so many rows at most are taken as W x^T; above, x W^T is as fast
 SHORT = 256  # tokens of a pass that a CPU records; with more of them, the time that Python takes does not matter
-RECORDING_PAYS = {"cpu": 256, "cuda": 16}  # after so many passes: to record one takes as long as it saves on as many
+RECORDING_PAYS = {"cpu": 64, "cuda": 16}  # after so many passes: to record one takes as long as it saves on as many
+RARE = 0.01  # of all passes; cases that are no more are not worth the memory of a recording
+ROUND = 8  # oneDNN compiles a product for each number of rows, and keeps it: a CPU reads a multiple of so many tokens
 ROOM = 256  # a CUDA graph has room for a multiple of so many tokens
 KEPT_TOKENS = 4096  # of all rows: a graph's cache is kept, and what it fills is missing elsewhere
 
@@ -190,6 +192,11 @@ def read(
         )
 
 
+def round_up(tokens: int) -> int:
+    """So many tokens that oneDNN has to compile few products for them."""
+    return -(-tokens // ROUND) * ROUND
+
+
 def attended(real: Tensor, t: int) -> Tensor:
     """Which of L places (B, L) the last t of them attend to, (B, 1, t, L): the real ones up to their own."""
     length = real.shape[1]
@@ -244,7 +251,7 @@ class RoomyLayer(DynamicLayer):
 def roomy_cache(config, room: int) -> DynamicCache:
     """A model's cache; layers that keep every token have room for so many."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer(room + ROUND) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -393,15 +400,27 @@ class Recorder:
         """
         rows, tokens = ids.shape
         last, on = torch.arange(tokens - count, tokens, device=ids.device), together(adapted)
-        covered = self.covers(rows, tokens)
+        length, covered = real.shape[1], self.covers(rows, tokens)
+        if covered and tokens > 1:  # what is added on the right, none of the others sees
+            extra = round_up(tokens) - tokens
+            ids, positions, real = (torch.nn.functional.pad(x, (0, extra)) for x in (ids, positions, real))
+            tokens += extra
         mask: Tensor | None = attended(real, tokens) if covered else real.long()
         if not covered and real.all():  # of (B, L), too, the model would make its own
             mask = None
+
+        def own() -> tuple[Tensor, Tensor]:
+            result = read(self.policy, ids, positions, mask, last, on, cache)
+            if real.shape[1] > length:
+                place(cache, whole(cache), length)
+            return result
+
         case = self.case(rows, tokens, count, on, cache) if covered and self.able else None
         self.passes[case] += 1
-        kept = self.kept(cache, rows) if case and self.passes[case] > self.pays else []
+        often = self.passes[case] > max(self.pays or 0, RARE * self.passes.total())
+        kept = self.kept(cache, rows) if case and often else []
         if not kept:
-            result = read(self.policy, ids, positions, mask, last, on, cache)
+            result = own()
             self.shapes = self.shapes or [x.shape[1::2] for x in cached(cache)]
             return result
         given = (ids, positions, mask, last, adapted, *kept)
@@ -413,11 +432,10 @@ class Recorder:
         except (RuntimeError, TypeError, ValueError):  # not every model bears it
             self.able = False
             self.recordings.clear()  # a graph keeps memory
-            return self.read(ids, positions, real, adapted, cache, count)
-        length = real.shape[1]
+            return own()
         if self.proofs[case] < 2:
             played = [logits, hidden, *(x[:, :, :length].clone() for x in after)]  # the model may write in their place
-            right = read(self.policy, ids, positions, mask, last, on, cache)
+            right = own()
             self.able = all(map(self.same, [*right, *cached(cache)], played))
             self.proofs[case] += 1
             return right
@@ -492,6 +510,18 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
         cache.batch_select_indices(torch.tensor(which, device=policy.device))
         start = last
     return policy.recorder.read(ids[:, start:], positions[:, start:], real, adapted, cache, t)
+
+
+def rounded_up(policy: "Policy", batch: "Batch") -> dict[str, Tensor | None]:
+    """The inputs of a pass over a batch but its last token; on a CPU with padding on the right, `round_up`."""
+    ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
+    whole = real.all()
+    tokens = ids.shape[1]
+    if policy.device.type == "cpu":
+        extra = max(min(round_up(tokens), policy.context) - tokens, 0)
+        ids, real = (torch.nn.functional.pad(x, (0, extra)) for x in (ids, real))
+        positions = torch.cat([positions, positions[:, -1:] + torch.arange(1, extra + 1)], 1)
+    return {"input_ids": ids, "attention_mask": None if whole else real.long(), "position_ids": positions}
 
 
 def known_beginning(policy: "Policy", prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -850,9 +850,7 @@ def token_logprobs_and_values(
     width, t = batch.input_ids.shape[1], batch.response_mask.shape[1]
     with policy.adapter(adapter):
         logits, hidden = decode.read_sparingly(policy, batch) or policy.read(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask.long(),
-            position_ids=batch.positions,
+            **decode.rounded_up(policy, batch),
             use_cache=False,
             logits_to_keep=torch.arange(width - t - 1, width - 1, device=policy.device),
         )

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from tiny import ARCHITECTURES, CHATML, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import decode
 import lora_ppo_demo as demo
@@ -156,10 +156,41 @@ def test_a_prompt_with_several_answers_is_read_once(policy, adapter, monkeypatch
     monkeypatch.setattr(decode, "read_sparingly", lambda *_: None)
     plain, many = measured(policy, batch, adapter)
     longest = max(map(len, asked))
-    assert (few, many) == (3 * (longest - 1) + 8 * 6, 8 * (longest + 6))
+    assert (few, many) == (3 * (longest - 1) + 8 * 6, 8 * decode.round_up(longest + 5))
     for ours, theirs in zip(shared, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert max(x.abs().max() for x in plain[3:]) > 0.1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_passes_of_many_lengths_ask_for_products_of_few(tiny_folder, training):
+    """oneDNN compiles one for each number of rows, and keeps it."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
+    rows, layer = set(), policy.layers[0].get_base_layer()
+    hook = layer.register_forward_hook(lambda module, inputs, output: rows.add(inputs[0][..., 0].numel()))
+    for length in range(2, 3 * decode.ROUND):
+        batch = collate([[5] * length], [[6, 7]], policy.pad_id, policy.device)
+        with torch.set_grad_enabled(training):
+            logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
+        assert logprobs.shape == (1, 2)
+    hook.remove()
+    assert rows == {decode.ROUND, 2 * decode.ROUND, 3 * decode.ROUND}
+
+
+def test_what_fills_the_context_is_read_without_padding_beyond_it(tmp_path):
+    """A model with learned positions has none for that."""
+    tokenizer = tiny_tokenizer(CHATML)
+    shape = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=29, **shape)
+    OPTForCausalLM(config).eval().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy, _ = load_policy(tiny_config(tmp_path))
+    randomize_adapter(policy)
+    prompt, answer = list(range(20, 40)), list(range(50, 59))
+    batch = collate([prompt], [answer], policy.pad_id, policy.device)
+    logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
+    logits = policy.model(input_ids=batch.input_ids).logits[0, 19:-1].log_softmax(-1)
+    torch.testing.assert_close(logprobs[0], logits[range(9), answer], atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_are_read_as_they_are_where_few_rows_share_them_and_in_layers_of_other_kinds(tiny_folder):
@@ -209,7 +240,8 @@ def test_how_a_role_begins_is_read_once_by_the_base_model(policy, which, monkeyp
     if len(which) == 6:
         rest = 2 * (longest - 1 - spared) + 6 * width
     else:
-        rest = len(which) * (longest + width - spared - (spared > 0))
+        tokens = longest + width - 1
+        rest = len(which) * (tokens - spared if spared else decode.round_up(tokens))
     assert [taken for _, taken in runs] == [rest + spared, rest]
     assert trained[1] == (2 * (longest - 1) + 6 * width if len(which) == 6 else many)
 
@@ -420,14 +452,14 @@ def test_a_recording_that_strays_from_the_model_is_not_played(tiny_folder, monke
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
     policy.model.generation_config.eos_token_id = -1
     request, freeze = Request(prompts(policy)[0], 1.0), torch.jit.freeze
-    length = len(request.prompt_ids) + 1
+    length = len(request.prompt_ids) + 1  # the second pass over a single token
 
     def stray(recording, **options):
         recording = freeze(recording, **options)
 
         def play(*later):
             logits, *cache = recording(*later)
-            if later[2].shape[-1] > length:
+            if later[0].shape[1] == 1 and later[2].shape[-1] > length:
                 (logits if strays == "logits" else cache[-1][:, :, length]).add_(1e-3)
             return logits, *cache
 

@@ -976,9 +976,11 @@ def test_the_model_is_told_where_padding_is_and_counts_positions_without_it():
     hook = inner.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
     demo.token_logprobs_and_values(policy, batch)
     hook.remove()
-    assert torch.equal(seen["attention_mask"].bool(), batch.attention_mask)
-    for positions, real in zip(seen["position_ids"], batch.attention_mask, strict=True):
-        assert positions[real].tolist() == list(range(int(real.sum())))
+    told, real = seen["attention_mask"].bool(), batch.attention_mask[:, :-1]
+    assert torch.equal(told[:, : real.shape[1]], real)
+    assert not told[:, real.shape[1] :].any()
+    for positions, row in zip(seen["position_ids"], real, strict=True):
+        assert positions[: len(row)][row].tolist() == list(range(int(row.sum())))
 
 
 def test_padding_has_no_influence_on_the_step():
