@@ -193,7 +193,7 @@ def read(
 
 
 def round_up(tokens: int) -> int:
-    """So many tokens that oneDNN has to compile few products for them."""
+    """How many tokens a CPU reads in place of so many."""
     return -(-tokens // ROUND) * ROUND
 
 
@@ -401,7 +401,7 @@ class Recorder:
         rows, tokens = ids.shape
         last, on = torch.arange(tokens - count, tokens, device=ids.device), together(adapted)
         length, covered = real.shape[1], self.covers(rows, tokens)
-        if covered and tokens > 1:  # what is added on the right, none of the others sees
+        if covered and tokens > 1:  # on a CPU; what is added on the right, none of the others sees
             extra = round_up(tokens) - tokens
             ids, positions, real = (torch.nn.functional.pad(x, (0, extra)) for x in (ids, positions, real))
             tokens += extra
@@ -515,13 +515,12 @@ def read_sparingly(policy: "Policy", batch: "Batch") -> tuple[Tensor, Tensor] | 
 def rounded_up(policy: "Policy", batch: "Batch") -> dict[str, Tensor | None]:
     """The inputs of a pass over a batch but its last token; on a CPU with padding on the right, `round_up`."""
     ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
-    whole = real.all()
-    tokens = ids.shape[1]
-    if policy.device.type == "cpu":
+    tokens, padded = ids.shape[1], not real.all()
+    if policy.device.type == "cpu":  # what is added on the right, none of the others sees
         extra = max(min(round_up(tokens), policy.context) - tokens, 0)
         ids, real = (torch.nn.functional.pad(x, (0, extra)) for x in (ids, real))
         positions = torch.cat([positions, positions[:, -1:] + torch.arange(1, extra + 1)], 1)
-    return {"input_ids": ids, "attention_mask": None if whole else real.long(), "position_ids": positions}
+    return {"input_ids": ids, "attention_mask": real.long() if padded else None, "position_ids": positions}
 
 
 def known_beginning(policy: "Policy", prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
