@@ -249,7 +249,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def roomy_cache(config, room: int) -> DynamicCache:
-    """A model's cache; layers that keep every token have room for so many."""
+    """A model's cache; layers that keep every token have room for so many, and for what `round_up` adds to them."""
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer(room + ROUND) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -340,6 +340,20 @@ def test_recorded_passes_without_a_gradient_teach_and_judge_the_same(tiny_folder
     assert covered == [True, False]
 
 
+def test_passes_of_a_rare_kind_are_not_recorded(tiny_folder):
+    """A recording keeps its memory, however seldom it is played."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
+    policy.model.generation_config.eos_token_id = -1
+    policy.recorder.pays = 2
+    request = Request(prompts(policy)[0], 1.0)
+    policy.recorder.passes["others"] = 10_000
+    plain = decode.decode(policy, [request], [1])
+    assert not policy.recorder.recordings
+    policy.recorder.passes["others"] = 0
+    assert decode.decode(policy, [request], [1]) == plain
+    assert policy.recorder.recordings
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_recording_sees_what_training_changes(tiny_folder, dtype):
     """Weights after a step, then another adapter: neither is that of the recording's first pass."""
