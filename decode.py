@@ -587,11 +587,26 @@ def draw(rows: Sequence[Row], scores: Tensor, top_p: float) -> tuple[list[int], 
         allowed = torch.cat([row.allowed(own) for row, own in zip(rows, scores.split(1), strict=True)]).log_softmax(-1)
     probabilities = nucleus(allowed, top_p).softmax(-1)
     # As torch.multinomial draws one of V: the first to finish, in times that are exponential, with these as speeds.
-    times = torch.empty_like(probabilities)
-    for row, own in zip(rows, times, strict=True):
-        own.exponential_(generator=row.generator)
+    times = exponential([row.generator for row in rows], scores)
     tokens = (probabilities / times).argmax(-1, keepdim=True)
     return tokens.flatten().tolist(), logp.gather(-1, tokens).flatten().tolist()
+
+
+def exponential(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
+    """Times (B, V) as `like`: each row's are what `exponential_` draws of its generator.
+
+    A CPU draws them one by one, as -log(1 - u) of a uniform u in 64 bits; all rows' logarithms together take it half
+    the time.
+    """
+    if like.device.type != "cpu":
+        times = torch.empty_like(like)
+        for row, generator in zip(times, generators, strict=True):
+            row.exponential_(generator=generator)
+        return times
+    uniform = torch.empty_like(like, dtype=torch.float64)
+    for row, generator in zip(uniform, generators, strict=True):
+        row.uniform_(generator=generator)
+    return uniform.neg_().log1p_().neg_().to(like.dtype)
 
 
 def nucleus(logp: Tensor, top_p: float) -> Tensor:

@@ -372,8 +372,11 @@ def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "
             low_rank = linear(dropout(rows), down.weight.to(x.dtype))
             if gate.share is not True:
                 low_rank = (low_rank.unflatten(0, x.shape[:-1]) * gate.share).to(x.dtype).flatten(0, -2)
-            add = result.addmm_ if result.is_contiguous() else result.addmm
-            result = add(low_rank, up.weight.to(x.dtype).t(), alpha=scaling)
+            up_weight = up.weight.to(x.dtype)
+            if result.is_contiguous():
+                result = result.addmm_(low_rank, up_weight.t(), alpha=scaling)
+            else:  # it was taken as W x^T
+                result = result.t().addmm_(up_weight, low_rank.t(), alpha=scaling).t()
         return result.unflatten(0, x.shape[:-1])
 
     return forward

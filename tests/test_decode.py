@@ -520,6 +520,13 @@ def test_the_text_arrives_piece_by_piece(tiny_folder):
     assert "".join(pieces) == policy.tokenizer.decode(reply.ids, skip_special_tokens=True)
 
 
+def test_times_are_drawn_row_by_row_as_torch_draws_them():
+    ours, theirs = ([torch.Generator().manual_seed(seed) for seed in (3, 1, 2)] for _ in range(2))
+    for _ in range(2):  # what a generator draws next, too
+        right = torch.stack([torch.empty(4096).exponential_(generator=g) for g in theirs])
+        torch.testing.assert_close(decode.exponential(ours, right), right, rtol=1e-6, atol=0)
+
+
 def test_the_nucleus_is_that_of_transformers():
     from transformers import TopPLogitsWarper
 

@@ -344,7 +344,8 @@ def training_table(bench: Bench) -> Table:
         "train.py and TRL's GRPOTrainer: GRPO with LoRA, the reference by adapters off, a reward that costs nothing, "
         f"replies of full length ({'; '.join(shown)}). No trust region (target_kl=0), but where it is named. "
         "ratio: seconds to those of train.py in one process on as many threads in all; speed-up: to train.py in one "
-        "process on one thread.",
+        "process on one thread. products s: in matrix products, attention's among them; tensors MB: what the tensors "
+        "fill at the most above the loaded model; both in one step more, of the first process.",
     )
     return each_model(bench, table, measure_training)
 
@@ -357,10 +358,12 @@ def measure_training(bench: Bench, table: Table, name: str) -> None:
         raise NotRun(f"this table has {' and '.join(bench.batches)} alone")
     policy, settings = bench.policy(name), bench.batches[name]
     arms: dict[tuple[str, int, int], Arm] = {}
+    profiles: dict[tuple[str, int, int], Callable[[], dict[str, float]]] = {}
     counts = (1, 2) if bench.device == "cpu" else (torch.get_num_threads(),)
 
     def add(label: str, processes: int, child: Child, n: int, **options: float) -> None:
         arms[label, processes, n] = Arm(label, lambda _: child.ask("step", threads=n, **options))
+        profiles[label, processes, n] = lambda: child.ask("profile", threads=n, **options)
 
     with contextlib.ExitStack() as stack:
         for label, trainer, processes in ((TRAIN, "ours", 1), (GRPO, "grpo", 1), (TRAIN, "ours", 2)):
@@ -374,11 +377,13 @@ def measure_training(bench: Bench, table: Table, name: str) -> None:
                     if (label, processes) == (TRAIN, 1):
                         add(TRUST_REGION, 1, child, n, target_kl=1e6)
         race(list(arms.values()), bench.repeats)
+        made = {key: profile() for key, profile in profiles.items()}
     for (label, processes, n), arm in arms.items():
         alone, one = arms.get((TRAIN, 1, processes * n)), arms.get((TRAIN, 1, 1))
         row = {"model": name, "dtype": policy.config.dtype, "trainer": label, "processes": processes, "threads": n}
         row |= {"samples/s": settings["batch_size"] / arm.median} | timing(arm, alone)
-        table.rows.append(row | ({"speed-up": one.median / arm.median} if one else {}))
+        row |= {"speed-up": one.median / arm.median} if one else {}
+        table.rows.append(row | made[label, processes, n])
 
 
 # ------------------------------------------------------------------------------------ 5: start-up, disk and memory

@@ -181,8 +181,9 @@ PRODUCTS = (
 )
 
 
-def profile(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds that `run` spends in matrix products, attention's among them, and the most MB that its tensors fill.
+@contextlib.contextmanager
+def profiling() -> Iterator[dict[str, float]]:
+    """Seconds spent in matrix products in here, attention's among them, and the most MB that tensors fill: at its end.
 
     The latter leaves out what an allocator keeps beside them, which `peak_above` has.
     """
@@ -191,8 +192,9 @@ def profile(run: Callable[[], Any]) -> dict[str, float]:
     activity = torch.profiler.ProfilerActivity
     on_gpu = torch.cuda.is_available()
     activities = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
+    found: dict[str, float] = {}
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        run()
+        yield found
         synchronize()
     products = [event for event in profiler.key_averages() if event.key.startswith(PRODUCTS)]
     spent = sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in products)
@@ -205,7 +207,14 @@ def profile(run: Callable[[], Any]) -> dict[str, float]:
     changes.sort(key=lambda event: event["ts"])
     before = changes[0]["args"]["Total Allocated"] - changes[0]["args"]["Bytes"]
     most = max(event["args"]["Total Allocated"] for event in changes) - before
-    return {"products s": spent / 1e6, "tensors MB": most / MB}
+    found |= {"products s": spent / 1e6, "tensors MB": most / MB}
+
+
+def profile(run: Callable[[], Any]) -> dict[str, float]:
+    """What `profiling` finds while `run` runs."""
+    with profiling() as found:
+        run()
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- the machine

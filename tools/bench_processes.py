@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.bench_measure import count, peak_above, profile  # noqa: E402
+from tools.bench_measure import count, peak_above, profile, profiling  # noqa: E402
 
 REQUEST = "Tell me something about number {}."
 
@@ -219,7 +219,7 @@ def ours(settings: dict[str, Any]) -> None:
         if line["outcome"] != "taken":
             raise RuntimeError(f"the step was {line['outcome']} ({line.get('why')})")
 
-    serve({"step": step})
+    serve({"step": step, "profile": lambda **options: profile(lambda: step(**options))})
 
 
 def grpo(settings: dict[str, Any]) -> None:
@@ -259,21 +259,27 @@ def grpo(settings: dict[str, Any]) -> None:
     asked = iter(sys.stdin)
 
     class Asked(TrainerCallback):
-        """Begins a step when one is asked for."""
+        """Begins a step when one is asked for, and says when it is done."""
+
+        def __init__(self):
+            self.profiling = contextlib.ExitStack()
 
         def on_step_begin(self, args, state, control, **_) -> None:
             while True:
                 line = next(asked, None)
                 if line is None:
                     os._exit(0)
-                options = json.loads(line)
-                if options["request"] == "step":
+                options, self.answer = json.loads(line), None
+                if options["request"] == "profile":
+                    self.answer = self.profiling.enter_context(profiling())
+                if "threads" in options:
                     torch.set_num_threads(options["threads"])
                     return
                 print("null", file=ANSWERS, flush=True)
 
         def on_step_end(self, args, state, control, **_) -> None:
-            print("null", file=ANSWERS, flush=True)
+            self.profiling.close()
+            print(json.dumps(self.answer), file=ANSWERS, flush=True)
 
     model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=getattr(torch, settings["dtype"]))
     model.generation_config.use_cache = True
