@@ -178,6 +178,7 @@ class Policy:
             task_type="CAUSAL_LM",
         )
         decode.speed_up_products(model)
+        decode.spare_activations(model)
         self.model = get_peft_model(model, lora).eval()
         self.tokenizer, self.config, self.targets = tokenizer, config, targets
         self.head = model.get_output_embeddings()

@@ -2,6 +2,7 @@
 forward pass."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from transformers import GenerationConfig, LlamaForCausalLM, OPTConfig, OPTForCa
 
 import decode
 import lora_ppo_demo as demo
+from config import Config
 from lora_ppo_demo import QUIZMASTER_PROMPT, QuizGrammar, Request, chat, collate, encode_chat, load_policy, plain_reply
+from tools.bench_measure import MB, profile
+from update import recomputing
 
 QUESTIONS = ("What is the capital of France?", "Hi", "Which planet is the largest of them all, and why is that?")
 
@@ -110,6 +114,56 @@ def test_a_layer_that_is_trained_after_all_keeps_its_gradient_and_16_bits_are_le
     trained(torch.ones(40, 8)).sum().backward()
     assert trained.weight.grad.eq(40).all()
     assert "forward" not in vars(half)
+
+
+def lean_mlps(policy) -> list:
+    return [module for module in policy.model.modules() if hasattr(module, "act_fn") and "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_mlps_that_keep_less_have_the_same_gradients(policy, dropout):
+    policy.configure(dataclasses.replace(policy.config, lora_dropout=dropout))
+    batch = collate(prompts(policy), [[9, 8, 7], [6, 5], [4]], policy.pad_id, policy.device)
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        with demo.gradient_dropout(policy):
+            logprobs, _, logits = demo.token_logprobs_and_values(policy, batch)
+        loss = logprobs.sum() + logits.square().mean()
+        parameters = tuple(policy.parameters.values())
+        first, second = (torch.autograd.grad(loss, parameters, None, True, allow_unused=True) for _ in range(2))
+        return [*first, *second]
+
+    lean, mlps = gradients(), lean_mlps(policy)
+    assert len(mlps) == (0 if policy.model.config.model_type == "phi3" else 2)  # its two halves are one product
+    for mlp in mlps:
+        del mlp.forward
+    for ours, right in zip(lean, gradients(), strict=True):
+        assert ours is right or torch.equal(ours, right)
+
+
+def test_what_mlps_keep_and_that_recomputed_layers_keep_nothing():
+    policy, _ = load_policy(Config(device="cpu"))
+    batch = collate([[300] * 150], [[301] * 257], policy.pad_id, policy.device)
+    config = policy.model.config
+    inner = config.num_hidden_layers * 406 * config.intermediate_size * 4 / MB  # the last token is not read
+
+    def peaks() -> list[float]:
+        """MB of tensors in a forward pass with its graph; without and with gradient checkpointing."""
+        found = [profile(lambda: demo.token_logprobs_and_values(policy, batch))["tensors MB"]]
+        policy.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        with recomputing(policy):
+            found.append(profile(lambda: demo.token_logprobs_and_values(policy, batch))["tensors MB"])
+        policy.model.get_base_model().gradient_checkpointing_disable()
+        return found
+
+    lean = peaks()
+    for mlp in lean_mlps(policy):
+        del mlp.forward
+    plain = peaks()
+    assert plain[0] - lean[0] == pytest.approx(2 * inner, rel=0.1)
+    assert plain[1] == pytest.approx(lean[1], rel=1e-3)
+    assert lean[1] < lean[0] / 2
 
 
 def test_a_cache_with_room_is_written_in_place():
