@@ -8,6 +8,9 @@ passes that need no gradient.
 
 Every reply is drawn from a generator of its own: it is the same reply whatever is written beside it, and the same that
 `plain_reply` in lora_ppo_demo.py draws through generate.
+
+What else is fast, or spares memory, and intricate stands here too: a CPU's products (`speed_up_products`), what MLPs
+keep for the backward pass (`spare_activations`), and batches read without reading anything twice (`read_sparingly`).
 """
 
 import contextlib

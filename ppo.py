@@ -22,9 +22,10 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def pieces(wide: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The rows of tensors (..., V) as (n, V), of those (...) as (n, 1): few enough at a time for a processor's cache.
 
-    `wide` is (..., V). The pieces are views where the tensors are contiguous.
+    `wide` is (..., V). The pieces are views where the tensors are contiguous. On a CPU a thread takes whole rows of a
+    softmax, so there is one for each.
     """
-    size = max(1, PIECE.get(wide.device.type, PIECE["cuda"]) // wide.shape[-1])
+    size = max(torch.get_num_threads(), PIECE.get(wide.device.type, PIECE["cuda"]) // wide.shape[-1])
     columns = [x.reshape(-1, x.shape[-1] if x.dim() == wide.dim() else 1) for x in (wide, *tensors)]
     return zip(*(x.split(size) for x in columns), strict=True)
 
