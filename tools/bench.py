@@ -61,7 +61,6 @@ from tools.bench_measure import (  # noqa: E402
     profile,
     race,
     timing,
-    trim,
 )
 from tools.bench_processes import Child, NotRun  # noqa: E402
 from tools.bench_program import measure_disk, measure_growth, measure_start  # noqa: E402
@@ -188,8 +187,8 @@ def wait_table(bench: Bench) -> Table:
         2,
         "The wait after the key: from the choice to the step's outcome",
         f"One sample, prompt {bench.prompt_tokens}, response {bench.response_tokens} tokens, ppo_epochs 1. ratio: "
-        "seconds to those of the plain step. of TRL: share of the seconds of TRL's step. MB kept: held while the "
-        "person reads the quiz; peak MB: while both outcomes are computed. Both above the loaded model.",
+        "seconds to those of the plain step. of TRL: share of the seconds of TRL's step. MB kept: of tensors, while "
+        "the person reads the quiz; peak MB: of the process, above the loaded model, while both outcomes are computed.",
     )
     return each_model(bench, table, measure_wait)
 
@@ -213,13 +212,9 @@ def measure_wait(bench: Bench, table: Table, name: str) -> None:
         theirs = work.trl_arm(bench)
         arms.append(theirs)
     race(arms, bench.repeats)
-    foresee().discard()  # so that it is this that has run before, too, and not another arm
-    work.reset()
-    trim()
-    before = memory_in_use()
     foresight = foresee()
-    trim()
-    memory = {"MB kept": (memory_in_use() - before) / MB}
+    held = [foresight.before, *(after for _, after in foresight.outcomes.values())]
+    memory = {"MB kept": sum(x.nbytes for snapshot in held for x in snapshot.tensors.values()) / MB}
     foresight.discard()
     memory["peak MB"] = peak_above(lambda: foresee().discard())
     for arm in arms:
