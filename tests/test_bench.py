@@ -69,7 +69,7 @@ def test_a_profile_counts_live_tensors_and_products():
 
     found = profile(run)
     assert found["tensors MB"] == pytest.approx(5.0, abs=0.1)
-    assert found["products s"] > 0
+    assert 0 < found["products s"] < found["profiled s"]
     assert profile(lambda: a + 1)["products s"] == 0
     layer = torch.nn.Linear(1000, 1000).requires_grad_(False)
     speed_up_products(torch.nn.ModuleList([layer]))

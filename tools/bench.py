@@ -114,9 +114,9 @@ def ppo_step_table(bench: Bench) -> Table:
         "ratio: seconds to this project's. of limit: share of the limit reached, (2 + 4 ppo_epochs) N T FLOP (policy "
         "and reference forward, backward) at the rate of a large matrix product of that dtype. Passes are of one "
         "sequence through the base. vocabulary tensors: made with V columns and a row for each response token. "
-        "products s: in matrix products, attention's among them. tensors MB, peak MB: what the tensors, and what the "
-        "process, fill at the most above the loaded model. AgileRL builds its own adapters, and a second set for its "
-        "critic.",
+        "profiled s: one run more, under a profiler; products s: those of them in matrix products, attention's among "
+        "them. tensors MB, peak MB: what the tensors, and what the process, fill at the most above the loaded model. "
+        "AgileRL builds its own adapters, and a second set for its critic.",
     )
     return each_model(bench, table, measure_steps)
 
@@ -340,8 +340,9 @@ def training_table(bench: Bench) -> Table:
         "train.py and TRL's GRPOTrainer: GRPO with LoRA, the reference by adapters off, a reward that costs nothing, "
         f"replies of full length ({'; '.join(shown)}). No trust region (target_kl=0), but where it is named. "
         "ratio: seconds to those of train.py in one process on as many threads in all; speed-up: to train.py in one "
-        "process on one thread. products s: in matrix products, attention's among them; tensors MB: what the tensors "
-        "fill at the most above the loaded model; both in one step more, of the first process.",
+        "process on one thread. profiled s: one step more, of the first process, under a profiler; products s: those "
+        "of them in matrix products, attention's among them; tensors MB: what they fill at the most above the loaded "
+        "model.",
     )
     return each_model(bench, table, measure_training)
 

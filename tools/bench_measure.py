@@ -183,9 +183,9 @@ PRODUCTS = (
 
 @contextlib.contextmanager
 def profiling() -> Iterator[dict[str, float]]:
-    """Seconds spent in matrix products in here, attention's among them, and the most MB that tensors fill: at its end.
+    """Seconds spent in here, those in matrix products, attention's among them, and the most MB that tensors fill.
 
-    The latter leaves out what an allocator keeps beside them, which `peak_above` has.
+    They are known at its end. The last leaves out what an allocator keeps beside tensors, which `peak_above` has.
     """
     import torch
 
@@ -194,8 +194,10 @@ def profiling() -> Iterator[dict[str, float]]:
     activities = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
     found: dict[str, float] = {}
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        started = time.perf_counter()
         yield found
         synchronize()
+        seconds = time.perf_counter() - started
     products = [event for event in profiler.key_averages() if event.key.startswith(PRODUCTS)]
     spent = sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in products)
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +209,7 @@ def profiling() -> Iterator[dict[str, float]]:
     changes.sort(key=lambda event: event["ts"])
     before = changes[0]["args"]["Total Allocated"] - changes[0]["args"]["Bytes"]
     most = max(event["args"]["Total Allocated"] for event in changes) - before
-    found |= {"products s": spent / 1e6, "tensors MB": most / MB}
+    found |= {"profiled s": seconds, "products s": spent / 1e6, "tensors MB": most / MB}
 
 
 def profile(run: Callable[[], Any]) -> dict[str, float]:
