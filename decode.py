@@ -13,7 +13,6 @@ What else is fast, or spares memory, and intricate stands here too: a CPU's prod
 keep for the backward pass (`spare_activations`), and batches read without reading anything twice (`read_sparingly`).
 """
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -162,9 +161,17 @@ def spare_activations(model) -> None:
 
     for layer in model.modules():
         for mlp in layer.children():
-            with contextlib.suppress(OSError, TypeError):  # no source
-                if GATED in inspect.getsource(type(mlp).forward):
-                    mlp.forward = lean_forward(layer, mlp)
+            if is_gated(type(mlp)):
+                mlp.forward = lean_forward(layer, mlp)
+
+
+@functools.cache
+def is_gated(kind: type[torch.nn.Module]) -> bool:
+    """Whether modules of a kind are MLPs that do `GATED` and nothing else."""
+    try:
+        return GATED in inspect.getsource(kind.forward)
+    except (OSError, TypeError):  # no source
+        return False
 
 
 def made_again(makers: dict[int, Callable[[], Tensor]]) -> torch.autograd.graph.saved_tensors_hooks:
