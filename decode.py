@@ -175,18 +175,21 @@ def is_gated(kind: type[torch.nn.Module]) -> bool:
 
 
 def made_again(makers: dict[int, Callable[[], Tensor]]) -> torch.autograd.graph.saved_tensors_hooks:
-    """In here autograd does not keep the tensors whose storage, by its address, has a maker: it makes them again."""
+    """In here autograd does not keep the tensors whose storage, by its address, has a maker: it makes them again.
 
-    def pack(x: Tensor) -> Tensor | tuple[Callable[[], Tensor], torch.Size]:
+    Views of such a tensor, too. Its storage has to live as long as this context: an address may be given anew.
+    """
+
+    def pack(x: Tensor) -> Tensor | tuple:
         make = makers.get(x.untyped_storage().data_ptr())
-        return (make, x.shape) if make else x
+        return (make, x.size(), x.stride(), x.storage_offset()) if make else x
 
-    def unpack(kept: Tensor | tuple[Callable[[], Tensor], torch.Size]) -> Tensor:
+    def unpack(kept: Tensor | tuple) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        make, shape = kept
+        make, *view = kept
         with torch.no_grad():
-            return make().view(shape)
+            return make().as_strided(*view)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

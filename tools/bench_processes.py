@@ -270,12 +270,13 @@ def grpo(settings: dict[str, Any]) -> None:
                 if line is None:
                     os._exit(0)
                 options, self.answer = json.loads(line), None
+                if options["request"] == "ready":
+                    print("null", file=ANSWERS, flush=True)
+                    continue
+                torch.set_num_threads(options["threads"])
                 if options["request"] == "profile":
                     self.answer = self.profiling.enter_context(profiling())
-                if "threads" in options:
-                    torch.set_num_threads(options["threads"])
-                    return
-                print("null", file=ANSWERS, flush=True)
+                return
 
         def on_step_end(self, args, state, control, **_) -> None:
             self.profiling.close()
