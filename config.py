@@ -31,6 +31,11 @@ class Config:
     # model
     model_name: str = setting("auto", "hub name or local folder; auto: the bundled model, with CUDA " + GPU_MODEL)
     load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA, for any but the bundled model), true, false")
+    bf16_copy: str = setting(
+        "auto",
+        "16-bit copy of NF4 weights, which makes updates quicker: auto (if it takes at most half of the free memory), "
+        "true, false",
+    )
     device: str = setting("auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
     dtype: str = setting(
         "auto", "auto (bfloat16 on CUDA, else float32), float32 or bfloat16: the base model's precision"
@@ -118,6 +123,7 @@ RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
 }
 CHOICES = {
     "load_in_4bit": ("auto", "true", "false"),
+    "bf16_copy": ("auto", "true", "false"),
     "dtype": ("auto", "float32", "bfloat16"),
     "learner": ("person", "simulated"),
 }

@@ -9,8 +9,9 @@ passes that need no gradient.
 Every reply is drawn from a generator of its own: it is the same reply whatever is written beside it, and the same that
 `plain_reply` in lora_ppo_demo.py draws through generate.
 
-What else is fast, or spares memory, and intricate stands here too: a CPU's products (`speed_up_products`), what MLPs
-keep for the backward pass (`spare_activations`), and batches read without reading anything twice (`read_sparingly`).
+What else is fast, or spares memory, and intricate stands here too: a CPU's products (`speed_up_products`), a GPU's with
+4-bit weights (`copy_weights`), what MLPs keep for the backward pass (`spare_activations`), and batches read without
+reading anything twice (`read_sparingly`).
 """
 
 import functools
@@ -27,6 +28,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from config import ConfigError
+
 if TYPE_CHECKING:
     from lora_ppo_demo import Batch, Policy, Request
 
@@ -39,6 +42,7 @@ SHORT = 256  # tokens of a pass that a CPU records; with more of them, the time 
 RECORDING_PAYS = {"cpu": 64, "cuda": 16}  # after so many passes: to record one takes as long as it saves on as many
 RARE = 0.01  # of all passes; cases that are no more are not worth the memory of a recording
 ROUND = 8  # oneDNN compiles a product for each number of rows, and keeps it: a CPU reads a multiple of so many tokens
+MANY = 32  # tokens of a pass, from which on a copy of 4-bit weights in 16 bits is quicker than they are
 ROOM = 256  # a CUDA graph has room for a multiple of so many tokens
 KEPT_TOKENS = 4096  # of all rows: a graph's cache is kept, and what it fills is missing elsewhere
 
@@ -130,6 +134,47 @@ def speed_up_products(model) -> None:
         on_cpu = type(module) is torch.nn.Linear and module.weight.device.type == "cpu"
         if on_cpu and module.weight.dtype == torch.float32:
             module.forward = quick_forward(module)
+
+
+def copy_weights(model, wanted: str) -> bool:
+    """Keeps a copy in 16 bits of a model's 4-bit weights, for passes over `MANY` tokens or more; says whether it does.
+
+    In such a pass bitsandbytes makes that copy of each weight, once more in the backward pass, and throws it away: the
+    numbers are the same. Short passes, those of decoding, read the 4-bit weights, which are a quarter of the size.
+    `wanted`: true, false, or auto, where it takes at most half of the memory that is free. Raises ConfigError where
+    there is too little.
+    """
+    kind = "bitsandbytes.nn.modules", "Linear4bit"  # PEFT has one of that name, too
+    layers = [module for module in model.modules() if (type(module).__module__, type(module).__name__) == kind]
+    if wanted == "false" or not layers:
+        return False
+    size = sum(layer.weight.quant_state.shape.numel() * layer.compute_dtype.itemsize for layer in layers)
+    free, _ = torch.cuda.mem_get_info(layers[0].weight.device)
+    if wanted == "auto" and size > free / 2:
+        return False
+    if size > free:
+        raise ConfigError(
+            f"bf16_copy=true: the copy takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: set bf16_copy=auto"
+        )
+    for layer in layers:
+        layer.forward = copied_forward(layer)
+    return True
+
+
+def copied_forward(layer) -> Callable[[Tensor], Tensor]:
+    """The forward of a bitsandbytes Linear4bit, with a copy of its weight for `MANY` tokens or more."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    plain, dtype, bias = layer.forward, layer.compute_dtype, layer.bias
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+    bias = bias if bias is None else bias.to(dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        if x.numel() // x.shape[-1] < MANY:
+            return plain(x)
+        return torch.nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+
+    return forward
 
 
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"  # the whole of what most models' MLPs do

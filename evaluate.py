@@ -70,8 +70,8 @@ class EvaluateConfig(TrainConfig):
 
 # What evaluation uses. A config file may hold training's settings beside these; the command line may not.
 SETTINGS = (
-    "model_name load_in_4bit device dtype target_modules temperature quiz_temperature top_p max_new_tokens quiz_tries "
-    "questions seed mode task quiz_learner test_share adapter num_samples eval_batch_size merged_model_path "
+    "model_name load_in_4bit bf16_copy device dtype target_modules temperature quiz_temperature top_p max_new_tokens "
+    "quiz_tries questions seed mode task quiz_learner test_share adapter num_samples eval_batch_size merged_model_path "
     "use_merged_model output_file"
 ).split()
 MODES = ("evaluate", "merge", "both")

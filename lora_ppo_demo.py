@@ -408,6 +408,8 @@ def load_policy(config: Config, notice: Callable[[str], None] = lambda text: Non
     """
     import torch
 
+    import decode
+
     silence_libraries()
     config = replace(config)
     if config.device == "auto":
@@ -433,6 +435,7 @@ def load_policy(config: Config, notice: Callable[[str], None] = lambda text: Non
     if config.learning_rate is None:
         config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
     policy = Policy(model, tokenizer, config)
+    config.bf16_copy = "true" if decode.copy_weights(model, config.bf16_copy) else "false"
     if config.max_new_tokens >= policy.context:
         raise ConfigError(
             f"max_new_tokens={config.max_new_tokens} leaves no room in a context of {policy.context} tokens"
@@ -865,7 +868,7 @@ def token_logprobs_and_values(
     return logprobs, values, logits
 
 
-OUT_OF_MEMORY = "out of memory: try a smaller max_new_tokens, a smaller lora_r, or load_in_4bit=true"
+OUT_OF_MEMORY = "out of memory: try a smaller max_new_tokens, a smaller lora_r, load_in_4bit=true or bf16_copy=false"
 
 
 def out_of_memory(error: BaseException) -> bool:

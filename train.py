@@ -87,6 +87,7 @@ class TrainConfig:
     # model
     model_name: str = shared("model_name")
     load_in_4bit: str = shared("load_in_4bit")
+    bf16_copy: str = shared("bf16_copy")
     device: str = shared("device")
     dtype: str = shared("dtype")
     lora_r: int = shared("lora_r")

@@ -15,6 +15,7 @@ NAMES = [f.name for f in fields(Config)]
 OTHER = {
     "model_name": ("some/model", "some/model"),
     "load_in_4bit": ("true", "true"),
+    "bf16_copy": ("false", "false"),
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
     "lora_r": ("8", 8),

@@ -57,7 +57,7 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> transformers.PreTraine
     return tokenizer
 
 
-def tiny_model(architecture: str, tokenizer, seed: int = 0) -> transformers.PreTrainedModel:
+def tiny_model(architecture: str, tokenizer, seed: int = 0, **sizes: int) -> transformers.PreTrainedModel:
     """Two layers of random float32 weights, large enough that the logits are far from uniform."""
     shape = {
         "vocab_size": len(tokenizer),
@@ -72,7 +72,7 @@ def tiny_model(architecture: str, tokenizer, seed: int = 0) -> transformers.PreT
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-    }
+    } | sizes
     config = {
         "qwen2": lambda: transformers.Qwen2Config(**shape),
         "qwen3": lambda: transformers.Qwen3Config(**shape, head_dim=8),

@@ -66,7 +66,8 @@ from tools.bench_processes import Child, NotRun  # noqa: E402
 from tools.bench_program import measure_disk, measure_growth, measure_start  # noqa: E402
 from tools.bench_setup import IN_4_BITS, SHAPES, Bench, Table, each_model, peft_layers  # noqa: E402
 
-OURS, TRL, AGILERL = "this project", f"TRL {TRL_VERSION} PPOTrainer", "AgileRL LLMPPO"
+OURS, COPY = "this project", "this project, bf16 copy"
+TRL, AGILERL = f"TRL {TRL_VERSION} PPOTrainer", "AgileRL LLMPPO"
 GENERATE, GRPO = "transformers generate", "TRL GRPOTrainer"
 TRAIN, TRUST_REGION = "train.py", "train.py, trust region"
 
@@ -116,7 +117,8 @@ def ppo_step_table(bench: Bench) -> Table:
         "sequence through the base. vocabulary tensors: made with V columns and a row for each response token. "
         "profiled s: one run more, under a profiler; products s: those of them in matrix products, attention's among "
         "them. tensors MB, peak MB: what the tensors, and what the process, fill at the most above the loaded model. "
-        "AgileRL builds its own adapters, and a second set for its critic.",
+        "bf16 copy: of weights in 4 bits; the other rows have none. AgileRL builds its own adapters, and a second set "
+        "for its critic.",
     )
     return each_model(bench, table, measure_steps)
 
@@ -125,8 +127,13 @@ def measure_steps(bench: Bench, table: Table, name: str) -> None:
     """The rows of one model."""
     import torch
 
-    policy, agile = bench.policy(name), None
-    work, loaded = Work(bench, policy), memory_in_use() / MB
+    policy, agile = bench.policy(name, bf16_copy="false"), None
+    work, labels = Work(bench, policy), {"model": name, "dtype": policy.config.dtype}
+    works, loaded = {OURS: work}, {"the loaded model": memory_in_use() / MB}
+    if name in IN_4_BITS:
+        with table.attempt(model=name, trainer=COPY):
+            works[COPY] = Work(bench, bench.policy(name, bf16_copy="true"))
+            loaded["the loaded model, bf16 copy"] = memory_in_use() / MB - sum(loaded.values())
     rate = multiplication_rate(policy.config.dtype, bench.device)
     with contextlib.ExitStack() as stack:
         with table.attempt(model=name, trainer=AGILERL):
@@ -138,43 +145,46 @@ def measure_steps(bench: Bench, table: Table, name: str) -> None:
             child = bench.child("agilerl", policy, extra, bench.agilerl, threads=torch.get_num_threads())
             agile = stack.enter_context(child)
         for epochs in (1, 4):
-            policy.config.ppo_epochs = epochs
-            labels = {"model": name, "dtype": policy.config.dtype, "epochs": epochs}
-            measure_step(bench, table, labels, work, rate, agile)
-    table.rows.append({"model": name, "dtype": policy.config.dtype, "trainer": "the loaded model", "peak MB": loaded})
+            for each in works.values():
+                each.policy.config.ppo_epochs = epochs
+            measure_step(bench, table, labels | {"epochs": epochs}, works, rate, agile)
+    table.rows += [labels | {"trainer": what, "peak MB": size} for what, size in loaded.items()]
 
 
 def measure_step(
-    bench: Bench, table: Table, labels: dict[str, Any], work: Work, rate: float, agile: Child | None
+    bench: Bench, table: Table, labels: dict[str, Any], works: dict[str, Work], rate: float, agile: Child | None
 ) -> None:
     """The rows of one number of epochs; `rate` is the machine's, in FLOP/s."""
-    policy, epochs = work.policy, labels["epochs"]
-    ours = Arm(OURS, lambda _: work.step(), work.reset)
-    arms = [ours]
+    work, epochs = works[OURS], labels["epochs"]
+    arms = [Arm(name, lambda _, own=own: own.step(), own.reset) for name, own in works.items()]
+    ours = arms[0]
     with table.attempt(**labels, trainer=TRL):
         arms.append(work.trl_arm(bench))
     if agile:
         arms.append(Arm(AGILERL, lambda _: agile.ask("step", epochs=epochs)))
     race(arms, bench.repeats)
-    trainable, parameters = policy.model.get_nb_trainable_parameters()
+    trainable, parameters = work.policy.model.get_nb_trainable_parameters()
     flop = (2 + 4 * epochs) * (parameters - trainable) * work.batch.input_ids.numel()
     for arm in arms:
         if arm.name == AGILERL:
             made = agile.ask("probe", epochs=epochs)
         else:
-            work.reset()
-            policy.recorder.able, able = False, policy.recorder.able  # a pass that is played calls no hooks
+            own = works.get(arm.name, work)
+            recorder, run = own.policy.recorder, lambda arm=arm: arm.run(None)
+            own.reset()
+            recorder.able, able = False, recorder.able  # a pass that is played calls no hooks
             try:
-                made = count(policy.model, lambda arm=arm: arm.run(None), bench.response_tokens)
+                made = count(own.policy.model, run, bench.response_tokens)
             finally:
-                policy.recorder.able = able
-            work.reset()
-            made |= profile(lambda arm=arm: arm.run(None))
-            work.reset()
-            made["peak MB"] = peak_above(lambda arm=arm: arm.run(None))
+                recorder.able = able
+            own.reset()
+            made |= profile(run)
+            own.reset()
+            made["peak MB"] = peak_above(run)
         share = {"of limit": flop / rate / arm.median}
         table.rows.append(labels | {"trainer": arm.name} | timing(arm, ours) | share | made)
-    work.reset()
+    for each in works.values():
+        each.reset()
     limit = {"seconds": flop / rate, "ratio": flop / rate / ours.median, "of limit": 1.0}
     table.rows.append(labels | {"trainer": f"limit at {rate / 1e9:,.0f} GFLOP/s"} | limit)
 
