@@ -10,7 +10,7 @@ Every reply is drawn from a generator of its own: it is the same reply whatever 
 `plain_reply` in lora_ppo_demo.py draws through generate.
 
 What else is fast, or spares memory, and intricate stands here too: a CPU's products (`speed_up_products`), a GPU's with
-4-bit weights (`copy_weights`), what MLPs keep for the backward pass (`spare_activations`), and batches read without
+4-bit weights (`copy_weights`), what layers keep for the backward pass (`spare_activations`), and batches read without
 reading anything twice (`read_sparingly`).
 """
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config import ConfigError
 
@@ -181,33 +182,76 @@ GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"  # th
 
 
 def spare_activations(model) -> None:
-    """Makes a model's gated MLPs keep less for the backward pass: two tensors of the inner width in place of four.
+    """Makes a model's layers keep less for the backward pass.
 
-    What the activation gives, and its product with the other half, are made again when their gradients are taken, which
-    is one pass over each and no matrix product.
+    What their norms give and, in gated MLPs, what the activation gives and its product with the other half, are made
+    again when gradients are taken: a pass or two over each, and no matrix product.
     """
-
-    def lean_forward(layer, mlp):
-        plain = mlp.forward
-
-        def forward(x: Tensor) -> Tensor:
-            if not torch.is_grad_enabled() or getattr(layer, "gradient_checkpointing", False):  # that keeps nothing
-                return plain(x)
-            gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-            makers: dict[int, Callable[[], Tensor]] = {}
-            with made_again(makers):
-                active = mlp.act_fn(gate)
-                makers[active.untyped_storage().data_ptr()] = lambda: mlp.act_fn(gate)
-                inner = active * up
-                makers[inner.untyped_storage().data_ptr()] = lambda: mlp.act_fn(gate) * up
-                return mlp.down_proj(inner)
-
-        return forward
-
     for layer in model.modules():
-        for mlp in layer.children():
-            if is_gated(type(mlp)):
-                mlp.forward = lean_forward(layer, mlp)
+        if isinstance(layer, GradientCheckpointingLayer):
+            LeanLayer(layer)
+
+
+class LeanLayer:
+    """The forward of a layer, and of what is in it, that `spare_activations` puts in place of theirs."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.makers: dict[int, Callable[[], Tensor]] | None = None  # None: this pass keeps what it does
+        self.made: list[Tensor] = []
+        layer.forward = self.forward
+        for part in layer.modules():
+            if is_gated(type(part)):
+                part.forward = functools.partial(self.mlp, part, part.forward)
+            elif type(part).__name__.endswith("RMSNorm"):
+                part.forward = functools.partial(self.norm, part.forward)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plain = type(self.layer).forward  # FSDP gives the layer another class
+        if not torch.is_grad_enabled() or self.layer.gradient_checkpointing:  # that keeps nothing
+            return plain(self.layer, *args, **kwargs)
+        self.makers = {}
+        try:
+            with made_again(self.makers):
+                return plain(self.layer, *args, **kwargs)
+        finally:
+            self.makers = None
+            self.made.clear()
+
+    def spare(self, made: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that need not be kept, for `make` makes it again."""
+        self.makers[made.untyped_storage().data_ptr()] = make
+        self.made.append(made)
+        return made
+
+    def mlp(self, mlp, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.makers is None:
+            return plain(x)
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        active = self.spare(mlp.act_fn(gate), lambda: mlp.act_fn(gate))
+        return mlp.down_proj(self.spare(active * up, lambda: mlp.act_fn(gate) * up))
+
+    def norm(self, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.makers is None:
+            return plain(x)
+        return self.spare(plain(x) if x.dtype == torch.float32 else KeepsInput.apply(x, plain), lambda: plain(x))
+
+
+class KeepsInput(torch.autograd.Function):
+    """A function of x that keeps nothing but x for its gradient. A norm keeps x in 32 bits, where it is in 16."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(ctx.function(x), x, grad)[0], None
 
 
 @functools.cache
