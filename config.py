@@ -33,8 +33,8 @@ class Config:
     load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA, for any but the bundled model), true, false")
     bf16_copy: str = setting(
         "auto",
-        "16-bit copy of NF4 weights, which makes updates quicker: auto (if it takes at most half of the free memory), "
-        "true, false",
+        "16-bit copy of NF4 weights, which spares updates to unpack them: auto (if it takes at most half of the free "
+        "memory), true, false",
     )
     device: str = setting("auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
     dtype: str = setting(

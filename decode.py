@@ -43,7 +43,7 @@ SHORT = 256  # tokens of a pass that a CPU records; with more of them, the time 
 RECORDING_PAYS = {"cpu": 64, "cuda": 16}  # after so many passes: to record one takes as long as it saves on as many
 RARE = 0.01  # of all passes; cases that are no more are not worth the memory of a recording
 ROUND = 8  # oneDNN compiles a product for each number of rows, and keeps it: a CPU reads a multiple of so many tokens
-MANY = 32  # tokens of a pass, from which on a copy of 4-bit weights in 16 bits is quicker than they are
+MANY = 32  # tokens of a pass; bitsandbytes multiplies fewer with 4-bit weights as they are, and for more unpacks them
 ROOM = 256  # a CUDA graph has room for a multiple of so many tokens
 KEPT_TOKENS = 4096  # of all rows: a graph's cache is kept, and what it fills is missing elsewhere
 

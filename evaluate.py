@@ -75,6 +75,7 @@ SETTINGS = (
     "use_merged_model output_file"
 ).split()
 MODES = ("evaluate", "merge", "both")
+IN_FULL = {"load_in_4bit": "false", "bf16_copy": "false"}  # settings for weights that are merged
 USAGE = """usage: python evaluate.py [--config FILE] [--adapter DIR ...] [name=value ...]
 
 Accuracy of base model, adapters and merged model on held-out samples; merging of adapters into standalone models."""
@@ -362,7 +363,7 @@ def evaluate(config: EvaluateConfig, notice: Callable[[str], None]) -> tuple[lis
     if all(state for state in states):  # a learning curve, whatever the order in which the shell named the folders
         results[1:] = sorted(results[1:], key=lambda result: result.step)
     if config.use_merged_model:
-        merged, _ = load_policy(replace(config, model_name=config.merged_model_path, load_in_4bit="false"), notice)
+        merged, _ = load_policy(replace(config, model_name=config.merged_model_path, **IN_FULL), notice)
         results.append(Result("merged", config.merged_model_path, None, answers(merged, "merged", adapter=False)))
     return results, config
 
@@ -523,7 +524,7 @@ def merge(config: EvaluateConfig, notice: Callable[[str], None]) -> dict[str, fl
     folder, out = adapters(config)[0], Path(config.merged_model_path)
     state = read_adapter(folder)
     in_4bit = state.get("config", {}).get("load_in_4bit") == "true" or config.load_in_4bit == "true"
-    config = replace(base_settings(config, [state]), load_in_4bit="false")
+    config = replace(base_settings(config, [state]), **IN_FULL)
     if in_4bit and config.dtype == "auto":
         config.dtype = "bfloat16"
     policy, config = load_policy(config, notice)

@@ -435,7 +435,10 @@ def load_policy(config: Config, notice: Callable[[str], None] = lambda text: Non
     if config.learning_rate is None:
         config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
     policy = Policy(model, tokenizer, config)
-    config.bf16_copy = "true" if decode.copy_weights(model, config.bf16_copy) else "false"
+    copied = decode.copy_weights(model, config.bf16_copy)
+    if config.bf16_copy == "true" and not copied:
+        notice("bf16_copy=true changes nothing: the weights are not in 4 bits.")
+    config.bf16_copy = "true" if copied else "false"
     if config.max_new_tokens >= policy.context:
         raise ConfigError(
             f"max_new_tokens={config.max_new_tokens} leaves no room in a context of {policy.context} tokens"

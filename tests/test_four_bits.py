@@ -1,4 +1,4 @@
-"""The 16-bit copy of 4-bit weights, against the weights as their format defines them.
+"""Weights in 4 bits, and their copy in 16, against the weights as their format defines them.
 
 The program takes 4-bit weights with CUDA alone; the layers here are bitsandbytes' own, on a CPU. There they are right
 if they are not packed anew for some processors' instructions, and if each row of a weight is of whole blocks, of 64.
@@ -162,6 +162,9 @@ def test_what_auto_came_to_stands_in_the_settings(model, folder, memory, monkeyp
     assert loaded(model, monkeypatch, tiny_config(folder)).config.bf16_copy == ("true" if free else "false")
 
 
-def test_a_model_in_16_bits_has_no_copy(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    assert not decode.copy_weights(model, "true")
+@pytest.mark.parametrize(("wanted", "said"), [("true", 1), ("auto", 0), ("false", 0)])
+def test_a_model_in_16_bits_has_no_copy_and_who_wants_one_is_told(folder, wanted, said):
+    notices = []
+    _, config = demo.load_policy(tiny_config(folder, dtype="bfloat16", bf16_copy=wanted), notices.append)
+    assert config.bf16_copy == "false"
+    assert notices == ["bf16_copy=true changes nothing: the weights are not in 4 bits."] * said
