@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from config import BUNDLED_MODEL, ConfigError, help_text, known_name, parse, setting, split_arguments
+from lora_ppo.settings import BUNDLED_MODEL, ConfigError, help_text, known_name, parse, setting, split_arguments
 from lora_ppo_demo import (
     TUTOR_PROMPT,
     Damaged,

@@ -35,12 +35,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import (
+from config import Config
+from lora_ppo.settings import (
     BUNDLED_LEARNING_RATE,
     BUNDLED_MODEL,
     GPU_MODEL,
     LEARNING_RATE,
-    Config,
     ConfigError,
     from_command_line,
     save_yaml,
@@ -164,7 +164,7 @@ class Policy:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        import decode
+        from lora_ppo import decode
 
         targets = lora_targets(model, config.target_modules)
         for parameter in model.parameters():
@@ -209,7 +209,7 @@ class Policy:
         """Makes `name`, its own or one that was loaded, the adapter under the gate; returns all LoRA layers."""
         from peft.tuners.lora import LoraLayer
 
-        import decode
+        from lora_ppo import decode
 
         self.model.set_adapter(name)
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
@@ -269,7 +269,7 @@ class Policy:
         """
         import torch
 
-        import decode
+        from lora_ppo import decode
 
         if not decode.steady(self.model.config.get_text_config()) or self.model.dtype != torch.float32:
             return {}
@@ -408,7 +408,7 @@ def load_policy(config: Config, notice: Callable[[str], None] = lambda text: Non
     """
     import torch
 
-    import decode
+    from lora_ppo import decode
 
     silence_libraries()
     config = replace(config)
@@ -544,7 +544,7 @@ def replies(policy: Policy, requests: Sequence[Request], seeds: Sequence[int] | 
     """
     import torch
 
-    import decode
+    from lora_ppo import decode
 
     seeds = seeds or torch.randint(2**53, (len(requests),)).tolist()
     if decode.takes(policy):
@@ -854,8 +854,7 @@ def token_logprobs_and_values(
     """
     import torch
 
-    import decode
-    import ppo
+    from lora_ppo import decode, ppo
 
     width, t = batch.input_ids.shape[1], batch.response_mask.shape[1]
     with policy.adapter(adapter):
@@ -934,7 +933,7 @@ def look_at(policy: Policy, batch: Batch) -> Look:
     """The passes of an update that need no score: the reference's, and the policy's with its graph."""
     import torch
 
-    import ppo
+    from lora_ppo import ppo
 
     with torch.no_grad():
         ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, batch, adapter=False)
@@ -952,7 +951,7 @@ def begin_update(policy: Policy, look: Look, scores: Sequence[float], keep_graph
     """Advantages, and the gradient of the first epoch. `keep_graph`: other scores are to come. Raises StepSkipped."""
     import torch
 
-    import ppo
+    from lora_ppo import ppo
 
     config, mask, (old_logprobs, old_values, _) = policy.config, look.batch.response_mask, look.old
     scores = torch.tensor(scores, dtype=torch.float32, device=policy.device)
@@ -974,7 +973,7 @@ def ppo_losses(
     returns: "Tensor",
 ) -> dict[str, "Tensor"]:
     """PPO's loss of a forward pass and its parts, each a mean over the response tokens (`mask`); all else is (B, T)."""
-    import ppo
+    from lora_ppo import ppo
 
     logprobs, values, logits = forward
     pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
@@ -1012,7 +1011,7 @@ def ppo_gradient(
 
 def finish_update(policy: Policy, look: Look, update: Update, before: Snapshot) -> dict[str, float]:
     """Takes the optimizer's steps, looks how far they went, and takes them back where that is beyond `target_kl`."""
-    import ppo
+    from lora_ppo import ppo
 
     config, mask, (old_logprobs, old_values, old_logits) = policy.config, look.batch.response_mask, look.old
     metrics, gradients = update.metrics, update.gradients
@@ -1045,7 +1044,7 @@ def trust_region(policy: Policy, batch: Batch, old_logits: "Tensor", old_logprob
     how many times as likely the sampled answers are now."""
     import torch
 
-    import ppo
+    from lora_ppo import ppo
 
     with torch.no_grad():
         logprobs, _, logits = token_logprobs_and_values(policy, batch)

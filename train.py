@@ -28,7 +28,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, ConfigError, from_command_line, save_yaml, setting
+from config import Config
+from lora_ppo.settings import ConfigError, from_command_line, save_yaml, setting
 from lora_ppo_demo import (
     Damaged,
     LineFile,

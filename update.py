@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from config import ConfigError
+from lora_ppo.settings import ConfigError
 from lora_ppo_demo import (
     OUT_OF_MEMORY,
     Batch,
@@ -125,7 +125,7 @@ def whiten_jointly(accelerator: "Accelerator", x: "Tensor", mask: "Tensor") -> "
     """ppo.whiten over the tokens of all processes; returns this process's share."""
     import torch
 
-    import ppo
+    from lora_ppo import ppo
 
     if accelerator.num_processes == 1:
         return ppo.whiten(x, mask)
@@ -144,7 +144,7 @@ def examine(
     """Advantages for the trajectories of this process, and how the episodes of all processes went."""
     import torch
 
-    import ppo
+    from lora_ppo import ppo
 
     known = [t.outcome.verdict != "unknown" and math.isfinite(t.outcome.reward) for t in trajectories]
     if config.algorithm == "grpo":  # a group is whole or left out
@@ -210,7 +210,7 @@ def observe(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", b
     """
     import torch
 
-    import ppo
+    from lora_ppo import ppo
 
     seen, kept, forward, count = [], [], None, len(batch.input_ids)
     whole = in_one_pass(config, accelerator, count)
@@ -262,7 +262,7 @@ def learn(
 
 
 def adapted(policy: Policy, config: "TrainConfig", metrics: dict[str, Any]) -> float:
-    import ppo
+    from lora_ppo import ppo
 
     return ppo.adapted_kl_coef(
         policy.kl_coef, metrics["kl"], config.kl_target, config.kl_horizon, answers=metrics["answers"]
@@ -340,7 +340,7 @@ LOSSES = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction")
 
 def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str, "Tensor"]:
     """The loss of one forward pass and its parts, each a mean over the piece's response tokens; 0 if it has none."""
-    import ppo
+    from lora_ppo import ppo
 
     mask, forward = piece.batch.response_mask, piece.first or token_logprobs_and_values(policy, piece.batch)
     logprobs, values, _ = forward

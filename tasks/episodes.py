@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from config import ConfigError
+from lora_ppo.settings import ConfigError
 from lora_ppo_demo import Policy, encode_chat, encode_text, generate_batch
 from tasks import Episode, Outcome
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from config import ConfigError
+from lora_ppo.settings import ConfigError
 from lora_ppo_demo import (
     LETTERS,
     TUTOR_PROMPT,

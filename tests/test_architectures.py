@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import ARCHITECTURES, randomize_adapter, save_tiny, tiny_config, tiny_policy
 from transformers import AutoModelForCausalLM
 
-from config import ConfigError
+from lora_ppo.settings import ConfigError
 from lora_ppo_demo import (
     QUIZMASTER_PROMPT,
     SOLVER_PROMPT,

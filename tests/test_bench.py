@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import Config
-from decode import speed_up_products
+from lora_ppo.decode import speed_up_products
 from lora_ppo_demo import collate, load_policy, ppo_step
 from tools import bench
 from tools.bench_measure import MB, profile

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from config import CHOICES, RANGES, Config, ConfigError, check, from_command_line, help_text, parse, save_yaml
+from config import Config
+from lora_ppo.settings import CHOICES, RANGES, ConfigError, check, from_command_line, help_text, parse, save_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f.name for f in fields(Config)]

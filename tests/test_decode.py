@@ -8,9 +8,9 @@ import torch
 from tiny import ARCHITECTURES, CHATML, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-import decode
 import lora_ppo_demo as demo
 from config import Config
+from lora_ppo import decode
 from lora_ppo_demo import QUIZMASTER_PROMPT, QuizGrammar, Request, chat, collate, encode_chat, load_policy, plain_reply
 from tools.bench_measure import MB, profile
 from update import recomputing

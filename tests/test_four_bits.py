@@ -9,9 +9,9 @@ import torch
 from tiny import CHATML, randomize_adapter, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import decode
 import lora_ppo_demo as demo
-from config import ConfigError
+from lora_ppo import decode
+from lora_ppo.settings import ConfigError
 from lora_ppo_demo import QUIZMASTER_PROMPT, Request, chat, collate, encode_chat, ppo_step
 
 Linear4bit = pytest.importorskip("bitsandbytes.nn").Linear4bit

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import lora_ppo_demo as demo
-import ppo
 from config import Config
+from lora_ppo import ppo
 
 NAN = math.nan
 SEEDS = range(25)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tasks.quiz
-from config import ConfigError
+from lora_ppo.settings import ConfigError
 from lora_ppo_demo import LETTERS, Quiz, learner_choices, learner_probabilities
 from tasks.episodes import play
 from tasks.facts import table_facts

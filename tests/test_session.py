@@ -534,7 +534,8 @@ def test_a_second_ctrl_c_ends_at_once_with_130(play, monkeypatch):
 
 def test_the_effective_configuration_reads_back(play):
     play(turns(1), cliprange=0.13)
-    from config import Config, parse
+    from config import Config
+    from lora_ppo.settings import parse
 
     again = parse(Config, ["--config", "checkpoints/effective_config.yaml"])
     assert again.cliprange == 0.13

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from tiny import randomize_adapter, tiny_policy
 
 import lora_ppo_demo as demo
-import ppo
 import tasks.episodes
 import train
 import update
-from config import ConfigError, parse
+from lora_ppo import ppo
+from lora_ppo.settings import ConfigError, parse
 from tasks import Outcome
 from tasks.episodes import play
 

@@ -11,7 +11,7 @@ from tiny import CHATML, DROPS_SYSTEM, RAISES_ON_SYSTEM, SPECIAL_TOKENS, drive, 
 from tokenizers import AddedToken
 
 import lora_ppo_demo
-from config import ConfigError
+from lora_ppo.settings import ConfigError
 from lora_ppo_demo import (
     JSON_STRING,
     Quiz,

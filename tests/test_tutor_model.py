@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_ppo_demo as demo
-from config import BUNDLED_MODEL, Config
+from config import Config
+from lora_ppo.settings import BUNDLED_MODEL
 from tasks.facts import arithmetic_facts, in_words, subjects, table_facts
 from tasks.quiz import QuizTask, split_samples
 from tools.build_tutor_model import Packer

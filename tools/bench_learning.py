@@ -34,8 +34,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, ConfigError  # noqa: E402
+from config import Config  # noqa: E402
 from evaluate import answer_all, newcombe_interval, percent, write_json  # noqa: E402
+from lora_ppo.settings import ConfigError  # noqa: E402
 from lora_ppo_demo import (  # noqa: E402
     TUTOR_PROMPT,
     Policy,
@@ -265,7 +266,7 @@ def experiment(arguments: argparse.Namespace, say: Callable[[str], None]) -> dic
 
 def settings_with(settings: dict[str, str]) -> Config:
     """The tutor's configuration with `settings` set, as its command line sets them. Raises ConfigError."""
-    from config import parse
+    from lora_ppo.settings import parse
 
     return parse(Config, [f"{name}={value}" for name, value in settings.items()])
 

@@ -9,7 +9,7 @@ import time
 from statistics import median
 from typing import Any
 
-from config import BUNDLED_MODEL
+from lora_ppo.settings import BUNDLED_MODEL
 from lora_ppo_demo import LineFile, now, save_checkpoint
 from tools.bench_measure import MB, Arm, race, resident_peak, timing
 from tools.bench_processes import ROOT, NotRun

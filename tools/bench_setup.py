@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import BUNDLED_MODEL, Config
+from config import Config
+from lora_ppo.settings import BUNDLED_MODEL
 from lora_ppo_demo import Policy, load_policy
 from tools.bench_measure import trim
 from tools.bench_processes import Child, NotRun

@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from config import ConfigError
+from lora_ppo.settings import ConfigError
 
 if TYPE_CHECKING:
     from lora_ppo_demo import Batch, Policy, Request

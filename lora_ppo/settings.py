@@ -1,0 +1,196 @@
+"""How settings are declared, checked, and read from YAML and the command line.
+
+A program's settings are a dataclass of `setting`s (`config.Config`, `train.TrainConfig`, ...). Lowest to highest: its
+defaults, a YAML file (`--config FILE`), the command line (`key=value` or `--key value`). The library takes such an
+object as an argument and never imports one.
+"""
+
+import difflib
+import sys
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any
+
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tutor-tiny"
+GPU_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
+# What `learning_rate=auto` means: the first is right for 3 to 7 billion parameters, the second for the bundled model.
+LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 8e-5
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used. Its message is one line that a person can act on."""
+
+
+class Settings:
+    """The settings of a program, one field each: what the dataclasses of scripts derive from."""
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with one line of help."""
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": text}, **factory)
+
+
+RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
+    "lora_r": (1, 4096, True),
+    "lora_alpha": (1, 65536, True),
+    "lora_dropout": (0, 0.99, True),
+    "temperature": (0, 10, False),
+    "quiz_temperature": (0, 10, False),
+    "top_p": (0, 1, False),
+    "max_new_tokens": (1, 1_000_000, True),
+    "quiz_tries": (1, 100, True),
+    "learning_rate": (0, 1, False),
+    "batch_size": (1, 4096, True),
+    "ppo_epochs": (1, 1000, True),
+    "cliprange": (0, 10, False),
+    "cliprange_value": (0, 1000, False),
+    "vf_coef": (0, 1000, True),
+    "entropy_coef": (0, 1000, True),
+    "gamma": (0, 1, False),
+    "lam": (0, 1, True),
+    "kl_coef": (0, 1000, True),
+    "kl_target": (0, 1e6, False),
+    "kl_horizon": (1, 1e12, True),
+    "target_kl": (0, 1e6, True),
+    "max_grad_norm": (0, 1e9, False),
+    "save_every": (1, 1_000_000, True),
+    "keep_checkpoints": (2, 1_000_000, True),
+    "steps": (1, 1e9, True),
+    "seed": (0, 2**63 - 1, True),
+}
+CHOICES = {
+    "load_in_4bit": ("auto", "true", "false"),
+    "bf16_copy": ("auto", "true", "false"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "learner": ("person", "simulated"),
+}
+
+
+def check(config: Settings) -> Settings:
+    """Returns `config` if every setting is in its range; raises ConfigError naming the first that is not."""
+    for name, (low, high, closed) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and not ((low <= value if closed else low < value) and value <= high):
+            bounds = f"{'at least' if closed else 'above'} {low:g} and at most {high:g}"
+            raise ConfigError(f"{name}={value} is out of range: expected {bounds}")
+    for name, allowed in CHOICES.items():
+        if getattr(config, name, allowed[0]) not in allowed:
+            raise ConfigError(f"{name}={getattr(config, name)!r} is unknown: expected one of {', '.join(allowed)}")
+    if getattr(config, "learner", "") == "simulated" and not config.questions:
+        raise ConfigError("learner=simulated needs questions=FILE, a text file with one question a line")
+    for name in ("model_name", "device", "checkpoint_dir", "log_dir", "resume"):
+        if not getattr(config, name, True):
+            raise ConfigError(f"{name} is empty: give it a value, or leave it out for its default")
+    if not config.target_modules or not all(isinstance(name, str) for name in config.target_modules):
+        raise ConfigError(f"target_modules={config.target_modules}: name at least one linear layer, such as q_proj")
+    return config
+
+
+def parse(schema: type[Settings], arguments: list[str]) -> Settings:
+    """The configuration from `--config FILE`, `key=value` and `--key value` arguments, checked. Raises ConfigError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    file, pairs = split_arguments(schema, arguments)
+    config = OmegaConf.structured(schema)
+    if file is not None:
+        try:
+            loaded = OmegaConf.load(file)
+        except OSError as error:
+            raise ConfigError(f"--config {file}: {error.strerror or error}") from None
+        except Exception as error:  # whatever the YAML parser raises
+            raise ConfigError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"--config {file}: expected lines of the form `name: value`")
+        pairs = [*((str(name), value) for name, value in OmegaConf.to_container(loaded).items()), *pairs]
+    for name, value in pairs:
+        known_name(schema, name)
+        try:
+            OmegaConf.update(config, name, typed(name, value, config[name]))
+        except (OmegaConfBaseException, YAMLError, ValueError):
+            kind = next(f.type for f in fields(schema) if f.name == name)
+            raise ConfigError(f"{name}={value!r} does not fit: expected {getattr(kind, '__name__', kind)}") from None
+    return check(OmegaConf.to_object(config))
+
+
+def typed(name: str, value: Any, current: Any) -> Any:
+    """A value from YAML or the command line as setting `name` takes it; `current` tells text from lists."""
+    import yaml
+
+    if name in CHOICES:
+        return str(value).lower()
+    if value == "auto" and not isinstance(current, str):
+        return None
+    if not isinstance(value, str):
+        return value
+    if "${" in value or value == "???" or "\n" in value:
+        raise ValueError("OmegaConf would take this for more than a value")
+    if isinstance(current, str):
+        return value
+    if hasattr(current, "append") and not value.startswith("["):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return yaml.safe_load(value)
+
+
+def split_arguments(schema: type[Settings], arguments: list[str]) -> tuple[str | None, list[tuple[str, str]]]:
+    """The value of `--config` (None without) and the (name, value) pairs of the other arguments, in order."""
+    file, pairs, rest = None, [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--"):
+                raise ConfigError(f"{word!r} is no setting: write name=value or --name value (see --help)")
+            if name != "config":
+                known_name(schema, name)
+            if not rest:
+                raise ConfigError(f"--{name} needs a value")
+            value = rest.pop(0)
+        if name == "config":
+            file = value
+        else:
+            pairs.append((name, value))
+    return file, pairs
+
+
+def known_name(schema: type[Settings], name: str) -> None:
+    """Raises ConfigError with the nearest setting if `schema` has none called `name`."""
+    names = [f.name for f in fields(schema)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help")
+        )
+
+
+def help_text(schema: type[Settings], usage: str) -> str:
+    """`usage`, then a line for every setting with its default."""
+    lines = [usage.strip(), "", "settings (name=value or --name value; --config FILE reads them from YAML):"]
+    width = max(len(f.name) for f in fields(schema)) + 2
+    for f in fields(schema):
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        shown = "auto" if default is None else ",".join(default) if isinstance(default, list) else default
+        lines.append(f"  {f.name:<{width}}{f.metadata['help']} [{shown}]")
+    return "\n".join(lines)
+
+
+def save_yaml(config: Settings, path: Path) -> None:
+    """Writes the effective configuration as YAML that `--config` reads back."""
+    from omegaconf import OmegaConf
+
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def from_command_line(schema: type[Settings], usage: str) -> Settings:
+    """`parse(sys.argv)`; prints the help for -h, and one line for what can't be used, and exits."""
+    arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        print(help_text(schema, usage))
+        raise SystemExit(0)
+    try:
+        return parse(schema, arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
