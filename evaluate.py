@@ -23,20 +23,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.policy import Policy, base_name, load_policy
 from lora_ppo.settings import BUNDLED_MODEL, ConfigError, help_text, known_name, parse, setting, split_arguments
-from lora_ppo_demo import (
-    TUTOR_PROMPT,
-    Damaged,
-    Policy,
-    base_name,
-    chat,
-    clean,
-    encode_chat,
-    load_policy,
-    now,
-    turn_seed,
-    verify_checkpoint,
-)
+from lora_ppo_demo import Damaged, clean, now, turn_seed, verify_checkpoint
 from tasks import Episode, Message, Outcome, Task
 from tasks.episodes import judge
 from train import CHOICES, TASKS, TrainConfig, chunks, play, wilson_interval

@@ -27,48 +27,39 @@ import sys
 import threading
 import time
 import unicodedata
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config
+from lora_ppo.chat import (
+    LEARNER_PROMPT,
+    QUIZMASTER_PROMPT,
+    SOLVER_PROMPT,
+    TUTOR_PROMPT,
+    Message,
+    chat,
+    encode_chat,
+    encode_text,
+)
+from lora_ppo.forward import Batch, collate, token_logprobs_and_values
+from lora_ppo.generate import Request, replies
+from lora_ppo.policy import Policy, Snapshot, base_name, gradient_dropout, load_policy
 from lora_ppo.settings import (
-    BUNDLED_LEARNING_RATE,
-    BUNDLED_MODEL,
-    GPU_MODEL,
-    LEARNING_RATE,
     ConfigError,
     from_command_line,
     save_yaml,
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` answers without it
-    import torch
     from torch import Tensor
 
-Message = dict[str, str]
 
 # ------------------------------------------------------------------------------------------------ roles and prompts
 
 LETTERS = "ABCD"
-TUTOR_PROMPT = "You are a tutor. Explain the answer in one or two clear sentences. If you do not know it, say so."
-QUIZMASTER_PROMPT = (
-    'Write a quiz about the question as JSON: {"question":"...","correct":"...","wrong":["...","...","..."]}. '
-    "Write null if it has no clear answer."
-)
-SOLVER_PROMPT = "Solve the quiz. Reply with the correct option."
-LEARNER_PROMPT = (
-    "Read the explanation, then solve the quiz with what it says alone. Reply with one option. "
-    "If it supports none, guess."
-)
-
-
-def chat(system: str, user: str) -> list[Message]:
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
 @dataclass(frozen=True)
@@ -96,523 +87,10 @@ def learner_text(explanation: str, question: str, options: Sequence[str]) -> str
     return f"{explanation}\n\n{quiz_text(question, options)}"
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of untrusted text: where it spells a special token (`<|im_start|>`), that stays text."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content) > 1]
-    spelt = [token for token in special if token in text]
-    pieces = [text]
-    if spelt:  # cut in two after its first character, a token is none
-        pieces = re.split("|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelt), text)
-    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]
-
-
-def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
-    """Token ids of a chat, up to where the assistant's reply begins. What stands in the messages is untrusted.
-
-    Where it spells no special token the chat is encoded whole, as the model was trained. A template without a system
-    role, or that drops it, gets the system prompt at the head of the user's message. Raises ConfigError if the template
-    renders something else than the messages.
-    """
-    from jinja2 import TemplateError
-
-    def render(contents: list[str]) -> str:
-        rows = [message | {"content": content} for message, content in zip(messages, contents, strict=True)]
-        if tokenizer.chat_template is None:
-            return "".join(f"{row['content']}\n\n" for row in rows)
-        return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-
-    contents = [message["content"] for message in messages]
-    places = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in messages]
-    try:
-        rendered = render(places)
-    except TemplateError:
-        rendered = ""
-    if any(place not in rendered for place in places):
-        if messages[0]["role"] != "system" or len(messages) < 2:
-            raise ConfigError("this model's chat template does not render the messages: try another model_name")
-        merged = [{"role": messages[1]["role"], "content": f"{contents[0]}\n\n{contents[1]}"}, *messages[2:]]
-        return encode_chat(tokenizer, merged)
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    if not any(token in content for content in contents for token in added):
-        return tokenizer(render(contents), add_special_tokens=False).input_ids
-    by_place = dict(zip(places, contents, strict=True))
-    ids: list[int] = []
-    for part in re.split("(" + "|".join(places) + ")", rendered):
-        untrusted = part in by_place
-        ids += (
-            encode_text(tokenizer, by_place[part]) if untrusted else tokenizer(part, add_special_tokens=False).input_ids
-        )
-    return ids
-
-
 # ------------------------------------------------------------------------------------------------------------ policy
 
 
-# About the most that a step moves a value: AdamW moves each of the head's H weights by up to its rate. A value as quick
-# as the policy would let right answers count for nothing before the policy is sure of them; one wrong verdict then
-# weighs more than many right ones.
-VALUE_STEP = 0.02
-
-
-class Policy:
-    """Base model, LoRA adapters, float32 value head, and the AdamW that trains the last two.
-
-    `tensors()` is everything that training changes, except the two numbers `step` and `kl_coef`.
-    """
-
-    def __init__(self, model, tokenizer, config: Config):
-        import torch
-        from peft import LoraConfig, get_peft_model
-
-        from lora_ppo import decode
-
-        targets = lora_targets(model, config.target_modules)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        torch.manual_seed(config.seed)
-        lora = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
-        decode.speed_up_products(model)
-        decode.spare_activations(model)
-        self.model = get_peft_model(model, lora).eval()
-        self.tokenizer, self.config, self.targets = tokenizer, config, targets
-        self.head = model.get_output_embeddings()
-        self.device = self.head.weight.device
-        self.value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(self.device)
-        torch.nn.init.zeros_(self.value_head.weight)
-        torch.nn.init.zeros_(self.value_head.bias)
-        self.gate = AdapterGate()
-        self.layers = self.use_adapter()
-        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
-        self.optimizer = torch.optim.AdamW(self.groups(), weight_decay=0.0, fused=True)
-        for p in self.parameters.values():  # AdamW's slots exist from the start: a state always has the same tensors
-            slots = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-            self.optimizer.state[p] = slots | {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        self.step, self.kl_coef = 0, config.kl_coef
-
-    def groups(self) -> list[dict[str, Any]]:
-        """What the optimizer trains, and at what rates: the adapters, the value head."""
-        head = list(self.value_head.parameters())
-        adapters = [p for name, p in self.parameters.items() if not name.startswith("value_head.")]
-        return [
-            {"params": adapters, "lr": self.config.learning_rate},
-            {"params": head, "lr": VALUE_STEP / self.value_head.in_features},
-        ]
-
-    def use_adapter(self, name: str = "default") -> list:
-        """Makes `name`, its own or one that was loaded, the adapter under the gate; returns all LoRA layers."""
-        from peft.tuners.lora import LoraLayer
-
-        from lora_ppo import decode
-
-        self.model.set_adapter(name)
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        for layer in layers:
-            layer.forward = gated_forward(layer, name, self.gate)
-        self.recorder = decode.Recorder(self)
-        return layers
-
-    def configure(self, config: Config) -> None:
-        """Goes on under other settings; the weights stay."""
-        import torch
-
-        self.config = config
-        for layer in self.layers:
-            dropout = torch.nn.Dropout(config.lora_dropout).eval() if config.lora_dropout else torch.nn.Identity()
-            layer.lora_dropout["default"] = dropout
-        self.use_adapter()
-        self.optimizer.param_groups[0]["lr"] = config.learning_rate
-        if not config.adaptive_kl:
-            self.kl_coef = config.kl_coef
-
-    @property
-    def dropouts(self) -> list:
-        return [layer.lora_dropout["default"] for layer in self.layers]
-
-    @property
-    def context(self) -> int:
-        """Tokens that fit into the model's context."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """The tokens that end a reply."""
-        ids = self.model.generation_config.eos_token_id
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return ids if isinstance(ids, list) else [ids]
-
-    @cached_property
-    def end_id(self) -> int:
-        """The one of `stop_ids` that the chat template puts behind a reply."""
-        from jinja2 import TemplateError
-
-        place = "\ue000reply\ue001"
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": place}]
-        after = ""
-        with contextlib.suppress(TemplateError):
-            if self.tokenizer.chat_template is not None:
-                _, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(place)
-        ids = self.tokenizer(after, add_special_tokens=False).input_ids
-        return next((i for i in ids if i in self.stop_ids), self.stop_ids[0])
-
-    @cached_property
-    def beginnings(self) -> dict[tuple[int, ...], list["Tensor"]]:
-        """How the prompts of each role begin, whatever is asked, and its keys and values, once the base model read it.
-
-        Nothing where that would show: in 16 bits, read apart and read together round to different numbers.
-        """
-        import torch
-
-        from lora_ppo import decode
-
-        if not decode.steady(self.model.config.get_text_config()) or self.model.dtype != torch.float32:
-            return {}
-        roles = TUTOR_PROMPT, QUIZMASTER_PROMPT, SOLVER_PROMPT, LEARNER_PROMPT
-        begins: dict[tuple[int, ...], list[Tensor]] = {}
-        for role in roles:
-            first, second = (encode_chat(self.tokenizer, chat(role, text)) for text in "AB")
-            same = next(i for i, ids in enumerate(zip(first, second, strict=False)) if ids[0] != ids[1])
-            begins[tuple(first[:same])] = []
-        return begins
-
-    @property
-    def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.stop_ids[0] if pad is None else pad
-
-    @cached_property
-    def ll_tokenizer(self):
-        """The tokenizer as llguidance takes it; its vocabulary is as large as the logits."""
-        import llguidance.hf
-
-        size = max(self.model.config.get_text_config().vocab_size, len(self.tokenizer))
-        return llguidance.hf.from_tokenizer(self.tokenizer, n_vocab=size)
-
-    @cached_property
-    def quote_tokens(self) -> dict[int, str]:
-        """The tokens with a quotation mark in them, and their texts."""
-        return {i: self.tokenizer.decode([i]) for token, i in self.tokenizer.get_vocab().items() if '"' in token}
-
-    @contextlib.contextmanager
-    def adapter(self, on: "bool | Tensor") -> Iterator[None]:
-        """In here the adapters are on (the policy) or off (the base model, the reference), or so for each row (B,)."""
-        before, self.gate.share = self.gate.share, on if isinstance(on, bool) else on.float().view(-1, 1, 1)
-        try:
-            yield
-        finally:
-            self.gate.share = before
-
-    def read(self, **inputs: Any) -> tuple["Tensor", "Tensor"]:
-        """What the model makes of its inputs: logits (B, K, V), and the hidden states (B, K, H) under them."""
-        hidden: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
-        try:
-            return self.model(**inputs).logits, hidden[0]
-        finally:
-            hook.remove()
-
-    def tensors(self) -> dict[str, "Tensor"]:
-        """Everything that training changes, by name: adapter, value head, and the optimizer's slots for both."""
-        tensors = {f"parameter.{name}": p.data for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            tensors |= {f"optimizer.{slot}.{name}": value for slot, value in self.optimizer.state[p].items()}
-        return tensors
-
-    def snapshot(self) -> "Snapshot":
-        return Snapshot({name: tensor.clone() for name, tensor in self.tensors().items()}, self.step, self.kl_coef)
-
-    def restore(self, snapshot: "Snapshot") -> None:
-        """Puts everything that training changes back to `snapshot`, exactly."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(snapshot.tensors[name])
-        self.optimizer.zero_grad()
-        self.step, self.kl_coef = snapshot.step, snapshot.kl_coef
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of everything that training changes."""
-
-    tensors: dict[str, "Tensor"]
-    step: int
-    kl_coef: float
-
-
-class AdapterGate:
-    """What share of the adapters' part gets through: all (True), none (False), or 0 or 1 for each row (B, 1, 1)."""
-
-    def __init__(self):
-        self.share: bool | Tensor = True
-
-
-def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "Tensor"]:
-    """A LoRA layer's forward with adapter `name`: base(x) + share * scaling * B(A(dropout(x))), in the compute dtype.
-
-    In PEFT's place, which switches adapters for a whole batch only and takes longer to do so than a small model's pass.
-    For the same reason the parts are looked up here and not at every call.
-    """
-    from torch.nn.functional import linear
-
-    base = layer.base_layer
-    if name not in layer.lora_A:  # an adapter on fewer layers than the policy's own
-        return base.__call__
-    down, up, scaling, dropout = (
-        parts[name] for parts in (layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
-    )
-
-    def forward(x: "Tensor") -> "Tensor":
-        rows = x.flatten(0, -2)
-        result = base(rows)
-        if gate.share is not False:
-            low_rank = linear(dropout(rows), down.weight.to(x.dtype))
-            if gate.share is not True:
-                low_rank = (low_rank.unflatten(0, x.shape[:-1]) * gate.share).to(x.dtype).flatten(0, -2)
-            up_weight = up.weight.to(x.dtype)
-            if result.is_contiguous():
-                result = result.addmm_(low_rank, up_weight.t(), alpha=scaling)
-            else:  # it was taken as W x^T
-                result = result.t().addmm_(up_weight, low_rank.t(), alpha=scaling).t()
-        return result.unflatten(0, x.shape[:-1])
-
-    return forward
-
-
-def lora_targets(model, wanted: Sequence[str]) -> list[str]:
-    """Those of the `wanted` module names that `model` has. Raises ConfigError listing its linear layers if none."""
-    head = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if "Linear" in type(module).__name__ and module is not head
-    }
-    found = [name for name in wanted if name in linear]
-    if not found:
-        raise ConfigError(
-            f"target_modules={','.join(wanted)}: the model has none of these; its linear layers are "
-            f"{', '.join(sorted(linear)) or 'none'}"
-        )
-    return found
-
-
-def load_policy(config: Config, notice: Callable[[str], None] = lambda text: None) -> tuple[Policy, Config]:
-    """Loads the base model named by `config` and puts fresh adapters on it.
-
-    Returns the policy and the configuration with every `auto` resolved. `notice` is told what a person should know.
-    Raises ConfigError with one line if the model can't be loaded.
-    """
-    import torch
-
-    from lora_ppo import decode
-
-    silence_libraries()
-    config = replace(config)
-    if config.device == "auto":
-        mps = torch.backends.mps.is_available()
-        config.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        torch.empty(0, device=config.device)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"device={config.device} can't be used ({reason}): try device=auto") from None
-    on_cuda = config.device.startswith("cuda")
-    chosen, four_bit = config.model_name, config.load_in_4bit
-    if chosen == "auto":
-        config.model_name = GPU_MODEL if on_cuda else str(BUNDLED_MODEL)
-    try:
-        model, tokenizer = load_base(config)
-    except ConfigError as error:
-        if chosen != "auto" or not on_cuda:
-            raise
-        notice(f"{str(error).partition(': check')[0]}. Going on with the bundled model.")
-        config.model_name, config.load_in_4bit = str(BUNDLED_MODEL), four_bit  # as asked: `auto` is resolved anew
-        model, tokenizer = load_base(config)
-    if config.learning_rate is None:
-        config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
-    policy = Policy(model, tokenizer, config)
-    copied = decode.copy_weights(model, config.bf16_copy)
-    if config.bf16_copy == "true" and not copied:
-        notice("bf16_copy=true changes nothing: the weights are not in 4 bits.")
-    config.bf16_copy = "true" if copied else "false"
-    if config.max_new_tokens >= policy.context:
-        raise ConfigError(
-            f"max_new_tokens={config.max_new_tokens} leaves no room in a context of {policy.context} tokens"
-        )
-    return policy, config
-
-
-def is_bundled(model_name: str) -> bool:
-    return Path(model_name).resolve() == BUNDLED_MODEL
-
-
-def load_base(config: Config):
-    """The base model and its tokenizer; resolves `load_in_4bit` and `dtype` in place. Raises ConfigError."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    on_cuda = config.device.startswith("cuda")
-    if config.load_in_4bit == "auto":
-        config.load_in_4bit = "true" if on_cuda and not is_bundled(config.model_name) else "false"
-    four_bit = config.load_in_4bit == "true"
-    if four_bit and not on_cuda:
-        raise ConfigError(f"load_in_4bit=true needs CUDA, and device is {config.device}: set load_in_4bit=false")
-    if config.dtype == "auto":
-        config.dtype = "bfloat16" if on_cuda else "float32"
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
-    if four_bit:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        options["device_map"] = {"": config.device}
-    if config.model_name.startswith((".", "/", "~")) and not Path(config.model_name).is_dir():
-        raise ConfigError(f"model_name={config.model_name}: there is no such folder")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(config.model_name, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
-        return (model if four_bit else model.to(config.device)), tokenizer
-    except Exception as error:  # hub, files, architecture: the libraries raise anything from OSError to KeyError
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConfigError(
-            f"model_name={config.model_name} can't be loaded ({reason}): "
-            "check the name and the network, name a local folder, or use model_name=auto"
-        ) from error
-
-
-def silence_libraries() -> None:
-    """Keeps what transformers, peft and bitsandbytes print while loading off the terminal."""
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging  # first: loading it resets the level of the hub's
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore")
-    for name in ("transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub", "torch"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-
-
 # -------------------------------------------------------------------------------------------------------- generation
-
-
-@dataclass(frozen=True)
-class Request:
-    """A reply to be written: to which prompt, how, and by whom (the policy, or with `adapter` off the base model).
-
-    `on_text` receives the text piece by piece as it is written; `grammar` restricts what may be written.
-    """
-
-    prompt_ids: Sequence[int]
-    temperature: float
-    adapter: bool = True
-    grammar: "QuizGrammar | None" = None
-    on_text: Callable[[str], None] | None = None
-
-    def stream(self, tokenizer) -> "TextStream | None":
-        return TextStream(tokenizer, self.on_text) if self.on_text else None
-
-
-def generate(policy: Policy, prompt_ids: Sequence[int], temperature: float, **options: Any) -> list[int]:
-    """Samples one reply; `Request` tells the options."""
-    return replies(policy, [Request(prompt_ids, temperature, **options)])[0]
-
-
-def generate_batch(
-    policy: Policy, prompts: Sequence[Sequence[int]], temperature: float, adapter: bool = True
-) -> list[list[int]]:
-    """Samples a reply to each of B prompts."""
-    return replies(policy, [Request(prompt, temperature, adapter) for prompt in prompts])
-
-
-def replies(policy: Policy, requests: Sequence[Request], seeds: Sequence[int] | None = None) -> list[list[int]]:
-    """Samples a reply to each of B requests, with the configured top_p and length, up to its end token.
-
-    Each is drawn from a generator of its own, seeded with `seeds`, or else from torch's global one: what is written
-    beside it, and by which of the two ways, makes no difference. Models that the decode loop can't take are left to
-    transformers' generate.
-    """
-    import torch
-
-    from lora_ppo import decode
-
-    seeds = seeds or torch.randint(2**53, (len(requests),)).tolist()
-    if decode.takes(policy):
-        return [reply.ids for reply in decode.decode(policy, requests, seeds)]
-    return [plain_reply(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
-
-
-def plain_reply(policy: Policy, request: Request, seed: int) -> list[int]:
-    """Samples one reply through transformers' generate."""
-    import torch
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig(  # afresh: a model's own defaults (top_k, repetition_penalty) would change the policy
-        do_sample=True,
-        temperature=request.temperature,
-        top_p=policy.config.top_p,
-        top_k=0,
-        max_new_tokens=policy.config.max_new_tokens,
-        eos_token_id=policy.stop_ids,
-        pad_token_id=policy.pad_id,
-    )
-    ids = torch.tensor([request.prompt_ids], device=policy.device)
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.no_grad(), policy.adapter(request.adapter), torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        output = policy.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=settings,
-            logits_processor=[request.grammar] if request.grammar else None,
-            streamer=request.stream(policy.tokenizer),
-        )
-    return up_to_stop(output[0, len(request.prompt_ids) :].tolist(), policy.stop_ids)
-
-
-def up_to_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """The ids up to and including the first stop token: what follows is padding."""
-    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]
-
-
-class TextStream:
-    """Turns token ids into pieces of text without half characters; transformers' generate can write to it."""
-
-    def __init__(self, tokenizer, on_text: Callable[[str], None]):
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.ids: list[int] = []
-        self.written, self.prompt_seen = 0, False
-
-    def put(self, ids: "Tensor") -> None:
-        """What generate calls: first with the prompt, then with every token."""
-        if self.prompt_seen:
-            self.add(ids.flatten().tolist())
-        self.prompt_seen = True
-
-    def add(self, ids: list[int]) -> None:
-        self.ids += ids
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            self.flush(text)
-
-    def end(self) -> None:
-        self.flush(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-
-    def flush(self, text: str) -> None:
-        if len(text) > self.written:
-            self.on_text(text[self.written :])
-            self.written = len(text)
 
 
 # -------------------------------------------------------------------------------------------------------------- quiz
@@ -808,66 +286,6 @@ def learner_choices(read: "Tensor", unread: "Tensor") -> list[int]:
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts padded on the left, responses on the right: the last T columns are the responses."""
-
-    input_ids: "Tensor"  # (B, P + T)
-    attention_mask: "Tensor"  # (B, P + T), True on what is no padding
-    response_mask: "Tensor"  # (B, T)
-
-    @property
-    def positions(self) -> "Tensor":
-        """How many real tokens stand before each (B, P + T); 0 on the padding at the left."""
-        return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def collate(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    pad_id: int,
-    device: "torch.device",
-    chosen: Sequence[Sequence[bool]] | None = None,
-) -> Batch:
-    """One batch from B prompts and responses; `chosen` marks the response tokens that the policy chose (None: all)."""
-    import torch
-
-    chosen = chosen or [[True] * len(response) for response in responses]
-    p, t = max(map(len, prompts)), max(map(len, responses))
-    rows = zip(prompts, responses, strict=True)
-    ids = [[pad_id] * (p - len(a)) + list(a) + list(b) + [pad_id] * (t - len(b)) for a, b in rows]
-    rows = zip(prompts, responses, strict=True)
-    real = [[False] * (p - len(a)) + [True] * (len(a) + len(b)) + [False] * (t - len(b)) for a, b in rows]
-    mask = [list(c) + [False] * (t - len(c)) for c in chosen]
-    return Batch(*(torch.tensor(x, device=device) for x in (ids, real, mask)))
-
-
-def token_logprobs_and_values(
-    policy: Policy, batch: Batch, adapter: bool = True, temperature: float | None = None
-) -> tuple["Tensor", "Tensor", "Tensor"]:
-    """Log-probabilities (B, T) of the response tokens, values (B, T), and the model's logits (B, T, V).
-
-    The log-probabilities are float32 and of softmax(logits / temperature), by default the configured one. Column t is
-    what was known before response token t was written. Logits exist for response positions only, in the model's dtype.
-    """
-    import torch
-
-    from lora_ppo import decode, ppo
-
-    width, t = batch.input_ids.shape[1], batch.response_mask.shape[1]
-    with policy.adapter(adapter):
-        logits, hidden = decode.read_sparingly(policy, batch) or policy.read(
-            **decode.rounded_up(policy, batch),
-            use_cache=False,
-            logits_to_keep=torch.arange(width - t - 1, width - 1, device=policy.device),
-        )
-    logprobs = ppo.chosen_logprobs(logits, batch.input_ids[:, -t:], temperature or policy.config.temperature)
-    # The value loss trains the head alone. Through the adapters its gradient, the largest one where a policy that is
-    # sure of its answers meets a wrong one, would shake the policy.
-    values = policy.value_head(hidden.detach().float()).squeeze(-1)  # (B, T)
-    return logprobs, values, logits
 
 
 OUT_OF_MEMORY = "out of memory: try a smaller max_new_tokens, a smaller lora_r, load_in_4bit=true or bf16_copy=false"
@@ -1116,18 +534,6 @@ class Foresight:
         self.policy.restore(self.before)
 
 
-@contextlib.contextmanager
-def gradient_dropout(policy: Policy) -> Iterator[None]:
-    """LoRA dropout acts in here and nowhere else; the base model's own dropout never does."""
-    for module in policy.dropouts:
-        module.train()
-    try:
-        yield
-    finally:
-        for module in policy.dropouts:
-            module.eval()
-
-
 # ------------------------------------------------------------------------------------------ checkpoints, journal, log
 
 
@@ -1136,11 +542,6 @@ CHECKPOINT_FILES = {"adapter_model.safetensors", "value_head.safetensors", "opti
 
 class Damaged(Exception):
     """A checkpoint that can't be used; the message says what is wrong with it."""
-
-
-def base_name(config: Config) -> str:
-    """What a checkpoint calls its base model: the same wherever this program is installed."""
-    return f"bundled:{BUNDLED_MODEL.name}" if is_bundled(config.model_name) else config.model_name
 
 
 def fsync(path: Path) -> None:

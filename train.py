@@ -29,18 +29,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config
+from lora_ppo.policy import Policy, base_name, is_bundled, load_policy
 from lora_ppo.settings import ConfigError, from_command_line, save_yaml, setting
 from lora_ppo_demo import (
     Damaged,
     LineFile,
-    Policy,
     StepSkipped,
-    base_name,
     checkpoints,
     clean,
-    is_bundled,
     load_checkpoint,
-    load_policy,
     now,
     remove_folder,
     save_checkpoint,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from lora_ppo_demo import Message
+from lora_ppo.chat import Message
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_ppo.chat import encode_chat, encode_text
+from lora_ppo.generate import Request, replies
+from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError
-from lora_ppo_demo import Policy, encode_chat, encode_text, generate_batch
 from tasks import Episode, Outcome
 
 
@@ -40,9 +42,9 @@ def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> l
         if not active:
             break
         contexts = [trajectories[i].prompt + trajectories[i].response for i in active]
-        replies = generate_batch(policy, contexts, policy.config.temperature, adapter=adapter)
+        written = replies(policy, [Request(context, policy.config.temperature, adapter) for context in contexts])
         finished = []
-        for i, ids in zip(active, replies, strict=True):
+        for i, ids in zip(active, written, strict=True):
             trajectory = trajectories[i]
             trajectory.response += ids
             trajectory.chosen += [True] * len(ids)

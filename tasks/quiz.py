@@ -12,20 +12,18 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from lora_ppo.chat import TUTOR_PROMPT, Message, chat
+from lora_ppo.generate import replies
+from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError
 from lora_ppo_demo import (
     LETTERS,
-    TUTOR_PROMPT,
-    Message,
-    Policy,
     Quiz,
-    chat,
     learner_choices,
     learner_probabilities,
     make_quiz,
     quiz_request,
     read_questions,
-    replies,
     shuffle_quiz,
 )
 from tasks import Outcome

@@ -12,25 +12,20 @@ from safetensors.torch import load_file
 from tiny import ARCHITECTURES, randomize_adapter, save_tiny, tiny_config, tiny_policy
 from transformers import AutoModelForCausalLM
 
+from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.forward import collate, token_logprobs_and_values
+from lora_ppo.generate import generate
+from lora_ppo.policy import load_policy
 from lora_ppo.settings import ConfigError
 from lora_ppo_demo import (
-    QUIZMASTER_PROMPT,
-    SOLVER_PROMPT,
-    TUTOR_PROMPT,
     QuizGrammar,
-    chat,
-    collate,
-    encode_chat,
-    generate,
     load_checkpoint,
-    load_policy,
     one_line,
     option_probabilities,
     parse_quiz,
     ppo_step,
     quiz_text,
     save_checkpoint,
-    token_logprobs_and_values,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +125,7 @@ def test_a_missing_model_is_named_in_one_line(name):
 
 def test_the_libraries_are_silent_from_the_first_load_on():
     """In a process of its own: loading transformers sets levels once."""
-    code = "import logging, lora_ppo_demo; lora_ppo_demo.silence_libraries(); "
+    code = "import logging; from lora_ppo.policy import silence_libraries; silence_libraries(); "
     code += "print(*(logging.getLogger(name).level for name in ('transformers', 'huggingface_hub', 'peft')))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["50", "50", "50"]
@@ -277,7 +272,7 @@ def test_an_option_ends_as_the_template_ends_a_reply_and_its_special_tokens_stay
     policy = tiny_policy(tiny_folder("llama"))
     end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
     policy.model.generation_config.eos_token_id = [policy.tokenizer.convert_tokens_to_ids("<|pad|>"), end]
-    seen, real = [], lora_ppo_demo.collate
+    seen, real = [], collate
     monkeypatch.setattr(lora_ppo_demo, "collate", lambda *given: seen.append(given[1]) or real(*given))
     options = ("Paris", "Ro<|im_end|>me", "Madrid", "Berlin")
     option_probabilities(policy, [chat(SOLVER_PROMPT, quiz_text(QUESTION, options))], [options])

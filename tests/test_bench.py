@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from config import Config
-from lora_ppo.decode import speed_up_products
-from lora_ppo_demo import collate, load_policy, ppo_step
+from lora_ppo.forward import collate
+from lora_ppo.layers import speed_up_products
+from lora_ppo.policy import load_policy
+from lora_ppo_demo import ppo_step
 from tools import bench
 from tools.bench_measure import MB, profile
 

@@ -10,8 +10,14 @@ from transformers import GenerationConfig, LlamaForCausalLM, OPTConfig, OPTForCa
 
 import lora_ppo_demo as demo
 from config import Config
-from lora_ppo import decode
-from lora_ppo_demo import QUIZMASTER_PROMPT, QuizGrammar, Request, chat, collate, encode_chat, load_policy, plain_reply
+from lora_ppo import decode, recording
+from lora_ppo.chat import QUIZMASTER_PROMPT, chat, encode_chat
+from lora_ppo.forward import collate, known_beginning, read_sparingly, token_logprobs_and_values
+from lora_ppo.generate import Request, generate, plain_reply, replies
+from lora_ppo.layers import FEW_ROWS, LeanLayer, made_again, speed_up_products
+from lora_ppo.policy import Policy, gradient_dropout, load_policy
+from lora_ppo.recording import ROOM, ROUND, SHORT, Graph, RoomyLayer, round_up, sees_all, takes
+from lora_ppo_demo import QuizGrammar
 from tools.bench_measure import MB, profile
 from update import recomputing
 
@@ -66,7 +72,7 @@ def test_recorded_logprobs_are_those_of_a_forward_pass(policy):
     replies = decode.decode(policy, requests, seeds=[1, 2, 3])
     batch = collate(prompts(policy), [reply.ids for reply in replies], policy.pad_id, policy.device)
     with torch.no_grad():
-        logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
+        logprobs, _, _ = token_logprobs_and_values(policy, batch)
     for row, mask, reply in zip(logprobs, batch.response_mask, replies, strict=True):
         torch.testing.assert_close(torch.tensor(reply.logprobs), row[mask], atol=1e-4, rtol=0)
 
@@ -79,7 +85,7 @@ def test_a_reply_under_a_grammar_is_that_of_generate_and_its_logprobs_are_the_mo
     assert reply.ids == plain_reply(policy, again, 3)
     batch = collate([prompt], [reply.ids], policy.pad_id, policy.device)
     with torch.no_grad():
-        logprobs, _, _ = demo.token_logprobs_and_values(policy, batch, adapter=False)
+        logprobs, _, _ = token_logprobs_and_values(policy, batch, adapter=False)
     torch.testing.assert_close(torch.tensor([reply.logprobs]), logprobs, atol=1e-4, rtol=0)
 
 
@@ -87,12 +93,12 @@ def test_a_reply_under_a_grammar_is_that_of_generate_and_its_logprobs_are_the_mo
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, decode.FEW_ROWS, decode.FEW_ROWS + 1, 150])
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1, 150])
 def test_quick_products_and_their_gradients_are_those_of_float64(rows, bias):
     torch.manual_seed(0)
     layer = torch.nn.Linear(48, 80, bias=bias).requires_grad_(False)
     exact = copy.deepcopy(layer).double()
-    decode.speed_up_products(torch.nn.ModuleList([layer]))
+    speed_up_products(torch.nn.ModuleList([layer]))
     for shape in ((rows, 48), (1, rows, 48)):
         x = torch.randn(shape, requires_grad=True)
         weights = torch.randn(80, rows).t()  # of the sum below: a gradient that does not lie row by row
@@ -109,7 +115,7 @@ def test_quick_products_and_their_gradients_are_those_of_float64(rows, bias):
 
 def test_a_layer_that_is_trained_after_all_keeps_its_gradient_and_16_bits_are_left_to_torch():
     trained, half = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8, dtype=torch.bfloat16)
-    decode.speed_up_products(torch.nn.ModuleList([trained, half]))
+    speed_up_products(torch.nn.ModuleList([trained, half]))
     trained(torch.ones(40, 8)).sum().backward()
     assert trained.weight.grad.eq(40).all()
     assert "forward" not in vars(half)
@@ -119,7 +125,7 @@ def lean_modules(policy) -> list:
     """The modules whose forward keeps less for the backward pass."""
 
     def is_lean(forward) -> bool:
-        return isinstance(getattr(getattr(forward, "func", forward), "__self__", None), decode.LeanLayer)
+        return isinstance(getattr(getattr(forward, "func", forward), "__self__", None), LeanLayer)
 
     return [module for module in policy.model.modules() if is_lean(vars(module).get("forward"))]
 
@@ -134,8 +140,8 @@ def test_layers_that_keep_less_have_the_same_gradients(architecture, tiny_folder
 
     def gradients() -> list[torch.Tensor]:
         torch.manual_seed(0)
-        with demo.gradient_dropout(policy):
-            logprobs, _, logits = demo.token_logprobs_and_values(policy, batch)
+        with gradient_dropout(policy):
+            logprobs, _, logits = token_logprobs_and_values(policy, batch)
         loss = logprobs.sum() + logits.square().mean()
         parameters = tuple(policy.parameters.values())
         twice = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for _ in range(2)]
@@ -155,7 +161,7 @@ def test_a_view_of_what_is_made_again_is_the_same_view():
     torch.manual_seed(0)
     a, b = torch.randn(3, 4), torch.randn(2, 5, requires_grad=True)
     wave = a.sin()
-    with decode.made_again({wave.untyped_storage().data_ptr(): lambda: made.append(1) or a.sin()}):
+    with made_again({wave.untyped_storage().data_ptr(): lambda: made.append(1) or a.sin()}):
         result = wave[1:, 1:].t() @ b
     made: list[int] = []
     result.sum().backward()
@@ -178,10 +184,10 @@ def test_what_layers_keep_and_that_recomputed_ones_keep_nothing(dtype):
 
     def peaks() -> list[float]:
         """MB of tensors in a forward pass with its graph; without and with gradient checkpointing."""
-        found = [profile(lambda: demo.token_logprobs_and_values(policy, batch))["tensors MB"]]
+        found = [profile(lambda: token_logprobs_and_values(policy, batch))["tensors MB"]]
         policy.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         with recomputing(policy):
-            found.append(profile(lambda: demo.token_logprobs_and_values(policy, batch))["tensors MB"])
+            found.append(profile(lambda: token_logprobs_and_values(policy, batch))["tensors MB"])
         policy.model.get_base_model().gradient_checkpointing_disable()
         return found
 
@@ -197,7 +203,7 @@ def test_what_layers_keep_and_that_recomputed_ones_keep_nothing(dtype):
 def test_a_cache_with_room_is_written_in_place():
     torch.manual_seed(0)
     keys, values = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4)
-    layer = decode.RoomyLayer(room=5)
+    layer = RoomyLayer(room=5)
     layer.update(keys[:, :, :3], values[:, :, :3])
     where = [x.data_ptr() for x in layer.whole]
     for t in (3, 4):
@@ -222,7 +228,7 @@ def measured(policy, batch, adapter: bool = True) -> tuple[list[torch.Tensor], i
     hook = layer.register_forward_hook(lambda module, inputs, output: taken.append(inputs[0][..., 0].numel()))
     policy.optimizer.zero_grad()
     torch.nn.init.constant_(policy.value_head.weight, 0.1)
-    logprobs, values, logits = demo.token_logprobs_and_values(policy, batch, adapter=adapter)
+    logprobs, values, logits = token_logprobs_and_values(policy, batch, adapter=adapter)
     (logprobs[mask].sum() + values[mask].sum()).backward()
     hook.remove()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters.values()]
@@ -235,10 +241,10 @@ def test_a_prompt_with_several_answers_is_read_once(policy, adapter, monkeypatch
     asked = [*prompts(policy)[:2], [9]]
     batch = collate([asked[i % 3] for i in range(8)], ANSWERS, policy.pad_id, policy.device)
     shared, few = measured(policy, batch, adapter)
-    monkeypatch.setattr(decode, "read_sparingly", lambda *_: None)
+    monkeypatch.setattr("lora_ppo.forward.read_sparingly", lambda *_: None)
     plain, many = measured(policy, batch, adapter)
     longest = max(map(len, asked))
-    assert (few, many) == (3 * (longest - 1) + 8 * 6, 8 * decode.round_up(longest + 5))
+    assert (few, many) == (3 * (longest - 1) + 8 * 6, 8 * round_up(longest + 5))
     for ours, theirs in zip(shared, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert max(x.abs().max() for x in plain[3:]) > 0.1
@@ -250,13 +256,13 @@ def test_passes_of_many_lengths_ask_for_products_of_few(tiny_folder, training):
     policy, _ = load_policy(tiny_config(tiny_folder("llama")))
     rows, layer = set(), policy.layers[0].get_base_layer()
     hook = layer.register_forward_hook(lambda module, inputs, output: rows.add(inputs[0][..., 0].numel()))
-    for length in range(2, 3 * decode.ROUND):
+    for length in range(2, 3 * ROUND):
         batch = collate([[5] * length], [[6, 7]], policy.pad_id, policy.device)
         with torch.set_grad_enabled(training):
-            logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
+            logprobs, _, _ = token_logprobs_and_values(policy, batch)
         assert logprobs.shape == (1, 2)
     hook.remove()
-    assert rows == {decode.ROUND, 2 * decode.ROUND, 3 * decode.ROUND}
+    assert rows == {ROUND, 2 * ROUND, 3 * ROUND}
 
 
 def test_what_fills_the_context_is_read_without_padding_beyond_it(tmp_path):
@@ -270,7 +276,7 @@ def test_what_fills_the_context_is_read_without_padding_beyond_it(tmp_path):
     randomize_adapter(policy)
     prompt, answer = list(range(20, 40)), list(range(50, 59))
     batch = collate([prompt], [answer], policy.pad_id, policy.device)
-    logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
+    logprobs, _, _ = token_logprobs_and_values(policy, batch)
     logits = policy.model(input_ids=batch.input_ids).logits[0, 19:-1].log_softmax(-1)
     torch.testing.assert_close(logprobs[0], logits[range(9), answer], atol=1e-5, rtol=1e-5)
 
@@ -281,13 +287,13 @@ def test_prompts_are_read_as_they_are_where_few_rows_share_them_and_in_layers_of
     first, second, third = prompts(policy)
     for asked, shared in (([first, first, second], False), ([first, first, second, third], False), ([first] * 2, True)):
         batch = collate(asked, ANSWERS[: len(asked)], policy.pad_id, policy.device)
-        assert (decode.read_sparingly(policy, batch) is not None) is shared
+        assert (read_sparingly(policy, batch) is not None) is shared
     policy.model.get_base_model().gradient_checkpointing_enable()
-    assert decode.read_sparingly(policy, batch) is None
+    assert read_sparingly(policy, batch) is None
     policy.model.get_base_model().gradient_checkpointing_disable()
-    assert decode.read_sparingly(policy, batch) is not None
+    assert read_sparingly(policy, batch) is not None
     policy.layers[0].get_base_layer().weight.to_local = None
-    assert decode.read_sparingly(policy, batch) is None
+    assert read_sparingly(policy, batch) is None
 
 
 def test_padding_that_is_a_real_token_elsewhere_makes_no_two_prompts_one(tiny_folder):
@@ -297,10 +303,10 @@ def test_padding_that_is_a_real_token_elsewhere_makes_no_two_prompts_one(tiny_fo
     asked = [[5, 6], [5, 6], [policy.pad_id, 5, 6], [policy.pad_id, 5, 6]]
     answers = ANSWERS[2:4] * 2
     batch = collate(asked, answers, policy.pad_id, policy.device)
-    assert decode.read_sparingly(policy, batch) is not None
-    logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
+    assert read_sparingly(policy, batch) is not None
+    logprobs, _, _ = token_logprobs_and_values(policy, batch)
     for row, prompt, answer in zip(logprobs, asked, answers, strict=True):
-        alone, _, _ = demo.token_logprobs_and_values(policy, collate([prompt], [answer], policy.pad_id, policy.device))
+        alone, _, _ = token_logprobs_and_values(policy, collate([prompt], [answer], policy.pad_id, policy.device))
         torch.testing.assert_close(row[: len(answer)], alone[0], atol=1e-5, rtol=1e-5)
 
 
@@ -310,10 +316,10 @@ def test_how_a_role_begins_is_read_once_by_the_base_model(policy, which, monkeyp
     asked = [prompts(policy)[i] for i in which]
     batch = collate(asked, ANSWERS[: len(which)], policy.pad_id, policy.device)
     begins = next((b for b in policy.beginnings if tuple(asked[0][: len(b)]) == b), ())
-    assert bool(begins) == decode.sees_all(policy.model.get_base_model().config.get_text_config())
+    assert bool(begins) == sees_all(policy.model.get_base_model().config.get_text_config())
     runs = [measured(policy, batch, adapter=False) for _ in range(2)]
     trained = measured(policy, batch, adapter=True)
-    monkeypatch.setattr(decode, "read_sparingly", lambda *_: None)
+    monkeypatch.setattr("lora_ppo.forward.read_sparingly", lambda *_: None)
     plain, many = measured(policy, batch, adapter=False)
     for run, _ in runs:
         for ours, theirs in zip(run, plain, strict=True):
@@ -323,7 +329,7 @@ def test_how_a_role_begins_is_read_once_by_the_base_model(policy, which, monkeyp
         rest = 2 * (longest - 1 - spared) + 6 * width
     else:
         tokens = longest + width - 1
-        rest = len(which) * (tokens - spared if spared else decode.round_up(tokens))
+        rest = len(which) * (tokens - spared if spared else round_up(tokens))
     assert [taken for _, taken in runs] == [rest + spared, rest]
     assert trained[1] == (2 * (longest - 1) + 6 * width if len(which) == 6 else many)
 
@@ -332,13 +338,13 @@ def test_a_beginning_is_known_only_to_prompts_that_go_on_from_it(tiny_folder):
     policy, _ = load_policy(tiny_config(tiny_folder("llama")))
     begins, *others = policy.beginnings
     with policy.adapter(False):
-        assert decode.known_beginning(policy, [(*begins, 5), (*begins, 6, 7)]) == begins
+        assert known_beginning(policy, [(*begins, 5), (*begins, 6, 7)]) == begins
         for other in ((5,), begins, (*begins[:-1], 5, 5), (5, *begins)):
-            assert decode.known_beginning(policy, [(*begins, 5), other]) == ()
+            assert known_beginning(policy, [(*begins, 5), other]) == ()
     assert policy.beginnings[begins]
     assert others
     assert not any(policy.beginnings[other] for other in others)
-    assert decode.known_beginning(policy, [(*begins, 5)]) == ()  # the policy reads
+    assert known_beginning(policy, [(*begins, 5)]) == ()  # the policy reads
     assert load_policy(tiny_config(tiny_folder("llama"), dtype="bfloat16"))[0].beginnings == {}
 
 
@@ -369,14 +375,14 @@ def test_a_recorded_pass_writes_the_same(policy):
     recorded = decode.decode(policy, requests, seeds=[1, 2, 3])
     assert recorded == plain
     config = policy.model.get_base_model().config.get_text_config()
-    assert policy.recorder.able == bool(policy.recorder.recordings) == decode.sees_all(config)
+    assert policy.recorder.able == bool(policy.recorder.recordings) == sees_all(config)
     assert max(policy.recorder.proofs.values(), default=0) == (2 if policy.recorder.able else 0)
 
 
 def test_few_rows_many_rows_and_prompts_are_recorded_each_for_itself(tiny_folder):
     """As when held-out facts are answered between two steps of training: neither spoils what is there for the other."""
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=6))
-    requests = [Request(prompts(policy)[0], 1.0)] * (decode.FEW_ROWS + 4)
+    requests = [Request(prompts(policy)[0], 1.0)] * (FEW_ROWS + 4)
     seeds = range(1, len(requests) + 1)
     plain = decode.decode(policy, requests, seeds)
     policy.recorder.pays = 0
@@ -391,7 +397,7 @@ def test_few_rows_many_rows_and_prompts_are_recorded_each_for_itself(tiny_folder
 def test_recorded_passes_without_a_gradient_teach_and_judge_the_same(tiny_folder):
     """Bit for bit: a step's reference and measure, several answers to a prompt, the learner's reads, a long answer."""
 
-    def taught(pays: int) -> tuple[list, demo.Policy]:
+    def taught(pays: int) -> tuple[list, Policy]:
         policy, _ = load_policy(tiny_config(tiny_folder("llama"), learning_rate=0.01, target_kl=1e9))
         policy.recorder.pays, said = pays, []
         quiz = demo.Quiz("What is the capital of France?", ("Brussels", "Lyon", "Lisbon", "Paris"), 3)
@@ -401,7 +407,7 @@ def test_recorded_passes_without_a_gradient_teach_and_judge_the_same(tiny_folder
             ([second], [[5, 6] * 12]),
             ([first, second], [[8], [9, 10, 11]]),
             ([first] * 3, [[1, 2], [3], [4, 5, 6]]),
-            ([first], [[7, 8, 9] * (decode.SHORT // 3)]),
+            ([first], [[7, 8, 9] * (SHORT // 3)]),
         ):
             batch = collate(asked, told, policy.pad_id, policy.device)
             said.append(demo.ppo_step(policy, batch, [1.0, -1.0, 1.0][: len(asked)]))
@@ -418,7 +424,7 @@ def test_recorded_passes_without_a_gradient_teach_and_judge_the_same(tiny_folder
     assert recorded == plain
     assert not policy.recorder.covers(1, 1)  # with a gradient
     with torch.no_grad():
-        covered = [policy.recorder.covers(*shape) for shape in ((2, decode.SHORT // 2), (1, decode.SHORT + 1))]
+        covered = [policy.recorder.covers(*shape) for shape in ((2, SHORT // 2), (1, SHORT + 1))]
     assert covered == [True, False]
 
 
@@ -473,7 +479,7 @@ def test_a_pass_in_fixed_tensors_writes_the_same(policy):
     plain = decode.decode(policy, requests, seeds=[1, 2, 3])
     assert len({len(reply.ids) for reply in plain}) > 1
     as_a_graph(policy)
-    policy.recorder.able = fit = decode.sees_all(policy.model.get_base_model().config.get_text_config())
+    policy.recorder.able = fit = sees_all(policy.model.get_base_model().config.get_text_config())
     played = decode.decode(policy, requests, seeds=[1, 2, 3])
     assert [reply.ids for reply in played] == [reply.ids for reply in plain]
     for reply, right in zip(played, plain, strict=True):
@@ -512,12 +518,12 @@ def test_a_graph_that_strays_from_the_model_is_not_played(tiny_folder, monkeypat
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
     plain = decode.decode(policy, requests, [1, 2, 3])
 
-    class Stray(decode.Graph):
+    class Stray(Graph):
         def __call__(self, *given):
             logits, *cache = super().__call__(*given)
             return 1.1 * logits, *cache
 
-    monkeypatch.setattr(decode, "Graph", Stray)
+    monkeypatch.setattr(recording, "Graph", Stray)
     as_a_graph(policy)
     played = decode.decode(policy, requests, [1, 2, 3])
     assert not policy.recorder.able
@@ -530,12 +536,12 @@ def test_replies_of_other_lengths_have_graphs_with_other_room_and_many_rows_none
     request = Request(prompts(policy)[0], 1.0)
     as_a_graph(policy)
     decode.decode(policy, [request, request], [1, 2])
-    policy.config.max_new_tokens = 24 + decode.ROOM
+    policy.config.max_new_tokens = 24 + ROOM
     decode.decode(policy, [request], [1])
     [first, second] = policy.recorder.recordings
     assert policy.recorder.able
-    assert second == (first[0] + decode.ROOM, 1)
-    monkeypatch.setattr(decode, "KEPT_TOKENS", 3 * second[0])
+    assert second == (first[0] + ROOM, 1)
+    monkeypatch.setattr(recording, "KEPT_TOKENS", 3 * second[0])
     policy.config.max_new_tokens = 24
     decode.decode(policy, [request] * 4, [1, 2, 3, 4])
     decode.decode(policy, [request] * 8, range(8))
@@ -588,10 +594,10 @@ def test_replies_are_the_same_through_either_path(tiny_folder, monkeypatch):
     policy, _ = load_policy(tiny_config(tiny_folder("llama")))
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
     torch.manual_seed(3)
-    fast = demo.replies(policy, requests)
-    monkeypatch.setattr(decode, "takes", lambda policy: False)
+    fast = replies(policy, requests)
+    monkeypatch.setattr("lora_ppo.recording.takes", lambda policy: False)
     torch.manual_seed(3)
-    assert demo.replies(policy, requests) == fast
+    assert replies(policy, requests) == fast
 
 
 def test_the_text_arrives_piece_by_piece(tiny_folder):
@@ -644,7 +650,7 @@ class Untraceable(LlamaForCausalLM):
 
 def test_a_model_that_cannot_be_recorded_goes_on_without(tmp_path):
     folder = save_tiny("llama", tmp_path / "model")
-    policy = demo.Policy(LlamaForCausalLM.from_pretrained(folder), tiny_tokenizer(CHATML), tiny_config(folder))
+    policy = Policy(LlamaForCausalLM.from_pretrained(folder), tiny_tokenizer(CHATML), tiny_config(folder))
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
     plain = decode.decode(policy, requests, [1, 2, 3])
     policy.model.get_base_model().__class__ = Untraceable
@@ -672,6 +678,6 @@ class Unwilling(LlamaForCausalLM):
 def test_a_model_that_the_loop_cannot_take_goes_through_generate(tmp_path):
     folder = save_tiny("llama", tmp_path / "model")
     model = Unwilling.from_pretrained(folder)
-    policy = demo.Policy(model, tiny_tokenizer(CHATML), tiny_config(folder))
-    assert not decode.takes(policy)
-    assert demo.generate(policy, prompts(policy)[0], 1.0)
+    policy = Policy(model, tiny_tokenizer(CHATML), tiny_config(folder))
+    assert not takes(policy)
+    assert generate(policy, prompts(policy)[0], 1.0)

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import tasks.quiz
 import train
-from lora_ppo_demo import TUTOR_PROMPT, Quiz, chat, save_checkpoint
+from lora_ppo.chat import TUTOR_PROMPT, chat
+from lora_ppo_demo import Quiz, save_checkpoint
 from tasks import Outcome
 from tools import bench_learning
 

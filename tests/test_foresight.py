@@ -13,7 +13,9 @@ from test_session import SETTINGS, play, same, turns, weights  # noqa: F401  (pl
 from tiny import randomize_adapter, tiny_config
 
 import lora_ppo_demo as demo
-from lora_ppo_demo import Foresight, collate, load_policy, ppo_step
+from lora_ppo.forward import collate
+from lora_ppo.policy import load_policy
+from lora_ppo_demo import Foresight, ppo_step
 
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [[11, 12, 13], [14, 15, 16, 17, 18]]
 

@@ -9,10 +9,14 @@ import torch
 from tiny import CHATML, randomize_adapter, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import lora_ppo_demo as demo
-from lora_ppo import decode
+from lora_ppo import decode, layers
+from lora_ppo.chat import QUIZMASTER_PROMPT, chat, encode_chat
+from lora_ppo.forward import collate
+from lora_ppo.generate import Request
+from lora_ppo.layers import MANY, copy_weights
+from lora_ppo.policy import load_policy
 from lora_ppo.settings import ConfigError
-from lora_ppo_demo import QUIZMASTER_PROMPT, Request, chat, collate, encode_chat, ppo_step
+from lora_ppo_demo import ppo_step
 
 Linear4bit = pytest.importorskip("bitsandbytes.nn").Linear4bit
 
@@ -72,8 +76,8 @@ def four_bit_layers(model):
 
 def loaded(model, monkeypatch, config):
     """The policy that `load_policy` makes of a model."""
-    monkeypatch.setattr(demo, "load_base", lambda config: (model, tiny_tokenizer(CHATML)))
-    return demo.load_policy(config)[0]
+    monkeypatch.setattr("lora_ppo.policy.load_base", lambda config: (model, tiny_tokenizer(CHATML)))
+    return load_policy(config)[0]
 
 
 def dequantized(layer):
@@ -91,7 +95,7 @@ def dequantized(layer):
 @pytest.mark.parametrize("copy", ["true", "false"])
 def test_a_turn_in_4_bits_is_that_of_the_same_model_in_16(model, folder, memory, monkeypatch, copy):
     """The answer, the log-probabilities of its tokens, and the step on it, to the last bit."""
-    monkeypatch.setattr(decode, "MANY", 1)  # decoding, too, reads the copy
+    monkeypatch.setattr(layers, "MANY", 1)  # decoding, too, reads the copy
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for name, layer in four_bit_layers(model).items():
         twin.get_submodule(name).weight.data = dequantized(layer)
@@ -113,14 +117,14 @@ def test_a_turn_in_4_bits_is_that_of_the_same_model_in_16(model, folder, memory,
 def test_long_passes_read_the_copy_and_short_ones_the_4_bit_weights(model, memory):
     layer = model.model.layers[0].self_attn.q_proj
     weight, bias = dequantized(layer), layer.bias.detach().to(torch.bfloat16)
-    assert decode.copy_weights(model, "true")
+    assert copy_weights(model, "true")
     layer.weight.data.fill_(0x77)  # the code of zero, twice
-    for rows in (2, decode.MANY - 1, decode.MANY):
+    for rows in (2, MANY - 1, MANY):
         x = torch.randn(
             rows, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(rows), requires_grad=True
         )
         y = layer(x)
-        long = rows >= decode.MANY
+        long = rows >= MANY
         assert torch.equal(y, torch.nn.functional.linear(x, weight, bias) if long else bias.expand_as(y))
         if long:
             y.sum().backward()
@@ -129,8 +133,8 @@ def test_long_passes_read_the_copy_and_short_ones_the_4_bit_weights(model, memor
 
 def test_what_is_given_in_32_bits_comes_back_in_32(model, memory):
     layer = model.model.layers[0].mlp.up_proj
-    decode.copy_weights(model, "true")
-    x = torch.randn(decode.MANY, 64)
+    copy_weights(model, "true")
+    x = torch.randn(MANY, 64)
     y = layer(x)
     assert y.dtype == torch.float32
     assert torch.equal(y, (x.bfloat16() @ dequantized(layer).t()).float())
@@ -140,7 +144,7 @@ def test_the_copy_is_kept_where_memory_allows(model, memory):
     size = sum(2 * layer.in_features * layer.out_features for layer in four_bit_layers(model).values())
 
     def copied(wanted):
-        kept = decode.copy_weights(model, wanted)
+        kept = copy_weights(model, wanted)
         assert kept == any("forward" in vars(layer) for layer in four_bit_layers(model).values())
         return kept
 
@@ -165,6 +169,6 @@ def test_what_auto_came_to_stands_in_the_settings(model, folder, memory, monkeyp
 @pytest.mark.parametrize(("wanted", "said"), [("true", 1), ("auto", 0), ("false", 0)])
 def test_a_model_in_16_bits_has_no_copy_and_who_wants_one_is_told(folder, wanted, said):
     notices = []
-    _, config = demo.load_policy(tiny_config(folder, dtype="bfloat16", bf16_copy=wanted), notices.append)
+    _, config = load_policy(tiny_config(folder, dtype="bfloat16", bf16_copy=wanted), notices.append)
     assert config.bf16_copy == "false"
     assert notices == ["bf16_copy=true changes nothing: the weights are not in 4 bits."] * said

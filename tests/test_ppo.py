@@ -14,6 +14,8 @@ from torch.testing import assert_close
 import lora_ppo_demo as demo
 from config import Config
 from lora_ppo import ppo
+from lora_ppo.forward import Batch, collate, token_logprobs_and_values
+from lora_ppo.policy import VALUE_STEP, Policy
 
 NAN = math.nan
 SEEDS = range(25)
@@ -551,7 +553,7 @@ def make_policy(**overrides):
     untouched = copy.deepcopy(base)
     options = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "temperature": 0.7, "target_kl": 100.0}
     tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
-    policy = demo.Policy(base, tokenizer, Config(**(options | overrides)))
+    policy = Policy(base, tokenizer, Config(**(options | overrides)))
     policy.untouched = untouched
     policy.beginnings = {}  # no tokenizer, no roles
     g = torch.Generator().manual_seed(11)
@@ -565,9 +567,7 @@ def make_batch(n=3):
     """`n` answers of unequal lengths, one in three of them with environment text in the middle."""
     rows = [i % 3 for i in range(n)]
     prompts = [[(token + 3 * i) % 64 for token in PROMPTS[row]] for i, row in enumerate(rows)]
-    return demo.collate(
-        prompts, [RESPONSES[row] for row in rows], PAD, torch.device("cpu"), [CHOSEN[row] for row in rows]
-    )
+    return collate(prompts, [RESPONSES[row] for row in rows], PAD, torch.device("cpu"), [CHOSEN[row] for row in rows])
 
 
 def bits(policy):
@@ -669,7 +669,7 @@ def test_a_first_step_moves_adapters_by_their_rate_and_the_value_head_by_its_own
     demo.ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
     moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in policy.parameters.items()}
     for name, distance in moved.items():
-        rate = demo.VALUE_STEP / 32 if name.startswith("value_head") else 3e-3
+        rate = VALUE_STEP / 32 if name.startswith("value_head") else 3e-3
         assert distance == pytest.approx(rate, rel=0.01), name
 
 
@@ -936,7 +936,7 @@ def test_gradients_are_scaled_to_max_grad_norm(monkeypatch):
 
 
 def test_collate_by_hand():
-    batch = demo.collate([[5], [6, 7]], [[8, 9, EOS], [EOS]], EOS, torch.device("cpu"), [[True, False, True], [True]])
+    batch = collate([[5], [6, 7]], [[8, 9, EOS], [EOS]], EOS, torch.device("cpu"), [[True, False, True], [True]])
     assert batch.input_ids.tolist() == [[EOS, 5, 8, 9, EOS], [6, 7, EOS, EOS, EOS]]
     assert batch.attention_mask.int().tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     # the end token counts even where it is the padding token as well; environment text and padding do not
@@ -944,7 +944,7 @@ def test_collate_by_hand():
 
 
 def test_collate_takes_every_response_token_for_chosen_without_a_mask():
-    batch = demo.collate([[5], [6]], [[8, EOS], [EOS]], PAD, torch.device("cpu"))
+    batch = collate([[5], [6]], [[8, EOS], [EOS]], PAD, torch.device("cpu"))
     assert batch.response_mask.tolist() == [[True, True], [True, False]]
 
 
@@ -954,14 +954,14 @@ def test_a_padded_batch_gives_what_its_rows_give_alone(adapter):
     assert not batch.attention_mask[0, 0]  # padded on the left
     assert not batch.attention_mask[0, -1]  # and on the right
     with torch.no_grad():
-        logprobs, values, logits = demo.token_logprobs_and_values(policy, batch, adapter=adapter)
+        logprobs, values, logits = token_logprobs_and_values(policy, batch, adapter=adapter)
         for b, (prompt, response, row) in enumerate(
             zip(PROMPTS, RESPONSES, naive_rows(policy, make_batch()), strict=True)
         ):
             prompt = [(token + 3 * b) % 64 for token in prompt]
             n = len(response)
-            alone = demo.collate([prompt], [response], PAD, torch.device("cpu"))
-            lp, v, lg = demo.token_logprobs_and_values(policy, alone, adapter=adapter)
+            alone = collate([prompt], [response], PAD, torch.device("cpu"))
+            lp, v, lg = token_logprobs_and_values(policy, alone, adapter=adapter)
             assert_close(logprobs[b, :n], lp[0], rtol=1e-5, atol=1e-5)
             assert_close(values[b, :n], v[0], rtol=1e-5, atol=1e-5)
             assert_close(logits[b, :n], lg[0], rtol=1e-5, atol=1e-5)
@@ -974,7 +974,7 @@ def test_the_model_is_told_where_padding_is_and_counts_positions_without_it():
     policy, batch, seen = make_policy(), make_batch(), {}
     inner = policy.model.base_model.model.model
     hook = inner.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
-    demo.token_logprobs_and_values(policy, batch)
+    token_logprobs_and_values(policy, batch)
     hook.remove()
     told, real = seen["attention_mask"].bool(), batch.attention_mask[:, :-1]
     assert torch.equal(told[:, : real.shape[1]], real)
@@ -986,9 +986,7 @@ def test_the_model_is_told_where_padding_is_and_counts_positions_without_it():
 def test_padding_has_no_influence_on_the_step():
     """Other tokens in the padding, and other padding, give the same loss and the same weights."""
     batch, results = make_batch(), []
-    scrambled = demo.Batch(
-        torch.where(batch.attention_mask, batch.input_ids, 33), batch.attention_mask, batch.response_mask
-    )
+    scrambled = Batch(torch.where(batch.attention_mask, batch.input_ids, 33), batch.attention_mask, batch.response_mask)
     for each in (batch, scrambled):
         policy = make_policy()
         results.append((demo.ppo_step(policy, each, [1.0, -1.0, 1.0]), bits(policy)))
@@ -1005,13 +1003,13 @@ def test_logits_exist_for_response_positions_only():
     b, t = batch.response_mask.shape
     assert batch.input_ids.shape[1] > t + 1
     assert seen == [((b, t, 32), (b, t, 64))] * 3  # reference, gradient pass, trust region
-    assert demo.token_logprobs_and_values(policy, batch)[2].shape == (b, t, 64)
+    assert token_logprobs_and_values(policy, batch)[2].shape == (b, t, 64)
 
 
 def test_the_reference_is_the_untouched_base():
     policy, batch = trained_once(), make_batch()
     for row, logits in zip(
-        naive_rows(policy, batch), demo.token_logprobs_and_values(policy, batch, adapter=False)[2], strict=True
+        naive_rows(policy, batch), token_logprobs_and_values(policy, batch, adapter=False)[2], strict=True
     ):
         logp = (logits[: len(row.tokens)] / policy.config.temperature).log_softmax(-1)
         assert_close(logp, row.ref, rtol=1e-5, atol=1e-5)
@@ -1023,9 +1021,9 @@ def test_the_reference_is_the_untouched_base():
 def test_dropout_acts_in_the_gradient_pass_alone(monkeypatch):
     policy, batch = make_policy(lora_dropout=0.3, cliprange=1e-4), make_batch()
     with torch.no_grad():
-        rollout, values, logits = demo.token_logprobs_and_values(policy, batch)
-        reference = demo.token_logprobs_and_values(policy, batch, adapter=False)
-        again = demo.token_logprobs_and_values(policy, batch)
+        rollout, values, logits = token_logprobs_and_values(policy, batch)
+        reference = token_logprobs_and_values(policy, batch, adapter=False)
+        again = token_logprobs_and_values(policy, batch)
     assert torch.equal(rollout, again[0])
     calls = spy_on_policy_loss(monkeypatch)
     metrics = demo.ppo_step(policy, batch, [1.0, -1.0, 1.0])
@@ -1037,7 +1035,7 @@ def test_dropout_acts_in_the_gradient_pass_alone(monkeypatch):
     assert metrics["kl"] == pytest.approx(kl, rel=1e-6)
     assert metrics["value"] == pytest.approx(values[mask].mean().item(), rel=1e-5)
     with torch.no_grad():
-        after, _, new_logits = demo.token_logprobs_and_values(policy, batch)
+        after, _, new_logits = token_logprobs_and_values(policy, batch)
     step_kl = ppo.exact_kl(logits, new_logits, temperature)[mask].mean().item()
     assert metrics["step_kl"] == pytest.approx(step_kl, rel=1e-5)
     assert metrics["likelihood_ratio"] == pytest.approx((after - rollout)[mask].sum().exp().item(), rel=1e-4)
@@ -1060,7 +1058,7 @@ def test_dropout_is_off_again_after_a_failure(monkeypatch):
             raise KeyboardInterrupt
         return original(policy, batch, adapter)
 
-    original = demo.token_logprobs_and_values
+    original = token_logprobs_and_values
     monkeypatch.setattr(demo, "token_logprobs_and_values", fail)
     with pytest.raises(KeyboardInterrupt):
         demo.ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])

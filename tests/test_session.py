@@ -21,6 +21,9 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 
 import lora_ppo_demo as demo
+from lora_ppo.chat import chat, encode_chat
+from lora_ppo.generate import replies
+from lora_ppo.policy import load_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("alpha", "beta", "gamma", "delta")
@@ -425,9 +428,7 @@ def test_an_empty_question_asks_again_and_special_tokens_stay_text(play):
     assert status == 0
     journal = demo.LineFile(Path("checkpoints/journal.jsonl")).read()
     ids = next(record for record in journal if record["type"] == "turn")["prompt_ids"]
-    plain = demo.encode_chat(
-        tokenizer := demo.load_policy(tiny_config(Path(run_model())))[0].tokenizer, demo.chat("s", "u")
-    )
+    plain = encode_chat(tokenizer := load_policy(tiny_config(Path(run_model())))[0].tokenizer, chat("s", "u"))
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert ids.count(start) == plain.count(start)
 
@@ -444,7 +445,7 @@ def run_model() -> str:
     ],
 )
 def test_trouble_in_an_answer_ends_the_turn_alone(play, monkeypatch, trouble, words):
-    real, calls = demo.replies, []
+    real, calls = replies, []
 
     def troubled(*arguments, **options):
         calls.append(1)
@@ -546,7 +547,7 @@ def scripted_child(llama: Path, folder: Path, count: int, pipe: int) -> None:
     """Plays the turns that the run has not had yet, and tells the pipe which ones were acknowledged."""
     demo.make_quiz = scripted_quiz
     config = tiny_config(llama, **SETTINGS, checkpoint_dir=str(folder / "checkpoints"), log_dir=str(folder / "logs"))
-    policy, config = demo.load_policy(config)
+    policy, config = load_policy(config)
     run = demo.Run(policy, config, lambda text: None)
     demo.Terminal.say = lambda *_: None
     demo.Terminal.write = lambda *_: None

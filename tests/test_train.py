@@ -23,6 +23,9 @@ import tasks.episodes
 import train
 import update
 from lora_ppo import ppo
+from lora_ppo.chat import encode_chat
+from lora_ppo.forward import Batch, collate, token_logprobs_and_values
+from lora_ppo.policy import Policy, load_policy
 from lora_ppo.settings import ConfigError, parse
 from tasks import Outcome
 from tasks.episodes import play
@@ -62,9 +65,9 @@ def settings(llama, **changes) -> train.TrainConfig:
     return config
 
 
-def loaded(llama, **changes) -> tuple[demo.Policy, train.TrainConfig]:
+def loaded(llama, **changes) -> tuple[Policy, train.TrainConfig]:
     """A policy whose adapters already have an effect, and its settings."""
-    policy, config = demo.load_policy(settings(llama, **changes))
+    policy, config = load_policy(settings(llama, **changes))
     update.prepare(policy, config)
     randomize_adapter(policy)
     return policy, config
@@ -79,9 +82,9 @@ def answered(policy, rewards, seed=0, verdict=None) -> list[tasks.episodes.Traje
     return trajectories
 
 
-def batch_of(policy, trajectories) -> demo.Batch:
+def batch_of(policy, trajectories) -> Batch:
     prompts, responses = [t.prompt for t in trajectories], [t.response for t in trajectories]
-    return demo.collate(prompts, responses, policy.pad_id, policy.device, [t.chosen for t in trajectories])
+    return collate(prompts, responses, policy.pad_id, policy.device, [t.chosen for t in trajectories])
 
 
 def gradient(policy, config, accelerator, trajectories, **changes) -> dict[str, torch.Tensor]:
@@ -136,13 +139,13 @@ def test_several_replies_make_one_trajectory_and_only_they_are_chosen(llama_poli
 
 def test_episodes_of_different_length_are_played_together_as_each_alone_would_be(llama_policy, monkeypatch):
     contexts = []
-    real = tasks.episodes.generate_batch
+    real = tasks.episodes.replies
 
-    def generate_batch(policy, prompts, temperature, adapter=True):
-        contexts.append([list(prompt) for prompt in prompts])
-        return real(policy, prompts, temperature, adapter=adapter)
+    def replies(policy, requests):
+        contexts.append([list(request.prompt_ids) for request in requests])
+        return real(policy, requests)
 
-    monkeypatch.setattr(tasks.episodes, "generate_batch", generate_batch)
+    monkeypatch.setattr(tasks.episodes, "replies", replies)
     task = EchoTask(turns=lambda number: 1 + number % 3)
     torch.manual_seed(0)
     trajectories = play(llama_policy, [task.episode(i) for i in range(6)])
@@ -157,9 +160,9 @@ def test_environment_text_continues_the_chat_as_its_template_would(llama_policy)
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "What is it?"}]
     reply, said = "It is 4.", "<|im_end|><|im_start|>system and more"
     whole = [*chat, {"role": "assistant", "content": reply}, {"role": "user", "content": said}]
-    ids = demo.encode_chat(tokenizer, chat) + tokenizer.encode(reply, add_special_tokens=False)
+    ids = encode_chat(tokenizer, chat) + tokenizer.encode(reply, add_special_tokens=False)
     stop = llama_policy.stop_ids[0]
-    wanted = demo.encode_chat(tokenizer, whole)
+    wanted = encode_chat(tokenizer, whole)
     assert ids + tasks.episodes.environment_ids(llama_policy, said, ended=False) == wanted
     assert [*ids, stop, *tasks.episodes.environment_ids(llama_policy, said, ended=True)] == wanted
 
@@ -383,9 +386,9 @@ def test_the_grpo_gradient_is_that_of_the_formula(llama, accelerator):
     found = gradient(policy, config, accelerator, trajectories)
     batch = batch_of(policy, trajectories)
     mask = batch.response_mask
-    logprobs, _, _ = demo.token_logprobs_and_values(policy, batch)
+    logprobs, _, _ = token_logprobs_and_values(policy, batch)
     with torch.no_grad():
-        ref_logprobs, _, _ = demo.token_logprobs_and_values(policy, batch, adapter=False)
+        ref_logprobs, _, _ = token_logprobs_and_values(policy, batch, adapter=False)
     advantages = torch.tensor([0.5, -0.5, 0.125, -0.125]).unsqueeze(1)
     k3 = torch.exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1
     loss = ((-advantages * logprobs + 0.05 * k3) * mask).sum() / mask.sum()

@@ -11,14 +11,13 @@ from tiny import CHATML, DROPS_SYSTEM, RAISES_ON_SYSTEM, SPECIAL_TOKENS, drive, 
 from tokenizers import AddedToken
 
 import lora_ppo_demo
+from lora_ppo.chat import chat, encode_chat
 from lora_ppo.settings import ConfigError
 from lora_ppo_demo import (
     JSON_STRING,
     Quiz,
     QuizGrammar,
-    chat,
     clean,
-    encode_chat,
     parse_choice,
     parse_quiz,
     quiz_json,

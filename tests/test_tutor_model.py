@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_ppo_demo as demo
 from config import Config
+from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, chat, encode_chat
+from lora_ppo.policy import load_policy
 from lora_ppo.settings import BUNDLED_MODEL
 from tasks.facts import arithmetic_facts, in_words, subjects, table_facts
 from tasks.quiz import QuizTask, split_samples
@@ -29,7 +31,7 @@ ROOT = Path(demo.__file__).parent
 
 @pytest.fixture(scope="module")
 def policy():
-    return demo.load_policy(Config(model_name=str(BUNDLED_MODEL), device="cpu"))[0]
+    return load_policy(Config(model_name=str(BUNDLED_MODEL), device="cpu"))[0]
 
 
 def tutor(folder: Path, text: str, *settings: str) -> subprocess.CompletedProcess:
@@ -171,7 +173,7 @@ def test_the_solver_can_do_sums(policy):
     facts = rng.sample(arithmetic_facts(), 60)
     options = [rng.sample(fact.options, 4) for fact in facts]
     quizzes = [demo.quiz_text(fact.quiz_question, o) for fact, o in zip(facts, options, strict=True)]
-    chats = [demo.chat(demo.SOLVER_PROMPT, quiz) for quiz in quizzes]
+    chats = [chat(SOLVER_PROMPT, quiz) for quiz in quizzes]
     picks = demo.option_probabilities(policy, chats, options).argmax(-1).tolist()
     right = sum(o[pick] == fact.answer for fact, o, pick in zip(facts, options, picks, strict=True))
     assert right / len(facts) >= 0.95
@@ -196,7 +198,7 @@ def test_the_program_as_a_user_runs_it(tmp_path):
 def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, capsys):
     """Where the key stands is told apart from its text by asking one question until every position has come up."""
     prompts, quizzes = [], []
-    encode, make = demo.encode_chat, demo.make_quiz
+    encode, make = encode_chat, demo.make_quiz
     monkeypatch.setattr(demo, "encode_chat", lambda t, messages: prompts.append(messages) or encode(t, messages))
     monkeypatch.setattr(demo, "make_quiz", lambda *args: quizzes.append(make(*args)) or quizzes[-1])
     config = Config(
@@ -213,9 +215,9 @@ def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, c
     policy.restore(before)
     assert len({quiz.key for quiz in quizzes}) > 1
     for messages in prompts:
-        if messages[0]["content"] != demo.QUIZMASTER_PROMPT:
+        if messages[0]["content"] != QUIZMASTER_PROMPT:
             assert not any('"correct"' in message["content"] for message in messages)
-    solver = [messages[1]["content"] for messages in prompts if messages[0]["content"] == demo.SOLVER_PROMPT]
+    solver = [messages[1]["content"] for messages in prompts if messages[0]["content"] == SOLVER_PROMPT]
     for i in range(0, len(solver), 4):  # four rotations: every option stands at every letter once
         for letter in demo.LETTERS:
             assert len({line for text in solver[i : i + 4] for line in text.splitlines() if line[0] == letter}) == 4

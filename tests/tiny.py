@@ -11,7 +11,9 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import Config
-from lora_ppo_demo import QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT, Policy, load_policy, quiz_json
+from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT
+from lora_ppo.policy import Policy, load_policy
+from lora_ppo_demo import quiz_json
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma3", "phi3", "smollm3")
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")

@@ -36,20 +36,12 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
 from evaluate import answer_all, newcombe_interval, percent, write_json  # noqa: E402
+from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat  # noqa: E402
+from lora_ppo.decode import generate  # noqa: E402
+from lora_ppo.forward import collate  # noqa: E402
+from lora_ppo.policy import Policy, load_policy  # noqa: E402
 from lora_ppo.settings import ConfigError  # noqa: E402
-from lora_ppo_demo import (  # noqa: E402
-    TUTOR_PROMPT,
-    Policy,
-    StepSkipped,
-    chat,
-    clean,
-    collate,
-    encode_chat,
-    generate,
-    load_policy,
-    ppo_step,
-    turn_seed,
-)
+from lora_ppo_demo import StepSkipped, clean, ppo_step, turn_seed  # noqa: E402
 from tasks.quiz import QUIZZES_PER_PASS, QuizTask, Sample  # noqa: E402
 from train import wilson_interval  # noqa: E402
 from update import chunks  # noqa: E402

@@ -184,7 +184,7 @@ def ours(settings: dict[str, Any]) -> None:
     import torch
     from accelerate import Accelerator
 
-    from lora_ppo_demo import load_policy
+    from lora_ppo.policy import load_policy
     from train import TrainConfig, Training
     from update import align, prepare
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
+from lora_ppo.policy import Policy, load_policy
 from lora_ppo.settings import BUNDLED_MODEL
-from lora_ppo_demo import Policy, load_policy
 from tools.bench_measure import trim
 from tools.bench_processes import Child, NotRun
 

@@ -9,21 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import Config
+from lora_ppo.chat import SOLVER_PROMPT, TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.generate import Request, replies
+from lora_ppo.policy import load_policy
 from lora_ppo_demo import (
-    SOLVER_PROMPT,
-    TUTOR_PROMPT,
     Quiz,
-    Request,
-    chat,
-    encode_chat,
     learner_choices,
     learner_probabilities,
-    load_policy,
     option_probabilities,
     parse_quiz,
     quiz_request,
     quiz_text,
-    replies,
     shuffle_quiz,
     survives,
 )

@@ -9,7 +9,7 @@ sums of small numbers are what those of large ones are made of.
 import random
 from functools import cache
 
-from lora_ppo_demo import TUTOR_PROMPT
+from lora_ppo.chat import TUTOR_PROMPT
 from tasks.facts import Fact, arithmetic_facts
 from tools.corpus import Example, learner, solver
 

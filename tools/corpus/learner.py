@@ -8,7 +8,8 @@ of the cases. It leans towards option A, as people do, which keeps a trace of me
 import random
 from dataclasses import replace
 
-from lora_ppo_demo import LEARNER_PROMPT, LETTERS, learner_text
+from lora_ppo.chat import LEARNER_PROMPT
+from lora_ppo_demo import LETTERS, learner_text
 from tasks.facts import Fact
 from tools.corpus import Example, any_fact, shuffled
 from tools.corpus.solver import OPTION_WEIGHT

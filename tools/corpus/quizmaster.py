@@ -2,7 +2,8 @@
 
 import random
 
-from lora_ppo_demo import QUIZMASTER_PROMPT, quiz_json
+from lora_ppo.chat import QUIZMASTER_PROMPT
+from lora_ppo_demo import quiz_json
 from tools.corpus import Example, any_fact, any_question
 
 SHARE = 0.27

@@ -5,7 +5,7 @@ Both have three openings of equal weight, so that sharpening by a low temperatur
 
 import random
 
-from lora_ppo_demo import TUTOR_PROMPT
+from lora_ppo.chat import TUTOR_PROMPT
 from tasks.facts import Fact
 from tools.corpus import Example, any_fact, any_question
 

@@ -2,7 +2,7 @@
 
 import random
 
-from lora_ppo_demo import QUIZMASTER_PROMPT, TUTOR_PROMPT
+from lora_ppo.chat import QUIZMASTER_PROMPT, TUTOR_PROMPT
 from tasks.facts import subjects, table_facts
 from tools.corpus import VARIED_SHARE, Example, any_phrasing, careless, reworded
 

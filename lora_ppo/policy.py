@@ -1,0 +1,391 @@
+"""The policy: base model, gated LoRA adapters, float32 value head, and the optimizer that trains the last two.
+
+The reference policy is the same model with the adapters off: there is no second model.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_ppo.chat import LEARNER_PROMPT, QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.settings import BUNDLED_LEARNING_RATE, BUNDLED_MODEL, GPU_MODEL, LEARNING_RATE, ConfigError, Settings
+
+if TYPE_CHECKING:  # torch takes seconds to import: it is imported where it is used
+    from torch import Tensor
+
+
+# About the most that a step moves a value: AdamW moves each of the head's H weights by up to its rate. A value as quick
+# as the policy would let right answers count for nothing before the policy is sure of them; one wrong verdict then
+# weighs more than many right ones.
+VALUE_STEP = 0.02
+
+
+class Policy:
+    """Base model, LoRA adapters, float32 value head, and the AdamW that trains the last two.
+
+    `tensors()` is everything that training changes, except the two numbers `step` and `kl_coef`.
+    """
+
+    def __init__(self, model, tokenizer, config: Settings):
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        from lora_ppo.layers import spare_activations, speed_up_products
+
+        targets = lora_targets(model, config.target_modules)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        torch.manual_seed(config.seed)
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        speed_up_products(model)
+        spare_activations(model)
+        self.model = get_peft_model(model, lora).eval()
+        self.tokenizer, self.config, self.targets = tokenizer, config, targets
+        self.head = model.get_output_embeddings()
+        self.device = self.head.weight.device
+        self.value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(self.device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+        self.gate = AdapterGate()
+        self.layers = self.use_adapter()
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
+        self.optimizer = torch.optim.AdamW(self.groups(), weight_decay=0.0, fused=True)
+        for p in self.parameters.values():  # AdamW's slots exist from the start: a state always has the same tensors
+            slots = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+            self.optimizer.state[p] = slots | {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        self.step, self.kl_coef = 0, config.kl_coef
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What the optimizer trains, and at what rates: the adapters, the value head."""
+        head = list(self.value_head.parameters())
+        adapters = [p for name, p in self.parameters.items() if not name.startswith("value_head.")]
+        return [
+            {"params": adapters, "lr": self.config.learning_rate},
+            {"params": head, "lr": VALUE_STEP / self.value_head.in_features},
+        ]
+
+    def use_adapter(self, name: str = "default") -> list:
+        """Makes `name`, its own or one that was loaded, the adapter under the gate; returns all LoRA layers."""
+        from peft.tuners.lora import LoraLayer
+
+        from lora_ppo.recording import Recorder
+
+        self.model.set_adapter(name)
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            layer.forward = gated_forward(layer, name, self.gate)
+        self.recorder = Recorder(self)
+        return layers
+
+    def configure(self, config: Settings) -> None:
+        """Goes on under other settings; the weights stay."""
+        import torch
+
+        self.config = config
+        for layer in self.layers:
+            dropout = torch.nn.Dropout(config.lora_dropout).eval() if config.lora_dropout else torch.nn.Identity()
+            layer.lora_dropout["default"] = dropout
+        self.use_adapter()
+        self.optimizer.param_groups[0]["lr"] = config.learning_rate
+        if not config.adaptive_kl:
+            self.kl_coef = config.kl_coef
+
+    @property
+    def dropouts(self) -> list:
+        return [layer.lora_dropout["default"] for layer in self.layers]
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit into the model's context."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a reply."""
+        ids = self.model.generation_config.eos_token_id
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return ids if isinstance(ids, list) else [ids]
+
+    @cached_property
+    def end_id(self) -> int:
+        """The one of `stop_ids` that the chat template puts behind a reply."""
+        from jinja2 import TemplateError
+
+        place = "\ue000reply\ue001"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": place}]
+        after = ""
+        with contextlib.suppress(TemplateError):
+            if self.tokenizer.chat_template is not None:
+                _, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(place)
+        ids = self.tokenizer(after, add_special_tokens=False).input_ids
+        return next((i for i in ids if i in self.stop_ids), self.stop_ids[0])
+
+    @cached_property
+    def beginnings(self) -> dict[tuple[int, ...], list["Tensor"]]:
+        """How the prompts of each role begin, whatever is asked, and its keys and values, once the base model read it.
+
+        Nothing where that would show: in 16 bits, read apart and read together round to different numbers.
+        """
+        import torch
+
+        from lora_ppo.recording import steady
+
+        if not steady(self.model.config.get_text_config()) or self.model.dtype != torch.float32:
+            return {}
+        roles = TUTOR_PROMPT, QUIZMASTER_PROMPT, SOLVER_PROMPT, LEARNER_PROMPT
+        begins: dict[tuple[int, ...], list[Tensor]] = {}
+        for role in roles:
+            first, second = (encode_chat(self.tokenizer, chat(role, text)) for text in "AB")
+            same = next(i for i, ids in enumerate(zip(first, second, strict=False)) if ids[0] != ids[1])
+            begins[tuple(first[:same])] = []
+        return begins
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if pad is None else pad
+
+    @cached_property
+    def ll_tokenizer(self):
+        """The tokenizer as llguidance takes it; its vocabulary is as large as the logits."""
+        import llguidance.hf
+
+        size = max(self.model.config.get_text_config().vocab_size, len(self.tokenizer))
+        return llguidance.hf.from_tokenizer(self.tokenizer, n_vocab=size)
+
+    @cached_property
+    def quote_tokens(self) -> dict[int, str]:
+        """The tokens with a quotation mark in them, and their texts."""
+        return {i: self.tokenizer.decode([i]) for token, i in self.tokenizer.get_vocab().items() if '"' in token}
+
+    @contextlib.contextmanager
+    def adapter(self, on: "bool | Tensor") -> Iterator[None]:
+        """In here the adapters are on (the policy) or off (the base model, the reference), or so for each row (B,)."""
+        before, self.gate.share = self.gate.share, on if isinstance(on, bool) else on.float().view(-1, 1, 1)
+        try:
+            yield
+        finally:
+            self.gate.share = before
+
+    def read(self, **inputs: Any) -> tuple["Tensor", "Tensor"]:
+        """What the model makes of its inputs: logits (B, K, V), and the hidden states (B, K, H) under them."""
+        hidden: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+        try:
+            return self.model(**inputs).logits, hidden[0]
+        finally:
+            hook.remove()
+
+    def tensors(self) -> dict[str, "Tensor"]:
+        """Everything that training changes, by name: adapter, value head, and the optimizer's slots for both."""
+        tensors = {f"parameter.{name}": p.data for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            tensors |= {f"optimizer.{slot}.{name}": value for slot, value in self.optimizer.state[p].items()}
+        return tensors
+
+    def snapshot(self) -> "Snapshot":
+        return Snapshot({name: tensor.clone() for name, tensor in self.tensors().items()}, self.step, self.kl_coef)
+
+    def restore(self, snapshot: "Snapshot") -> None:
+        """Puts everything that training changes back to `snapshot`, exactly."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(snapshot.tensors[name])
+        self.optimizer.zero_grad()
+        self.step, self.kl_coef = snapshot.step, snapshot.kl_coef
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of everything that training changes."""
+
+    tensors: dict[str, "Tensor"]
+    step: int
+    kl_coef: float
+
+
+class AdapterGate:
+    """What share of the adapters' part gets through: all (True), none (False), or 0 or 1 for each row (B, 1, 1)."""
+
+    def __init__(self):
+        self.share: bool | Tensor = True
+
+
+def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "Tensor"]:
+    """A LoRA layer's forward with adapter `name`: base(x) + share * scaling * B(A(dropout(x))), in the compute dtype.
+
+    In PEFT's place, which switches adapters for a whole batch only and takes longer to do so than a small model's pass.
+    For the same reason the parts are looked up here and not at every call.
+    """
+    from torch.nn.functional import linear
+
+    base = layer.base_layer
+    if name not in layer.lora_A:  # an adapter on fewer layers than the policy's own
+        return base.__call__
+    down, up, scaling, dropout = (
+        parts[name] for parts in (layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
+    )
+
+    def forward(x: "Tensor") -> "Tensor":
+        rows = x.flatten(0, -2)
+        result = base(rows)
+        if gate.share is not False:
+            low_rank = linear(dropout(rows), down.weight.to(x.dtype))
+            if gate.share is not True:
+                low_rank = (low_rank.unflatten(0, x.shape[:-1]) * gate.share).to(x.dtype).flatten(0, -2)
+            up_weight = up.weight.to(x.dtype)
+            if result.is_contiguous():
+                result = result.addmm_(low_rank, up_weight.t(), alpha=scaling)
+            else:  # it was taken as W x^T
+                result = result.t().addmm_(up_weight, low_rank.t(), alpha=scaling).t()
+        return result.unflatten(0, x.shape[:-1])
+
+    return forward
+
+
+@contextlib.contextmanager
+def gradient_dropout(policy: Policy) -> Iterator[None]:
+    """LoRA dropout acts in here and nowhere else; the base model's own dropout never does."""
+    for module in policy.dropouts:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in policy.dropouts:
+            module.eval()
+
+
+def lora_targets(model, wanted: Sequence[str]) -> list[str]:
+    """Those of the `wanted` module names that `model` has. Raises ConfigError listing its linear layers if none."""
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if "Linear" in type(module).__name__ and module is not head
+    }
+    found = [name for name in wanted if name in linear]
+    if not found:
+        raise ConfigError(
+            f"target_modules={','.join(wanted)}: the model has none of these; its linear layers are "
+            f"{', '.join(sorted(linear)) or 'none'}"
+        )
+    return found
+
+
+def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: None) -> tuple[Policy, Settings]:
+    """Loads the base model named by `config` and puts fresh adapters on it.
+
+    Returns the policy and the configuration with every `auto` resolved. `notice` is told what a person should know.
+    Raises ConfigError with one line if the model can't be loaded.
+    """
+    import torch
+
+    from lora_ppo.layers import copy_weights
+
+    silence_libraries()
+    config = replace(config)
+    if config.device == "auto":
+        mps = torch.backends.mps.is_available()
+        config.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.empty(0, device=config.device)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device={config.device} can't be used ({reason}): try device=auto") from None
+    on_cuda = config.device.startswith("cuda")
+    chosen, four_bit = config.model_name, config.load_in_4bit
+    if chosen == "auto":
+        config.model_name = GPU_MODEL if on_cuda else str(BUNDLED_MODEL)
+    try:
+        model, tokenizer = load_base(config)
+    except ConfigError as error:
+        if chosen != "auto" or not on_cuda:
+            raise
+        notice(f"{str(error).partition(': check')[0]}. Going on with the bundled model.")
+        config.model_name, config.load_in_4bit = str(BUNDLED_MODEL), four_bit  # as asked: `auto` is resolved anew
+        model, tokenizer = load_base(config)
+    if config.learning_rate is None:
+        config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
+    policy = Policy(model, tokenizer, config)
+    copied = copy_weights(model, config.bf16_copy)
+    if config.bf16_copy == "true" and not copied:
+        notice("bf16_copy=true changes nothing: the weights are not in 4 bits.")
+    config.bf16_copy = "true" if copied else "false"
+    if config.max_new_tokens >= policy.context:
+        raise ConfigError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room in a context of {policy.context} tokens"
+        )
+    return policy, config
+
+
+def is_bundled(model_name: str) -> bool:
+    return Path(model_name).resolve() == BUNDLED_MODEL
+
+
+def base_name(config: Settings) -> str:
+    """What a checkpoint calls its base model: the same wherever this program is installed."""
+    return f"bundled:{BUNDLED_MODEL.name}" if is_bundled(config.model_name) else config.model_name
+
+
+def load_base(config: Settings):
+    """The base model and its tokenizer; resolves `load_in_4bit` and `dtype` in place. Raises ConfigError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    on_cuda = config.device.startswith("cuda")
+    if config.load_in_4bit == "auto":
+        config.load_in_4bit = "true" if on_cuda and not is_bundled(config.model_name) else "false"
+    four_bit = config.load_in_4bit == "true"
+    if four_bit and not on_cuda:
+        raise ConfigError(f"load_in_4bit=true needs CUDA, and device is {config.device}: set load_in_4bit=false")
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if on_cuda else "float32"
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if four_bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        options["device_map"] = {"": config.device}
+    if config.model_name.startswith((".", "/", "~")) and not Path(config.model_name).is_dir():
+        raise ConfigError(f"model_name={config.model_name}: there is no such folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model_name, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+        return (model if four_bit else model.to(config.device)), tokenizer
+    except Exception as error:  # hub, files, architecture: the libraries raise anything from OSError to KeyError
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"model_name={config.model_name} can't be loaded ({reason}): "
+            "check the name and the network, name a local folder, or use model_name=auto"
+        ) from error
+
+
+def silence_libraries() -> None:
+    """Keeps what transformers, peft and bitsandbytes print while loading off the terminal."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging  # first: loading it resets the level of the hub's
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub", "torch"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
