@@ -24,9 +24,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.checkpoint import Damaged, verify_checkpoint
+from lora_ppo.journal import now, turn_seed
 from lora_ppo.policy import Policy, base_name, load_policy
 from lora_ppo.settings import BUNDLED_MODEL, ConfigError, help_text, known_name, parse, setting, split_arguments
-from lora_ppo_demo import Damaged, clean, now, turn_seed, verify_checkpoint
+from lora_ppo.terminal import clean
 from tasks import Episode, Message, Outcome, Task
 from tasks.episodes import judge
 from train import CHOICES, TASKS, TrainConfig, chunks, play, wilson_interval

@@ -29,21 +29,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config
+from lora_ppo.checkpoint import Damaged, checkpoints, load_checkpoint, remove_folder, save_checkpoint, verify_checkpoint
+from lora_ppo.journal import LineFile, now, turn_seed
 from lora_ppo.policy import Policy, base_name, is_bundled, load_policy
 from lora_ppo.settings import ConfigError, from_command_line, save_yaml, setting
-from lora_ppo_demo import (
-    Damaged,
-    LineFile,
-    StepSkipped,
-    checkpoints,
-    clean,
-    load_checkpoint,
-    now,
-    remove_folder,
-    save_checkpoint,
-    turn_seed,
-    verify_checkpoint,
-)
+from lora_ppo.step import StepSkipped
+from lora_ppo.terminal import clean
 from tasks import Task
 from tasks.episodes import Trajectory, play
 from update import align, chunks, everywhere, learn, prepare, shard, total

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_ppo.forward import Batch, collate, token_logprobs_and_values
 from lora_ppo.policy import Policy, Snapshot, gradient_dropout
 from lora_ppo.settings import ConfigError
-from lora_ppo_demo import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_losses, trust_region
+from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_losses, trust_region
 from tasks.episodes import Trajectory
 
 if TYPE_CHECKING:

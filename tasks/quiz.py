@@ -15,17 +15,9 @@ from typing import Literal
 from lora_ppo.chat import TUTOR_PROMPT, Message, chat
 from lora_ppo.generate import replies
 from lora_ppo.policy import Policy
+from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, make_quiz, quiz_request, shuffle_quiz
 from lora_ppo.settings import ConfigError
-from lora_ppo_demo import (
-    LETTERS,
-    Quiz,
-    learner_choices,
-    learner_probabilities,
-    make_quiz,
-    quiz_request,
-    read_questions,
-    shuffle_quiz,
-)
+from lora_ppo.terminal import read_questions
 from tasks import Outcome
 from tasks.facts import Fact, table_facts
 

@@ -13,20 +13,13 @@ from tiny import ARCHITECTURES, randomize_adapter, save_tiny, tiny_config, tiny_
 from transformers import AutoModelForCausalLM
 
 from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import generate
 from lora_ppo.policy import load_policy
+from lora_ppo.quiz import QuizGrammar, one_line, option_probabilities, parse_quiz, quiz_text
 from lora_ppo.settings import ConfigError
-from lora_ppo_demo import (
-    QuizGrammar,
-    load_checkpoint,
-    one_line,
-    option_probabilities,
-    parse_quiz,
-    ppo_step,
-    quiz_text,
-    save_checkpoint,
-)
+from lora_ppo.step import ppo_step
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What is the capital of France?"
@@ -267,13 +260,12 @@ def test_option_probabilities_are_the_base_models(folder):
 
 def test_an_option_ends_as_the_template_ends_a_reply_and_its_special_tokens_stay_text(tiny_folder, monkeypatch):
     """Hubs list several end tokens, and the first is often not the one that ends a turn of a chat."""
-    import lora_ppo_demo
 
     policy = tiny_policy(tiny_folder("llama"))
     end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
     policy.model.generation_config.eos_token_id = [policy.tokenizer.convert_tokens_to_ids("<|pad|>"), end]
     seen, real = [], collate
-    monkeypatch.setattr(lora_ppo_demo, "collate", lambda *given: seen.append(given[1]) or real(*given))
+    monkeypatch.setattr("lora_ppo.quiz.collate", lambda *given: seen.append(given[1]) or real(*given))
     options = ("Paris", "Ro<|im_end|>me", "Madrid", "Berlin")
     option_probabilities(policy, [chat(SOLVER_PROMPT, quiz_text(QUESTION, options))], [options])
     for reply, option in zip(seen[0], options, strict=True):

@@ -10,7 +10,7 @@ from config import Config
 from lora_ppo.forward import collate
 from lora_ppo.layers import speed_up_products
 from lora_ppo.policy import load_policy
-from lora_ppo_demo import ppo_step
+from lora_ppo.step import ppo_step
 from tools import bench
 from tools.bench_measure import MB, profile
 

@@ -8,7 +8,6 @@ import torch
 from tiny import ARCHITECTURES, CHATML, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-import lora_ppo_demo as demo
 from config import Config
 from lora_ppo import decode, recording
 from lora_ppo.chat import QUIZMASTER_PROMPT, chat, encode_chat
@@ -16,8 +15,9 @@ from lora_ppo.forward import collate, known_beginning, read_sparingly, token_log
 from lora_ppo.generate import Request, generate, plain_reply, replies
 from lora_ppo.layers import FEW_ROWS, LeanLayer, made_again, speed_up_products
 from lora_ppo.policy import Policy, gradient_dropout, load_policy
+from lora_ppo.quiz import Quiz, QuizGrammar, learner_probabilities
 from lora_ppo.recording import ROOM, ROUND, SHORT, Graph, RoomyLayer, round_up, sees_all, takes
-from lora_ppo_demo import QuizGrammar
+from lora_ppo.step import ppo_step
 from tools.bench_measure import MB, profile
 from update import recomputing
 
@@ -400,7 +400,7 @@ def test_recorded_passes_without_a_gradient_teach_and_judge_the_same(tiny_folder
     def taught(pays: int) -> tuple[list, Policy]:
         policy, _ = load_policy(tiny_config(tiny_folder("llama"), learning_rate=0.01, target_kl=1e9))
         policy.recorder.pays, said = pays, []
-        quiz = demo.Quiz("What is the capital of France?", ("Brussels", "Lyon", "Lisbon", "Paris"), 3)
+        quiz = Quiz("What is the capital of France?", ("Brussels", "Lyon", "Lisbon", "Paris"), 3)
         first, second, _ = prompts(policy)
         for asked, told in (
             ([first], [[7, 9, 4]]),
@@ -410,8 +410,8 @@ def test_recorded_passes_without_a_gradient_teach_and_judge_the_same(tiny_folder
             ([first], [[7, 8, 9] * (SHORT // 3)]),
         ):
             batch = collate(asked, told, policy.pad_id, policy.device)
-            said.append(demo.ppo_step(policy, batch, [1.0, -1.0, 1.0][: len(asked)]))
-            said += [x.tolist() for x in demo.learner_probabilities(policy, ["Paris is its capital."], [quiz])]
+            said.append(ppo_step(policy, batch, [1.0, -1.0, 1.0][: len(asked)]))
+            said += [x.tolist() for x in learner_probabilities(policy, ["Paris is its capital."], [quiz])]
         return [said, {name: x.tolist() for name, x in policy.tensors().items()}], policy
 
     plain, policy = taught(pays=1000)
@@ -452,7 +452,7 @@ def test_a_recording_sees_what_training_changes(tiny_folder, dtype):
     request = Request(prompts(policy)[0], 1.0)
     before = decode.decode(policy, [request], [1])[0]
     batch = collate([request.prompt_ids], [before.ids], policy.pad_id, policy.device)
-    demo.ppo_step(policy, batch, [1.0])
+    ppo_step(policy, batch, [1.0])
     after = decode.decode(policy, [request], [1])[0]
     assert policy.recorder.recordings
     assert policy.recorder.able
@@ -500,7 +500,7 @@ def test_a_graph_sees_what_training_changes_and_reads_only_what_it_is_given(tiny
     as_a_graph(policy)
     first = decode.decode(policy, requests[:1], [1])[0]
     batch = collate([requests[0].prompt_ids], [first.ids], policy.pad_id, policy.device)
-    demo.ppo_step(policy, batch, [1.0])
+    ppo_step(policy, batch, [1.0])
     played = [decode.decode(policy, [request], [1])[0] for request in requests]
     assert policy.recorder.able
     [graph] = policy.recorder.recordings.values()

@@ -20,7 +20,8 @@ import evaluate
 import tasks.quiz
 import train
 from lora_ppo.chat import TUTOR_PROMPT, chat
-from lora_ppo_demo import Quiz, save_checkpoint
+from lora_ppo.checkpoint import save_checkpoint
+from lora_ppo.quiz import Quiz
 from tasks import Outcome
 from tools import bench_learning
 

@@ -14,8 +14,11 @@ from tiny import randomize_adapter, tiny_config
 
 import lora_ppo_demo as demo
 from lora_ppo.forward import collate
+from lora_ppo.journal import Run
 from lora_ppo.policy import load_policy
-from lora_ppo_demo import Foresight, ppo_step
+from lora_ppo.quiz import Quiz
+from lora_ppo.step import Foresight, finish_update, ppo_step
+from lora_ppo.terminal import SimulatedLearner, Terminal
 
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [[11, 12, 13], [14, 15, 16, 17, 18]]
 
@@ -87,14 +90,14 @@ def test_a_step_beyond_the_trust_region_is_undone_here_too(llama):
 def test_trouble_while_computing_falls_back_on_the_plain_step(llama, monkeypatch):
     policy, batch = fresh(llama)
     plain, _ = fresh(llama)
-    real = demo.finish_update
+    real = finish_update
 
     def fail_in_the_thread(*arguments):
         if threading.current_thread() is not threading.main_thread():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr(demo, "finish_update", fail_in_the_thread)
+    monkeypatch.setattr("lora_ppo.step.finish_update", fail_in_the_thread)
     assert Foresight(policy, batch, [1.0]).take(-1.0) == ppo_step(plain, batch, [1.0, -1.0])
     assert same(state(policy), state(plain))
 
@@ -125,7 +128,7 @@ def test_a_session_with_it_is_the_session_without(play, tmp_path, monkeypatch, b
 
 
 def test_both_outcomes_are_ready_before_a_slow_reader_chooses(play, monkeypatch):  # noqa: F811
-    real, ready = demo.Terminal.choose, []
+    real, ready = Terminal.choose, []
 
     def read_slowly(terminal, quiz, answer):
         for thread in threading.enumerate():
@@ -134,8 +137,8 @@ def test_both_outcomes_are_ready_before_a_slow_reader_chooses(play, monkeypatch)
         ready.append(not any(thread.name == "foresight" for thread in threading.enumerate()))
         return real(terminal, quiz, answer)
 
-    monkeypatch.setattr(demo.Terminal, "choose", read_slowly)
-    monkeypatch.setattr(demo, "ppo_step", None)  # nothing is left to compute
+    monkeypatch.setattr(Terminal, "choose", read_slowly)
+    monkeypatch.setattr("lora_ppo.journal.ppo_step", None)  # nothing is left to compute
     status, _, run = play(turns(2))
     assert (status, ready, run.policy.step) == (0, [True, True], 2)
 
@@ -149,7 +152,7 @@ def test_ctrl_c_at_the_quiz_leaves_the_policy_as_it_was(play, monkeypatch):  # n
         time.sleep(5)
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo.Terminal, "choose", interrupted)
+        patch.setattr(Terminal, "choose", interrupted)
         status, output, run = play(["a question"])
     assert status == 0
     assert "Interrupted." in output
@@ -160,11 +163,11 @@ def test_ctrl_c_at_the_quiz_leaves_the_policy_as_it_was(play, monkeypatch):  # n
 def test_the_simulated_learner_has_the_policy_to_itself(llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert SETTINGS
-    monkeypatch.setattr(demo, "Foresight", None)
+    monkeypatch.setattr("lora_ppo.journal.Foresight", None)
     config = tiny_config(llama, checkpoint_dir="c", log_dir="l", max_new_tokens=6)
     policy, config = load_policy(config)
-    run = demo.Run(policy, config, print)
-    monkeypatch.setattr(demo, "make_quiz", lambda *_: demo.Quiz("Which?", tuple("abcd"), 0))
-    demo.take_turn("What?", policy, run, demo.SimulatedLearner(policy, ["What?"], 1))
+    run = Run(policy, config, print)
+    monkeypatch.setattr(demo, "make_quiz", lambda *_: Quiz("Which?", tuple("abcd"), 0))
+    demo.take_turn("What?", policy, run, SimulatedLearner(policy, ["What?"], 1))
     run.close()
     assert policy.step == 1

@@ -16,7 +16,7 @@ from lora_ppo.generate import Request
 from lora_ppo.layers import MANY, copy_weights
 from lora_ppo.policy import load_policy
 from lora_ppo.settings import ConfigError
-from lora_ppo_demo import ppo_step
+from lora_ppo.step import ppo_step
 
 Linear4bit = pytest.importorskip("bitsandbytes.nn").Linear4bit
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import lora_ppo_demo as demo
 from config import Config
 from lora_ppo import ppo
 from lora_ppo.forward import Batch, collate, token_logprobs_and_values
 from lora_ppo.policy import VALUE_STEP, Policy
+from lora_ppo.step import StepSkipped, ppo_step
 
 NAN = math.nan
 SEEDS = range(25)
@@ -578,7 +578,7 @@ def bits(policy):
 def trained_once(**overrides):
     """A policy whose optimizer has already seen a step, so that restoring has something to restore."""
     policy = make_policy(**overrides)
-    demo.ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
+    ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
     return policy
 
 
@@ -655,7 +655,7 @@ def test_gradient_of_a_step_is_that_of_a_naive_loss(n, monkeypatch):
     loss = naive_loss(policy, batch, scores)
     gradients = torch.autograd.grad(loss, list(policy.parameters.values()))
     caught = catch_gradients(policy, monkeypatch)
-    metrics = demo.ppo_step(policy, batch, scores)
+    metrics = ppo_step(policy, batch, scores)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     assert max(g.abs().max() for g in gradients) > 0.05  # there is something to compare
     for (name, actual), expected in zip(caught.items(), gradients, strict=True):
@@ -666,7 +666,7 @@ def test_a_first_step_moves_adapters_by_their_rate_and_the_value_head_by_its_own
     """AdamW's first step is the rate times the gradient's sign: values move by a rate that no setting makes hasty."""
     policy = make_policy(learning_rate=3e-3)
     before = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    demo.ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
+    ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
     moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in policy.parameters.items()}
     for name, distance in moved.items():
         rate = VALUE_STEP / 32 if name.startswith("value_head") else 3e-3
@@ -677,7 +677,7 @@ def test_metrics_are_those_of_a_naive_forward():
     policy, batch = make_policy(learning_rate=5e-3), make_batch()
     with torch.no_grad():
         old = list(naive_rows(policy, batch))
-    metrics = demo.ppo_step(policy, batch, [1.0, -1.0, 0.5])
+    metrics = ppo_step(policy, batch, [1.0, -1.0, 0.5])
     with torch.no_grad():
         new = list(naive_rows(policy, batch))
     kept = [(b, t) for b, row in enumerate(old) for t in oracle.chosen(row.mask)]
@@ -703,7 +703,7 @@ def test_several_epochs_keep_the_rollout_and_go_further(monkeypatch):
     for epochs in (1, 3):
         policy = make_policy(ppo_epochs=epochs, learning_rate=5e-3, kl_coef=0.0)
         calls = spy_on_policy_loss(monkeypatch)
-        after[epochs] = demo.ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])["step_kl"], bits(policy)
+        after[epochs] = ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])["step_kl"], bits(policy)
         assert len(calls) == epochs
         for call in calls:
             assert torch.equal(call.old, calls[0].logprobs)
@@ -718,7 +718,7 @@ def test_a_reward_moves_the_answer_in_its_direction(reward, direction):
     policy = make_policy(kl_coef=0.0)
     torch.nn.init.zeros_(policy.value_head.weight)
     torch.nn.init.zeros_(policy.value_head.bias)
-    metrics = demo.ppo_step(policy, make_batch(1), [reward])
+    metrics = ppo_step(policy, make_batch(1), [reward])
     assert direction * math.log(metrics["likelihood_ratio"]) > 1e-3
 
 
@@ -727,7 +727,7 @@ def test_whitening_is_for_batches_of_eight_or_more(n, whitened, monkeypatch):
     policy, calls = make_policy(kl_coef=0.0, lam=0.95), spy_on_policy_loss(monkeypatch)
     torch.nn.init.zeros_(policy.value_head.weight)
     torch.nn.init.zeros_(policy.value_head.bias)
-    demo.ppo_step(policy, make_batch(n), [-1.0] * n)
+    ppo_step(policy, make_batch(n), [-1.0] * n)
     kept = calls[0].advantages[calls[0].mask]
     if whitened:
         assert kept.mean().item() == pytest.approx(0.0, abs=1e-5)
@@ -741,8 +741,8 @@ def test_whitening_is_for_batches_of_eight_or_more(n, whitened, monkeypatch):
 def test_a_reward_that_is_not_finite_is_skipped(reward):
     policy = trained_once()
     before = bits(policy)
-    with pytest.raises(demo.StepSkipped, match="reward is not finite"):
-        demo.ppo_step(policy, make_batch(), [1.0, reward, -1.0])
+    with pytest.raises(StepSkipped, match="reward is not finite"):
+        ppo_step(policy, make_batch(), [1.0, reward, -1.0])
     assert bits(policy) == before
     assert policy.step == 1
 
@@ -751,8 +751,8 @@ def test_a_loss_that_is_not_finite_is_skipped(monkeypatch):
     policy = trained_once()
     before = bits(policy)
     monkeypatch.setattr(ppo, "value_loss", lambda values, *rest: (values.sum() * NAN, torch.zeros(())))
-    with pytest.raises(demo.StepSkipped, match="loss is not finite"):
-        demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+    with pytest.raises(StepSkipped, match="loss is not finite"):
+        ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
     assert bits(policy) == before
     assert policy.step == 1
 
@@ -767,8 +767,8 @@ def test_a_loss_that_breaks_in_a_later_epoch_takes_the_earlier_ones_back(monkeyp
         return (loss * NAN if len(losses) == 3 else loss), fraction
 
     monkeypatch.setattr(ppo, "value_loss", breaks)
-    with pytest.raises(demo.StepSkipped):
-        demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+    with pytest.raises(StepSkipped):
+        ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
     assert losses == [False, True, True]
     assert bits(policy) == before
 
@@ -778,8 +778,8 @@ def test_nan_in_the_value_head_leaves_every_weight_as_it_was():
     with torch.no_grad():
         policy.value_head.weight[0, 3] = NAN
     before = bits(policy)
-    with pytest.raises(demo.StepSkipped):
-        demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+    with pytest.raises(StepSkipped):
+        ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
     assert bits(policy) == before
 
 
@@ -808,8 +808,8 @@ def raising(error):
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), demo.StepSkipped),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), demo.StepSkipped),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), StepSkipped),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), StepSkipped),
         (KeyboardInterrupt(), KeyboardInterrupt),
         (RuntimeError("the size of tensor a (3) must match"), RuntimeError),
     ],
@@ -820,7 +820,7 @@ def test_a_failure_in_the_middle_of_the_step_restores_everything(error, expected
     before = bits(policy)
     altered = half_step(policy, monkeypatch, raising(error))
     with pytest.raises(expected) as caught:
-        demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+        ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
     assert type(caught.value) is expected
     assert any("exp_avg" in name for name in altered)
     assert any(name.startswith("parameter.") for name in altered)
@@ -832,15 +832,15 @@ def test_a_failure_in_the_middle_of_the_step_restores_everything(error, expected
 def test_a_real_cpu_out_of_memory_is_skipped(monkeypatch):
     policy = trained_once()
     half_step(policy, monkeypatch, lambda: torch.empty(1 << 50))
-    with pytest.raises(demo.StepSkipped, match="out of memory"):
-        demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+    with pytest.raises(StepSkipped, match="out of memory"):
+        ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
 
 
 def test_out_of_memory_while_the_snapshot_is_made_is_skipped(monkeypatch):
     policy = trained_once()
     monkeypatch.setattr(policy, "snapshot", raising(torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(demo.StepSkipped, match="out of memory"):
-        demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+    with pytest.raises(StepSkipped, match="out of memory"):
+        ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
@@ -853,9 +853,9 @@ def test_a_failure_after_the_step_restores_everything(error, monkeypatch):
         seen.append((bits(policy) != before, policy.kl_coef != kl_coef))
         raise error
 
-    monkeypatch.setattr(demo, "trust_region", fail)
-    with pytest.raises((demo.StepSkipped, KeyboardInterrupt)):
-        demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+    monkeypatch.setattr("lora_ppo.step.trust_region", fail)
+    with pytest.raises((StepSkipped, KeyboardInterrupt)):
+        ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
     assert seen == [(True, True)]
     assert bits(policy) == before
     assert policy.kl_coef == kl_coef
@@ -869,7 +869,7 @@ def test_a_snapshot_that_the_caller_has_serves_as_well(monkeypatch):
     monkeypatch.setattr(policy, "snapshot", lambda: pytest.fail("a second copy was made"))
     half_step(policy, monkeypatch, raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0], before)
+        ppo_step(policy, make_batch(), [1.0, 1.0, -1.0], before)
     assert bits(policy) == state
 
 
@@ -877,9 +877,9 @@ def test_a_policy_that_was_restored_learns_as_if_nothing_had_happened(monkeypatc
     disturbed, calm = trained_once(), trained_once()
     half_step(disturbed, monkeypatch, raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        demo.ppo_step(disturbed, make_batch(), [1.0, 1.0, -1.0])
+        ppo_step(disturbed, make_batch(), [1.0, 1.0, -1.0])
     monkeypatch.undo()
-    results = [demo.ppo_step(policy, make_batch(), [-1.0, 1.0, -1.0]) for policy in (disturbed, calm)]
+    results = [ppo_step(policy, make_batch(), [-1.0, 1.0, -1.0]) for policy in (disturbed, calm)]
     assert results[0] == results[1]
     assert bits(disturbed) == bits(calm)
 
@@ -888,7 +888,7 @@ def test_a_step_outside_the_trust_region_is_undone_and_counts():
     policy = trained_once(adaptive_kl=True, kl_target=0.01, kl_horizon=10)
     policy.config.target_kl = 1e-9
     before, kl_coef = bits(policy), policy.kl_coef
-    metrics = demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+    metrics = ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
     assert metrics["undone"] is True
     assert metrics["step_kl"] > 1e-9
     assert bits(policy) == before
@@ -900,7 +900,7 @@ def test_a_step_outside_the_trust_region_is_undone_and_counts():
 def test_a_step_inside_the_trust_region_is_kept(target_kl):
     policy = make_policy(target_kl=target_kl)
     before = bits(policy)
-    metrics = demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+    metrics = ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
     assert "undone" not in metrics
     after = bits(policy)
     assert all(before[name] != after[name] for name in before if "exp_avg" in name)
@@ -917,16 +917,16 @@ def test_a_step_touches_nothing_but_what_it_declares():
 
 def test_adaptive_kl_steers_the_coefficient_of_the_next_step():
     policy = make_policy(adaptive_kl=True, kl_target=1e-3, kl_horizon=30, kl_coef=0.1)
-    first = demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
+    first = ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])
     assert first["kl_coef"] == 0.1
     assert policy.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 3 / 30), rel=1e-12)  # 3 answers, error at its bound
-    assert demo.ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])["kl_coef"] == policy.kl_coef / (1 + 0.2 * 3 / 30)
+    assert ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])["kl_coef"] == policy.kl_coef / (1 + 0.2 * 3 / 30)
 
 
 def test_gradients_are_scaled_to_max_grad_norm(monkeypatch):
     policy = make_policy(max_grad_norm=0.01)
     caught = catch_gradients(policy, monkeypatch)
-    metrics = demo.ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
+    metrics = ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
     norm = math.sqrt(sum(g.pow(2).sum().item() for g in caught.values()))
     assert metrics["grad_norm"] > 0.1  # before scaling
     assert norm == pytest.approx(0.01, rel=1e-3)
@@ -989,7 +989,7 @@ def test_padding_has_no_influence_on_the_step():
     scrambled = Batch(torch.where(batch.attention_mask, batch.input_ids, 33), batch.attention_mask, batch.response_mask)
     for each in (batch, scrambled):
         policy = make_policy()
-        results.append((demo.ppo_step(policy, each, [1.0, -1.0, 1.0]), bits(policy)))
+        results.append((ppo_step(policy, each, [1.0, -1.0, 1.0]), bits(policy)))
     assert results[0] == results[1]
 
 
@@ -998,7 +998,7 @@ def test_logits_exist_for_response_positions_only():
     hook = policy.head.register_forward_hook(
         lambda module, inputs, output: seen.append((inputs[0].shape, output.shape))
     )
-    demo.ppo_step(policy, batch, [1.0, -1.0, 1.0])
+    ppo_step(policy, batch, [1.0, -1.0, 1.0])
     hook.remove()
     b, t = batch.response_mask.shape
     assert batch.input_ids.shape[1] > t + 1
@@ -1026,7 +1026,7 @@ def test_dropout_acts_in_the_gradient_pass_alone(monkeypatch):
         again = token_logprobs_and_values(policy, batch)
     assert torch.equal(rollout, again[0])
     calls = spy_on_policy_loss(monkeypatch)
-    metrics = demo.ppo_step(policy, batch, [1.0, -1.0, 1.0])
+    metrics = ppo_step(policy, batch, [1.0, -1.0, 1.0])
     assert torch.equal(calls[0].old, rollout)
     assert (calls[0].logprobs - rollout).abs().max() > 1e-2
     assert metrics["clip_fraction"] > 0.1
@@ -1044,7 +1044,7 @@ def test_dropout_acts_in_the_gradient_pass_alone(monkeypatch):
 
 def test_without_dropout_the_first_ratio_is_exactly_one(monkeypatch):
     policy, calls = make_policy(cliprange=1e-9), spy_on_policy_loss(monkeypatch)
-    metrics = demo.ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
+    metrics = ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
     assert torch.equal(calls[0].old, calls[0].logprobs)
     assert metrics["clip_fraction"] == 0.0
 
@@ -1059,8 +1059,8 @@ def test_dropout_is_off_again_after_a_failure(monkeypatch):
         return original(policy, batch, adapter)
 
     original = token_logprobs_and_values
-    monkeypatch.setattr(demo, "token_logprobs_and_values", fail)
+    monkeypatch.setattr("lora_ppo.step.token_logprobs_and_values", fail)
     with pytest.raises(KeyboardInterrupt):
-        demo.ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
+        ppo_step(policy, make_batch(), [1.0, -1.0, 1.0])
     assert policy.dropouts
     assert not any(module.training for module in policy.model.modules())

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tasks.quiz
+from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities
 from lora_ppo.settings import ConfigError
-from lora_ppo_demo import LETTERS, Quiz, learner_choices, learner_probabilities
 from tasks.episodes import play
 from tasks.facts import table_facts
 from tasks.quiz import QuizTask, Sample, split_samples

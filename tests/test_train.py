@@ -18,15 +18,16 @@ from echo import EchoTask
 from safetensors.torch import load_file
 from tiny import randomize_adapter, tiny_policy
 
-import lora_ppo_demo as demo
 import tasks.episodes
 import train
 import update
 from lora_ppo import ppo
 from lora_ppo.chat import encode_chat
+from lora_ppo.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from lora_ppo.forward import Batch, collate, token_logprobs_and_values
 from lora_ppo.policy import Policy, load_policy
 from lora_ppo.settings import ConfigError, parse
+from lora_ppo.step import ppo_step
 from tasks import Outcome
 from tasks.episodes import play
 
@@ -201,7 +202,7 @@ def test_a_ppo_step_is_the_tutors_step(llama, accelerator, monkeypatch, epochs, 
     theirs, _ = loaded(llama, ppo_epochs=epochs, temperature=0.7)
     trajectories = answered(ours, [1.0, -1.0, 1.0, -1.0])
     metrics = update.learn(ours, accelerator, config, trajectories)
-    wanted = demo.ppo_step(theirs, batch_of(theirs, trajectories), [1.0, -1.0, 1.0, -1.0])
+    wanted = ppo_step(theirs, batch_of(theirs, trajectories), [1.0, -1.0, 1.0, -1.0])
     names = {"reward", "kl", "kl_estimate", "step_kl"}
     if epochs == 1:  # with several, the tutor's log has the last epoch's losses and train.py's their mean
         names |= {"loss", "policy_loss", "value_loss", "entropy", "grad_norm"}
@@ -353,11 +354,11 @@ def test_eight_bit_adam_keeps_its_state_in_tensors_that_are_saved_and_restored(l
     names = policy.tensors().keys()
     trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
     update.learn(policy, accelerator, config, trajectories)
-    demo.save_checkpoint(tmp_path / "step_1", policy, {}, "")
+    save_checkpoint(tmp_path / "step_1", policy, {}, "")
     update.learn(policy, accelerator, config, trajectories)
     wanted = policy.snapshot()
     assert wanted.tensors.keys() == names
-    demo.load_checkpoint(tmp_path / "step_1", policy)
+    load_checkpoint(tmp_path / "step_1", policy)
     update.learn(policy, accelerator, config, trajectories)
     assert same(policy.tensors(), wanted.tensors)
 
@@ -471,7 +472,7 @@ def test_a_run_writes_log_checkpoints_stats_and_report(run):
     assert set(wanted.split()) | {"epoch", "length", "left_out", "outcome"} <= set(lines[1])
     for epoch in (1, 2):
         folder = Path("out") / f"epoch_{epoch}"
-        state = demo.verify_checkpoint(folder)
+        state = verify_checkpoint(folder)
         assert (state["step"], state["epoch"]) == (3 * epoch, epoch)
         stats = json.loads((folder / "training_stats.json").read_text(encoding="utf-8"))
         assert len(stats["training"]["reward"]) == 3 * epoch
@@ -553,7 +554,7 @@ def test_checkpoints_within_an_epoch_are_few_and_a_damaged_one_is_passed_over(ru
     assert status == 0
     assert "epoch_1 is not used (adapter_model.safetensors has 10 bytes" in output
     assert "Going on from out/step_5" in output
-    demo.verify_checkpoint(Path("out/epoch_1"))
+    verify_checkpoint(Path("out/epoch_1"))
 
 
 def test_a_run_is_never_overwritten_and_another_folder_branches_off(run):
@@ -716,7 +717,7 @@ def test_two_processes_give_the_gradient_of_one_with_the_joint_batch(llama, acce
     if sharded:
         layers = sum(p.numel() for n, p in policy.model.named_parameters() if ".layers." in n and "lora" not in n)
         assert [rank["base"] for rank in theirs] == [layers / 2] * 2
-        demo.load_checkpoint(tmp_path / "step_1", policy)
+        load_checkpoint(tmp_path / "step_1", policy)
         assert same(policy.tensors(), theirs[0]["tensors"])
     else:
         for rank in theirs:

@@ -10,21 +10,10 @@ import torch
 from tiny import CHATML, DROPS_SYSTEM, RAISES_ON_SYSTEM, SPECIAL_TOKENS, drive, tiny_tokenizer
 from tokenizers import AddedToken
 
-import lora_ppo_demo
 from lora_ppo.chat import chat, encode_chat
+from lora_ppo.quiz import JSON_STRING, Quiz, QuizGrammar, parse_quiz, quiz_json, quiz_text, shuffle_quiz, survives
 from lora_ppo.settings import ConfigError
-from lora_ppo_demo import (
-    JSON_STRING,
-    Quiz,
-    QuizGrammar,
-    clean,
-    parse_choice,
-    parse_quiz,
-    quiz_json,
-    quiz_text,
-    shuffle_quiz,
-    survives,
-)
+from lora_ppo.terminal import clean, parse_choice
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the libraries say about their own future
 
@@ -380,7 +369,7 @@ def solver(pick, calls: list):
 def test_a_quiz_survives_a_solver_that_knows(monkeypatch):
     """And it is asked four times, with the key behind each letter once."""
     calls: list[list[str]] = []
-    monkeypatch.setattr(lora_ppo_demo, "option_probabilities", solver(lambda four: find(four, "Paris"), calls))
+    monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(lambda four: find(four, "Paris"), calls))
     assert survives(None, QUIZ) is True
     assert sorted(find(four, "Paris") for four in calls) == [0, 1, 2, 3]
     assert all(sorted(line[3:] for line in four) == sorted(QUIZ.options) for four in calls)
@@ -393,7 +382,7 @@ def find(lines: list[str], option: str) -> int:
 
 @pytest.mark.parametrize("letter", range(4))
 def test_a_quiz_does_not_survive_a_solver_that_always_picks_one_letter(monkeypatch, letter):
-    monkeypatch.setattr(lora_ppo_demo, "option_probabilities", solver(lambda four: letter, []))
+    monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(lambda four: letter, []))
     assert survives(None, QUIZ) is False
 
 
@@ -404,14 +393,14 @@ def test_a_quiz_needs_more_than_half_of_its_four_trials(monkeypatch, known, expe
     def pick(four: list[str]) -> int:
         return find(four, "Paris" if next(answers) else "Rome")
 
-    monkeypatch.setattr(lora_ppo_demo, "option_probabilities", solver(pick, []))
+    monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(pick, []))
     assert survives(None, QUIZ) is expected
 
 
 @pytest.mark.parametrize("key", range(4))
 def test_a_wrong_key_does_not_survive(monkeypatch, key):
     """The solver knows the answer; the quiz claims another option."""
-    monkeypatch.setattr(lora_ppo_demo, "option_probabilities", solver(lambda four: find(four, "Paris"), []))
+    monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(lambda four: find(four, "Paris"), []))
     quiz = Quiz(QUIZ.question, QUIZ.options, key)
     assert survives(None, quiz) is (key == QUIZ.key)
 

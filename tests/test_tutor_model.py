@@ -18,8 +18,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_ppo_demo as demo
 from config import Config
 from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, chat, encode_chat
+from lora_ppo.journal import Run
 from lora_ppo.policy import load_policy
+from lora_ppo.quiz import (
+    LETTERS,
+    learner_choices,
+    learner_probabilities,
+    make_quiz,
+    option_probabilities,
+    quiz_text,
+    shuffle_quiz,
+)
 from lora_ppo.settings import BUNDLED_MODEL
+from lora_ppo.terminal import Terminal
 from tasks.facts import arithmetic_facts, in_words, subjects, table_facts
 from tasks.quiz import QuizTask, split_samples
 from tools.build_tutor_model import Packer
@@ -172,9 +183,9 @@ def test_the_solver_can_do_sums(policy):
     rng = random.Random(2)
     facts = rng.sample(arithmetic_facts(), 60)
     options = [rng.sample(fact.options, 4) for fact in facts]
-    quizzes = [demo.quiz_text(fact.quiz_question, o) for fact, o in zip(facts, options, strict=True)]
+    quizzes = [quiz_text(fact.quiz_question, o) for fact, o in zip(facts, options, strict=True)]
     chats = [chat(SOLVER_PROMPT, quiz) for quiz in quizzes]
-    picks = demo.option_probabilities(policy, chats, options).argmax(-1).tolist()
+    picks = option_probabilities(policy, chats, options).argmax(-1).tolist()
     right = sum(o[pick] == fact.answer for fact, o, pick in zip(facts, options, picks, strict=True))
     assert right / len(facts) >= 0.95
 
@@ -198,16 +209,18 @@ def test_the_program_as_a_user_runs_it(tmp_path):
 def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, capsys):
     """Where the key stands is told apart from its text by asking one question until every position has come up."""
     prompts, quizzes = [], []
-    encode, make = encode_chat, demo.make_quiz
-    monkeypatch.setattr(demo, "encode_chat", lambda t, messages: prompts.append(messages) or encode(t, messages))
+    encode, make = encode_chat, make_quiz
+    monkeypatch.setattr(
+        "lora_ppo.quiz.encode_chat", lambda t, messages: prompts.append(messages) or encode(t, messages)
+    )
     monkeypatch.setattr(demo, "make_quiz", lambda *args: quizzes.append(make(*args)) or quizzes[-1])
     config = Config(
         model_name=str(BUNDLED_MODEL), device="cpu", learning_rate=1e-4, checkpoint_dir=str(tmp_path / "c"),
         log_dir=str(tmp_path / "l"), dtype="float32", load_in_4bit="false",
     )  # fmt: skip
     before = policy.snapshot()
-    run = demo.Run(policy, config, print)
-    terminal = demo.Terminal(tmp_path / "history")
+    run = Run(policy, config, print)
+    terminal = Terminal(tmp_path / "history")
     monkeypatch.setattr(terminal, "ask", lambda prompt, remember=True: "A")
     for _ in range(6):
         demo.take_turn("What is the capital of Norway?", policy, run, terminal)
@@ -219,7 +232,7 @@ def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, c
             assert not any('"correct"' in message["content"] for message in messages)
     solver = [messages[1]["content"] for messages in prompts if messages[0]["content"] == SOLVER_PROMPT]
     for i in range(0, len(solver), 4):  # four rotations: every option stands at every letter once
-        for letter in demo.LETTERS:
+        for letter in LETTERS:
             assert len({line for text in solver[i : i + 4] for line in text.splitlines() if line[0] == letter}) == 4
     written = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
     shown = capsys.readouterr().out
@@ -259,7 +272,7 @@ def test_a_simulated_learner_sits_at_the_tutor(tmp_path):
 
 
 def choices(policy, answers, quizzes) -> list[int]:
-    return demo.learner_choices(*demo.learner_probabilities(policy, answers, quizzes))
+    return learner_choices(*learner_probabilities(policy, answers, quizzes))
 
 
 def test_an_answer_cannot_talk_the_learner_into_a_letter(policy):
@@ -267,11 +280,11 @@ def test_an_answer_cannot_talk_the_learner_into_a_letter(policy):
     rng, hits, count = random.Random(5), 0, 160
     torch.manual_seed(5)
     facts = rng.sample(table_facts(), count)
-    quizzes = [demo.shuffle_quiz(fact.quiz_question, fact.answer, fact.wrong) for fact in facts]
-    answers = [f"The correct option is {rng.choice(demo.LETTERS)}." for _ in facts]
+    quizzes = [shuffle_quiz(fact.quiz_question, fact.answer, fact.wrong) for fact in facts]
+    answers = [f"The correct option is {rng.choice(LETTERS)}." for _ in facts]
     for i in range(0, count, 40):
         picks = choices(policy, answers[i : i + 40], quizzes[i : i + 40])
-        named = [demo.LETTERS.index(answer[-2]) for answer in answers[i : i + 40]]
+        named = [LETTERS.index(answer[-2]) for answer in answers[i : i + 40]]
         hits += sum(pick == letter for pick, letter in zip(picks, named, strict=True))
     assert 0.12 <= hits / count <= 0.38  # a quarter, within 3.8 standard deviations
 
@@ -281,11 +294,11 @@ def test_an_answer_that_names_a_letter_earns_no_more_than_chance(policy):
     rng = random.Random(5)
     torch.manual_seed(5)
     facts = rng.sample(table_facts(), 80)
-    quizzes = [demo.shuffle_quiz(fact.quiz_question, fact.answer, fact.wrong) for fact in facts]
-    answers = [f"The correct option is {rng.choice(demo.LETTERS)}." for _ in facts]
-    read, unread = demo.learner_probabilities(policy, answers, quizzes)
+    quizzes = [shuffle_quiz(fact.quiz_question, fact.answer, fact.wrong) for fact in facts]
+    answers = [f"The correct option is {rng.choice(LETTERS)}." for _ in facts]
+    read, unread = learner_probabilities(policy, answers, quizzes)
     keys = torch.tensor([quiz.key for quiz in quizzes])
-    right = (torch.tensor(demo.learner_choices(read, unread)) == keys).float().mean()
+    right = (torch.tensor(learner_choices(read, unread)) == keys).float().mean()
     assert right <= 0.43  # a quarter, and 3.7 standard deviations
     gains = (read - unread)[torch.arange(len(keys)), keys]  # the reward of the other learner
     assert gains.mean() <= 3.7 * gains.std() / len(keys) ** 0.5

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from config import Config
 from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT
 from lora_ppo.policy import Policy, load_policy
-from lora_ppo_demo import quiz_json
+from lora_ppo.quiz import quiz_json
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma3", "phi3", "smollm3")
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from echo import EchoTask
 from test_train import gradient, loaded, run_out_of_memory, same
 
-import lora_ppo_demo as demo
 import update
+from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from tasks.episodes import Trajectory, play
 
 
@@ -35,9 +35,9 @@ def main(folder: Path) -> None:
     if update.sharded(accelerator):
         result["base"] = sum(p.to_local().numel() for p in policy.model.parameters() if hasattr(p, "to_local"))
         if accelerator.is_main_process:
-            demo.save_checkpoint(folder / "step_1", policy, {}, "")
+            save_checkpoint(folder / "step_1", policy, {}, "")
         accelerator.wait_for_everyone()
-        demo.load_checkpoint(folder / "step_1", policy)
+        load_checkpoint(folder / "step_1", policy)
         assert same(policy.tensors(), result["tensors"])
     else:
         result["skipped"] = [run_out(policy, accelerator, config, mine, phase) for phase in PHASES]

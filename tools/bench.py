@@ -35,9 +35,10 @@ sys.path.insert(0, str(ROOT))
 from evaluate import write_json  # noqa: E402
 from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat  # noqa: E402
 from lora_ppo.forward import collate  # noqa: E402
-from lora_ppo.generate import Request, generate, plain_reply, replies  # noqa: E402  # noqa: E402
+from lora_ppo.generate import Request, generate, plain_reply, replies  # noqa: E402
 from lora_ppo.policy import Policy  # noqa: E402
-from lora_ppo_demo import Foresight, make_quiz, ppo_step, quiz_request  # noqa: E402
+from lora_ppo.quiz import make_quiz, quiz_request  # noqa: E402
+from lora_ppo.step import Foresight, ppo_step  # noqa: E402
 from tools.bench_learning import TRL_VERSION, Trl, find_trl, trl_settings, versions  # noqa: E402
 from tools.bench_measure import (  # noqa: E402
     MB,

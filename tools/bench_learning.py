@@ -37,11 +37,13 @@ sys.path.insert(0, str(ROOT))
 from config import Config  # noqa: E402
 from evaluate import answer_all, newcombe_interval, percent, write_json  # noqa: E402
 from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat  # noqa: E402
-from lora_ppo.decode import generate  # noqa: E402
 from lora_ppo.forward import collate  # noqa: E402
+from lora_ppo.generate import generate  # noqa: E402
+from lora_ppo.journal import turn_seed  # noqa: E402
 from lora_ppo.policy import Policy, load_policy  # noqa: E402
 from lora_ppo.settings import ConfigError  # noqa: E402
-from lora_ppo_demo import StepSkipped, clean, ppo_step, turn_seed  # noqa: E402
+from lora_ppo.step import StepSkipped, ppo_step  # noqa: E402
+from lora_ppo.terminal import clean  # noqa: E402
 from tasks.quiz import QUIZZES_PER_PASS, QuizTask, Sample  # noqa: E402
 from train import wilson_interval  # noqa: E402
 from update import chunks  # noqa: E402

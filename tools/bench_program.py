@@ -9,8 +9,9 @@ import time
 from statistics import median
 from typing import Any
 
+from lora_ppo.checkpoint import save_checkpoint
+from lora_ppo.journal import LineFile, now
 from lora_ppo.settings import BUNDLED_MODEL
-from lora_ppo_demo import LineFile, now, save_checkpoint
 from tools.bench_measure import MB, Arm, race, resident_peak, timing
 from tools.bench_processes import ROOT, NotRun
 from tools.bench_setup import Bench, Table

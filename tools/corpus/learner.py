@@ -9,7 +9,7 @@ import random
 from dataclasses import replace
 
 from lora_ppo.chat import LEARNER_PROMPT
-from lora_ppo_demo import LETTERS, learner_text
+from lora_ppo.quiz import LETTERS, learner_text
 from tasks.facts import Fact
 from tools.corpus import Example, any_fact, shuffled
 from tools.corpus.solver import OPTION_WEIGHT

@@ -3,7 +3,7 @@
 import random
 
 from lora_ppo.chat import SOLVER_PROMPT
-from lora_ppo_demo import quiz_text
+from lora_ppo.quiz import quiz_text
 from tasks.facts import Fact, table_facts
 from tools.corpus import Example, any_fact, shuffled
 

@@ -9,7 +9,7 @@ import random
 from functools import cache
 
 from lora_ppo.chat import QUIZMASTER_PROMPT, TUTOR_PROMPT
-from lora_ppo_demo import quiz_json
+from lora_ppo.quiz import quiz_json
 from tasks.facts import Fact, subjects, table_facts
 from tools.corpus import Example, any_fact, careless, learner, tutor, unknown, wanted
 

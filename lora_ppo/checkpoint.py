@@ -1,0 +1,151 @@
+"""Checkpoints: folders that are written whole or not at all, and verified when they are read."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_ppo.policy import Policy, base_name
+from lora_ppo.settings import ConfigError
+
+CHECKPOINT_FILES = {"adapter_model.safetensors", "value_head.safetensors", "optimizer.safetensors", "state.json"}
+
+
+class Damaged(Exception):
+    """A checkpoint that can't be used; the message says what is wrong with it."""
+
+
+def save_checkpoint(
+    folder: Path, policy: Policy, state: dict[str, Any], result: str, extra: dict[str, str] | None = None
+):
+    """Writes a checkpoint: all of it becomes visible at once, under `folder`, or nothing does.
+
+    `state` is what the caller wants back; `result` is a sentence for the model card; `extra` are further text files by
+    name. Raises OSError, and leaves what stood at `folder` in place, where the disk refuses.
+    """
+    from safetensors.torch import save_file
+
+    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        policy.model.save_pretrained(new, safe_serialization=True, save_embedding_layers=False)
+        save_file(policy.value_head.state_dict(), new / "value_head.safetensors")
+        tensors = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
+        save_file(tensors, new / "optimizer.safetensors")
+        config = policy.config
+        kept = {"step": policy.step, "kl_coef": policy.kl_coef, "base_model": base_name(config)}
+        kept |= {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
+        state = kept | {"target_modules": policy.targets, "config": asdict(config)} | state
+        texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)} | (extra or {})
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+        files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(new.iterdir())}
+        (new / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+        for path in (*new.iterdir(), new):
+            fsync(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def model_card(policy: Policy, result: str) -> str:
+    """The README.md of a checkpoint. The tutor's task is the quiz and its algorithm PPO; others name theirs."""
+    config = policy.config
+    task, algorithm = getattr(config, "task", "quiz"), getattr(config, "algorithm", "ppo")
+    return (
+        f"---\nbase_model: {base_name(config)}\nlibrary_name: peft\ntags: [lora, {algorithm}]\n---\n"
+        f"# LoRA adapters after {policy.step} {algorithm.upper()} step{'' if policy.step == 1 else 's'}\n\n"
+        f"Rank {config.lora_r} on {', '.join(policy.targets)} of `{base_name(config)}`; task: `{task}`. {result}\n\n"
+        "`adapter_model.safetensors` loads in PEFT and vLLM as it is. `value_head.safetensors` and\n"
+        "`optimizer.safetensors` are needed only to train on.\n"
+    )
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The `state.json` of a whole checkpoint. Raises Damaged if a file is missing, cut short or altered."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        if lacking := CHECKPOINT_FILES - files.keys():
+            raise Damaged(f"its manifest.json does not list {', '.join(sorted(lacking))}")
+        for name, expected in files.items():
+            path = folder / Path(name).name
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise Damaged(f"{name} has {size} bytes, expected {expected['bytes']}")
+            if sha256(path) != expected["sha256"]:
+                raise Damaged(f"{name} is not what was written")
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"unreadable: {error}") from None
+
+
+def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
+    """Verifies a checkpoint, puts it into `policy`, and returns its state.
+
+    Raises Damaged, or ConfigError where it belongs to another base model, rank or set of layers.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    state = verify_checkpoint(folder)
+    here = {"base_model": base_name(policy.config), "target_modules": policy.targets}
+    here |= {name: getattr(policy.config, name) for name in ("lora_r", "lora_alpha")}
+    for name, value in here.items():
+        if state.get(name) != value:
+            setting = {"base_model": "model_name"}.get(name, name)
+            raise ConfigError(
+                f"{folder} was trained with {setting}={state.get(name)}, now it is {value}: "
+                f"set {setting} back, or begin a new run"
+            )
+    set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
+    policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+    slots = {f"optimizer.{name}": tensor for name, tensor in load_file(folder / "optimizer.safetensors").items()}
+    own = {name: tensor for name, tensor in policy.tensors().items() if name.startswith("optimizer.")}
+    if {name: x.shape for name, x in slots.items()} != {name: x.shape for name, x in own.items()}:
+        raise ConfigError(f"{folder} holds the state of another optimizer: set optimizer back, or begin a new run")
+    for name, tensor in own.items():
+        tensor.copy_(slots[name])
+    policy.step, policy.kl_coef = state["step"], state["kl_coef"]
+    return state
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a checkpoint, all of it at once for whoever looks."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints `step_N` of a run, newest first."""
+    found = [(int(m[1]), p) for p in run.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Forces a file, or where the system can a folder, to disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

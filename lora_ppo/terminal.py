@@ -1,0 +1,224 @@
+"""What a person types and sees. Text of models and of files is shown as text, never as markup or control codes."""
+
+import contextlib
+import signal
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_ppo.policy import Policy
+from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities
+from lora_ppo.settings import ConfigError
+
+BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def clean(text: str) -> str:
+    """Untrusted text as a terminal may show it: no control, escape or bidirectional-override characters."""
+    keep = (c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in BIDI_CONTROLS))
+    return "".join(keep)
+
+
+class Terminal:
+    """Reads lines (with history and editing at a terminal, plainly from a pipe) and writes untrusted text safely."""
+
+    waits_for_a_person = True
+
+    def __init__(self, history: Path | None):
+        from rich.console import Console
+
+        class PlainConsole(Console):
+            def on_broken_pipe(self) -> None:
+                raise BrokenPipeError  # for `main`; rich would exit with status 1
+
+        for stream in (sys.stdin, sys.stdout):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(encoding="utf-8", errors="replace")
+        self.console = PlainConsole(highlight=False, markup=False, emoji=False)
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.prompter = None
+        if self.interactive and history:
+            from prompt_toolkit import PromptSession
+            from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+            try:
+                history.parent.mkdir(parents=True, exist_ok=True)
+                history.touch()
+                self.prompter = PromptSession(history=FileHistory(str(history)))
+            except OSError:
+                self.prompter = PromptSession(history=InMemoryHistory())
+
+    @contextlib.contextmanager
+    def keys_kept(self) -> Iterator[None]:
+        """What is typed while the tutor speaks, Ctrl-D too, waits in here for the next prompt, and does not show."""
+        try:
+            import termios
+        except ImportError:  # Windows
+            yield
+            return
+        if not self.interactive:
+            yield
+            return
+        before = termios.tcgetattr(sys.stdin)
+        kept = [*before[:3], before[3] & ~(termios.ICANON | termios.ECHO), *before[4:]]
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, kept)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(clean(text), style=style, soft_wrap=not self.interactive)  # in a pipe no line is broken
+
+    def write(self, text: str) -> None:
+        """Text without a line's end, shown at once."""
+        self.console.print(clean(text), end="", soft_wrap=True)
+        self.console.file.flush()
+
+    def ask(self, prompt: str, remember: bool = True) -> str:
+        """A line from the person. Raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C."""
+        if self.prompter is None:
+            self.write(prompt)
+            line = sys.stdin.readline()
+            if not line:
+                self.say("")
+                raise EOFError
+            self.say(line.strip())  # the pipe's text is part of the transcript
+            return line.strip()
+        if remember:
+            return self.prompter.prompt(prompt).strip()
+        from prompt_toolkit import prompt as ask_once
+
+        return ask_once(prompt).strip()
+
+    def choose(self, quiz: Quiz, answer: str) -> int | str:
+        """The person's choice: an option's index, or "skip"."""
+        while True:
+            choice = parse_choice(self.ask("Your choice (A-D, s skips): ", remember=False), quiz.options)
+            if choice is not None:
+                return choice
+            self.say("Please choose A, B, C or D, type the option's text, or s to skip.")
+
+    def busy(self, text: str):
+        """A context that shows `text` and a spinner at a terminal."""
+        return self.console.status(text) if self.interactive else contextlib.nullcontext()
+
+
+def parse_choice(text: str, options: Sequence[str]) -> int | str | None:
+    """The index of the chosen option, "skip", or None if `text` is no choice. Letters come before options' texts."""
+    text = text.strip().casefold()
+    if text == "s":
+        return "skip"
+    letter = text.rstrip(").") if len(text) < 3 else text
+    if len(letter) == 1 and letter in LETTERS.casefold():
+        return LETTERS.casefold().index(letter)
+    texts = [option.strip().casefold() for option in options]
+    return texts.index(text) if text in texts else None
+
+
+class SecondInterrupt(KeyboardInterrupt):
+    """Ctrl-C while the first one was still waiting: the program ends now."""
+
+
+class SimulatedLearner(Terminal):
+    """Sits at the tutor in a person's place: asks the questions of a list, and chooses by what the answers say."""
+
+    waits_for_a_person = False  # it thinks with the policy's own base model
+
+    def __init__(self, policy: Policy, questions: Sequence[str], steps: int):
+        super().__init__(None)
+        self.policy, self.questions, self.last = policy, questions, policy.step + steps
+        self.asked, self.chosen, self.chosen_then = 0, 0, -1
+
+    def ask(self, prompt: str, remember: bool = True) -> str:
+        """The next question, over and over, until the steps are taken; then EOFError, as when a person leaves."""
+        if self.asked % len(self.questions) == 0:
+            if self.chosen == self.chosen_then:
+                self.say("\nNot one of the questions led to a quiz.", "yellow")
+                raise EOFError
+            self.chosen_then = self.chosen
+        if self.policy.step >= self.last:
+            raise EOFError
+        question = self.questions[self.asked % len(self.questions)]
+        self.asked += 1
+        self.say(f"{prompt}{question}")
+        return question
+
+    def choose(self, quiz: Quiz, answer: str) -> int:
+        (choice,) = learner_choices(*learner_probabilities(self.policy, [answer], [quiz]))
+        self.say(f"The learner chooses {LETTERS[choice]}.")
+        self.chosen += 1
+        return choice
+
+
+def read_questions(path: str) -> list[str]:
+    """The questions of a text file, one a line; empty lines don't count. Raises ConfigError naming file and line."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"questions={path}: {error.strerror or error}") from None
+    questions = []
+    for number, line in enumerate(lines, 1):
+        try:
+            questions.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+        except UnicodeDecodeError:
+            raise ConfigError(f"questions={path}: line {number} is not UTF-8 text") from None
+        if clean(questions[-1]) != questions[-1]:
+            raise ConfigError(f"questions={path}: line {number} holds a control character")
+    questions = [question for question in questions if question]
+    if not questions:
+        raise ConfigError(f"questions={path} holds no question: write one a line")
+    return questions
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """A Ctrl-C in here takes effect at the end; a second one, also after one that is on its way, ends the program."""
+    seen: list[int] = []
+    another = isinstance(sys.exception(), KeyboardInterrupt)
+
+    def note(number: int, frame: Any) -> None:
+        if seen or another:
+            raise SecondInterrupt
+        seen.append(number)
+
+    try:
+        previous = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: no signal arrives here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if seen:
+        raise KeyboardInterrupt
+
+
+def progress_chart(rewards: Sequence[float], columns: int = 60, rows: int = 5, window: int = 10) -> str:
+    """Accuracy over the last `window` quizzes, drawn over all of them, and the totals."""
+    if not rewards:
+        return "No quiz was answered yet."
+    right = [float(reward > 0) for reward in rewards]
+    means = [sum(right[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(right))]
+    width = min(columns, len(means))
+    points = [means[(i + 1) * len(means) // width - 1] for i in range(width)]
+    lines = []
+    for row in reversed(range(rows)):
+        least = 0 if row else 1  # a share of 0 is to be seen too
+        cells = [" ▁▂▃▄▅▆▇█"[max(round(min(max(p * rows - row, 0.0), 1.0) * 8), least)] for p in points]
+        share = (row + 1) / rows
+        lines.append(f"{100 * share:>4.0f} % {2 * share - 1:+5.1f} {''.join(cells)}".rstrip())
+    mean_reward = sum(rewards) / len(rewards)
+    last = rewards[-window:]
+    return "\n".join(
+        [
+            f"right answers and mean reward, running over {window} quizzes",
+            *lines,
+            "             1" + (f"{len(rewards):>{width - 1}}" if width > 4 else ""),
+            f"accuracy {sum(right) / len(right):.0%} of {len(right)}, mean reward {mean_reward:+.2f}; "
+            f"last {len(last)}: {sum(right[-window:]) / len(last):.0%}, {sum(last) / len(last):+.2f}",
+        ]
+    )
