@@ -67,6 +67,7 @@ class Config(Settings):
         True,
         "compute both outcomes while the quiz is read: no wait after the choice, memory for two more trained states",
     )
+    reveal: bool = setting(False, "show the right option after a wrong choice")
     resume: str = setting(
         "auto", "auto (the newest whole checkpoint), none (a new run beside the old), or a checkpoint folder"
     )

@@ -12,7 +12,6 @@ Left out on purpose: splits of its own. What is held out is the task's decision;
 """
 
 import json
-import math
 import os
 import random
 import shutil
@@ -25,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat
 from lora_ppo.checkpoint import Damaged, verify_checkpoint
+from lora_ppo.episodes import Episode, Message, Outcome, Task, judge, play
 from lora_ppo.journal import now, turn_seed
 from lora_ppo.policy import Policy, base_name, load_policy
 from lora_ppo.settings import BUNDLED_MODEL, ConfigError, help_text, known_name, parse, setting, split_arguments
+from lora_ppo.statistics import RESAMPLES, bootstrap_interval, mcnemar_exact, newcombe_interval, wilson_interval
 from lora_ppo.terminal import clean
-from tasks import Episode, Message, Outcome, Task
-from tasks.episodes import judge
-from train import CHOICES, TASKS, TrainConfig, chunks, play, wilson_interval
+from lora_ppo.training import chunks
+from train import CHOICES, TASKS, TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RESAMPLES = 10_000
 METHODS = {
     "accuracy": "Wilson score interval, 95 %",
     "accuracy difference": "Newcombe's interval for paired proportions (1998, method 10), 95 %",
@@ -145,51 +144,6 @@ def adapters(config: EvaluateConfig) -> list[Path]:
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
-
-
-def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided p that two models are equally often right, from the samples that one alone got right.
-
-    McNemar 1947 in its exact form: under the null hypothesis either model is the right one with probability 1/2.
-    """
-    n = only_first + only_second
-    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**n)
-
-
-def newcombe_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
-    """The interval of (first accuracy - second accuracy) on the same samples.
-
-    Newcombe 1998, Statistics in Medicine 17, 2635-2650, method 10: the distances of both Wilson intervals from their
-    proportions, joined with the correlation phi (corrected for continuity) of the two models' results.
-    """
-    n = both + only_first + only_second + neither
-    if n == 0:
-        return -1.0, 1.0
-    first, second = both + only_first, both + only_second
-    (low_1, high_1), (low_2, high_2) = wilson_interval(first, n), wilson_interval(second, n)
-    p_1, p_2 = first / n, second / n
-    covariance = both * neither - only_first * only_second
-    if covariance > 0:
-        covariance = max(covariance - n / 2, 0.0)
-    spread = first * (n - first) * second * (n - second)
-    phi = covariance / math.sqrt(spread) if spread else 0.0
-
-    def joined(a: float, b: float) -> float:
-        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
-
-    return p_1 - p_2 - joined(p_1 - low_1, high_2 - p_2), p_1 - p_2 + joined(high_1 - p_1, p_2 - low_2)
-
-
-def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The interval of the mean of paired differences: percentiles 2.5 and 97.5 of the means of resamples."""
-    import numpy as np
-
-    values = np.asarray(differences, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 # --------------------------------------------------------------------------------------------------------- answering

@@ -1,44 +1,42 @@
 """A tutor that learns from whether you understood.
 
-    python lora_ppo_demo.py                        start, or go on with, the tutor
+    python lora_ppo_demo.py                        start the tutor, or go on where you left off
     python lora_ppo_demo.py --help                 every setting
 
-You ask. A local language model answers, then quizzes you on your question. Right is a reward of +1, wrong of -1, and
-one PPO step on that one answer trains the model's LoRA adapters and its value head. This file holds all of it, in
-reading order: policy, generation, quiz, PPO, checkpoints and journal, session. Mathematics is batch-first; the tutor
-is the case of a batch of one.
+The loop, numbered as in `take_turn` below:
 
-Left out on purpose: a reward model (the quiz is the reward), a second copy of the model (the reference policy is the
-same model with the adapters off), and batched or unattended training (a companion's work).
+    1. You ask a question.
+    2. The policy, a language model with LoRA adapters, answers it.
+    3. The base model, its adapters off, writes a quiz from the question alone, and must confirm its own key.
+    4. You choose one of four options.
+    5. Right is a reward of +1, wrong of -1.
+    6. One PPO step on that one answer trains the adapters and the value head.
+    7. The turn is on disk before you see its result: in the journal, and in the log.
+    8. Every `save_every` steps the adapters are saved, in the form in which PEFT and vLLM load them.
 
-Shapes: B samples, P prompt tokens, T response tokens, V vocabulary. `response_mask` (B, T) is True
-exactly where the policy chose the token, its end-of-sequence token included.
+Where to read on: lora_ppo/step.py is the PPO step, from top to bottom; lora_ppo/ppo.py holds its equations. config.py
+has every setting. Left out on purpose: a reward model (the quiz is the reward), a second copy of the model (the
+reference policy is the same model with its adapters off), and training without a person (train.py).
 """
 
 import math
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from config import Config
-from lora_ppo.chat import (
-    QUIZMASTER_PROMPT,
-    TUTOR_PROMPT,
-    chat,
-    encode_chat,
-)
+from lora_ppo.chat import QUIZMASTER_PROMPT, TUTOR_PROMPT, chat, encode_chat
 from lora_ppo.generate import Request, replies
 from lora_ppo.journal import Run, Turn, turn_seed
-from lora_ppo.policy import Policy, base_name, load_policy
+from lora_ppo.policy import Policy, base_name, is_bundled, load_policy
 from lora_ppo.quiz import LETTERS, make_quiz, quiz_request, quiz_text
-from lora_ppo.settings import (
-    ConfigError,
-    from_command_line,
-)
-from lora_ppo.step import OUT_OF_MEMORY, out_of_memory
+from lora_ppo.settings import ConfigError, from_command_line
+from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_step
 from lora_ppo.terminal import (
+    COMMANDS,
     SecondInterrupt,
     SimulatedLearner,
     Terminal,
@@ -48,61 +46,134 @@ from lora_ppo.terminal import (
     read_questions,
 )
 
-if TYPE_CHECKING:  # torch takes seconds to import: `--help` answers without it
-    pass
+USAGE = f"""usage: python lora_ppo_demo.py [--config FILE] [name=value ...]
+
+A tutor that learns from whether you understood: ask, read the answer, take the quiz. Each result trains it.
+
+examples:
+  python lora_ppo_demo.py                                    go on where you left off
+  python lora_ppo_demo.py resume=none learning_rate=1e-4     a new run beside the old one
+  python lora_ppo_demo.py learner=simulated questions=my_questions.txt steps=100
+
+in the session:
+{COMMANDS}"""
+
+# ---------------------------------------------------------------------------------------------------------- the turn
 
 
-# ------------------------------------------------------------------------------------------------ roles and prompts
+def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> None:
+    """One question, from the answer to the step it earns. The numbers are those of the loop at the top of this file."""
+    import torch
+
+    config, tokenizer, number = run.config, policy.tokenizer, run.turn
+
+    # 1. The question becomes a prompt. Whatever it spells, it stays text: it can't forge a chat turn.
+    prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, question))
+    if not fits(question, prompt, policy, terminal):
+        return
+    foresight = None
+    try:
+        # 2. The policy answers, at `temperature`. A turn draws from a seed of its own, so that a session that was
+        #    stopped goes on as if it had not been. Beside the answer, unseen, the quizmaster writes a first quiz.
+        torch.manual_seed(turn_seed(config.seed, number))
+        terminal.write("Tutor: ")
+        answering = Request(prompt, config.temperature, on_text=terminal.stream)
+        response, written = replies(policy, [answering, quiz_request(policy, question)])
+        answer = tokenizer.decode(response, skip_special_tokens=True)
+        terminal.end_stream("" if answer.strip() else "(no answer)")
+
+        # 3. The quiz knows the question, never the answer, and is written by the base model: the policy can't learn to
+        #    make it easy. The base model, blind to the key, must pick it in most orders of the options.
+        with terminal.busy("making a quiz"):
+            quiz = make_quiz(policy, question, written)
+        if quiz is None:
+            terminal.say("I couldn't write a reliable quiz for that, so nothing was learned.", "yellow")
+            return
+        terminal.say(f"\nQuiz: {quiz_text(quiz.question, quiz.options)}", "bold")
+
+        # 4. You choose. Meanwhile a thread takes the step for +1 and for -1 (`precompute`): your choice picks one.
+        turn = Turn(number, prompt, response, reward=math.nan)
+        if terminal.waits_for_a_person:
+            with interrupts_deferred():
+                foresight = run.foresee(turn)
+        choice = terminal.choose(quiz, answer)
+        if choice == "skip":
+            terminal.say("Skipped: no reward, no step.")
+            return
+
+        # 5. The reward. The key is compared here and stays here: it is in no prompt, log or checkpoint.
+        turn.reward = 1.0 if choice == quiz.key else -1.0
+        line = {"question": question, "answer": answer, "quiz_id": f"quiz-{number}", "user_answer": LETTERS[choice]}
+
+        with interrupts_deferred():  # a Ctrl-C waits until the turn is whole
+            # 6. One PPO step, as soon as batch_size answers wait for it: by default on this one alone.
+            started, line["outcome"] = time.perf_counter(), "pending"
+            if run.collect(turn, foresight.before if foresight else None):
+                try:
+                    metrics = foresight.take(turn.reward) if foresight else ppo_step(policy, *run.material())
+                    line["outcome"] = "undone" if metrics.pop("undone", False) else "taken"
+                except StepSkipped as skipped:
+                    line["outcome"], metrics = "skipped", {"why": str(skipped)}
+                line |= metrics
+            foreseen = foresight.seconds.get(turn.reward) if foresight else None
+            line["seconds"] = round(foreseen or time.perf_counter() - started, 4)  # of computing, not of waiting for it
+
+            # 7. and 8. Journal, log, and every save_every steps a checkpoint.
+            foresight = None
+            line = run.finish_turn(turn, line)
+            show_outcome(line, run, terminal)
+            if config.reveal and choice != quiz.key:
+                terminal.say(f"The right answer is {LETTERS[quiz.key]}) {quiz.options[quiz.key]}.")
+    finally:
+        with interrupts_deferred():
+            if foresight:
+                foresight.discard()
+            run.abandon(number)
 
 
-# ------------------------------------------------------------------------------------------------------------ policy
+def fits(question: str, prompt: list[int], policy: Policy, terminal: Terminal) -> bool:
+    """Whether the question leaves room in the model's context for an answer and for a quiz; if not, says so."""
+    longest = max(len(prompt), len(encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, question))))
+    room = policy.context - policy.config.max_new_tokens
+    if longest > room:
+        terminal.say(
+            f"That question takes {longest} tokens with its instructions; the model has room for {room}.", "yellow"
+        )
+    return longest <= room
 
 
-# -------------------------------------------------------------------------------------------------------- generation
+def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
+    """Right or wrong, and what the step did."""
+    right = line["reward"] > 0
+    terminal.say(f"{'Right' if right else 'Wrong'}. Reward {line['reward']:+g}.", "green" if right else "red")
+    if line["outcome"] == "pending":
+        terminal.say(f"{len(run.pending)} of {run.config.batch_size} answers for the next step.")
+    elif line["outcome"] == "skipped":
+        terminal.say(f"No step was taken: {line['why']}. The weights are as they were.", "yellow")
+    elif line["outcome"] == "undone":
+        terminal.say(
+            f"Step {line['step']} was undone: it moved the policy by {line['step_kl']:.3f} nats per token, "
+            f"more than target_kl={run.config.target_kl:g}.",
+            "yellow",
+        )
+    else:
+        ratio = line["likelihood_ratio"]
+        change = f"{ratio:.3g} times as"
+        if 0.5 <= ratio < 2:
+            change = f"{100 * abs(ratio - 1):.2g} % {'more' if ratio >= 1 else 'less'}"
+        those = "that answer is" if run.config.batch_size == 1 else "those answers together are"
+        terminal.say(
+            f"Step {line['step']} took {line['seconds']:.2f} s and moved the policy by {line['step_kl']:.2g} nats per "
+            f"token: {those} now {change} likely.",
+            "dim",
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------- quiz
-
-
-# The simulated learner: the base model in a learner's role, blind to the key, reads an answer and takes the quiz.
-
-
-# --------------------------------------------------------------------------------------------------------------- PPO
-
-
-# ------------------------------------------------------------------------------------------ checkpoints, journal, log
-
-
-# ----------------------------------------------------------------------------------------------------------- session
-
-HELP = """Ask a question, read the answer, then choose A to D on the quiz: right is +1, wrong is -1; the tutor learns.
-At the quiz:     A B C D, or the option's text, then Enter; s skips (no reward, no step).
-At the question: /help       this text
-                 /progress   how the quizzes went so far
-                 /undo       take the last step back, exactly
-                 /save       write a checkpoint now
-                 /config     every setting as it is in force
-                 /quit       save and leave (so do Ctrl-D and Ctrl-C)"""
-
-
-def banner(policy: Policy, config: Config, run: Run) -> str:
-    """What a person sees first."""
-    size = sum(p.numel() for p in policy.parameters.values())
-    total = sum(p.numel() for n, p in policy.model.named_parameters() if n not in policy.parameters)
-    precision = "4-bit NF4" if config.load_in_4bit == "true" else config.dtype
-    return "\n".join(
-        [
-            f"model    {base_name(config)} ({total / 1e6:,.1f} M parameters, {precision}, on {config.device})",
-            f"adapter  LoRA rank {config.lora_r} on {len(policy.targets)} layer types, {size / 1e6:.2f} M trainable",
-            f"step     {policy.step}, saved every {config.save_every} steps in {run.folder}",
-            f"log      {run.log.path}",
-            "help     /help lists the commands; an empty line asks again; Ctrl-D leaves",
-        ]
-    )
+# ------------------------------------------------------------------------------------------------------- the session
 
 
 def session(policy: Policy, run: Run, terminal: Terminal) -> int:
-    """Questions, answers, quizzes and steps, until the person leaves. Returns the exit status."""
+    """Turns and commands, until the person leaves. Returns the exit status."""
     interrupted = False
     while True:
         try:
@@ -131,101 +202,25 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
             terminal.say(f"\nThe turn ended: {OUT_OF_MEMORY}", "yellow")
 
 
-def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> None:
-    """One question: the answer, the quiz, the choice, and the step it earns."""
-    config, tokenizer = run.config, policy.tokenizer
-    prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, question))
-    longest = max(len(prompt), len(encode_chat(tokenizer, chat(QUIZMASTER_PROMPT, question))))
-    if longest + config.max_new_tokens > policy.context:
-        room = policy.context - config.max_new_tokens
-        terminal.say(
-            f"That question takes {longest} tokens with its instructions; the model has room for {room}.", "yellow"
-        )
-        return
-    number = run.turn
-    try:
-        answer_and_quiz(question, prompt, policy, run, terminal)
-    finally:
-        with interrupts_deferred():
-            run.forget()
-            if run.turn == number:
-                run.pass_over(number)
-
-
-def answer_and_quiz(question: str, prompt: list[int], policy: Policy, run: Run, terminal: Terminal) -> None:
-    """The turn from the answer on."""
-    import torch
-
-    config, tokenizer, number = run.config, policy.tokenizer, run.turn
-    torch.manual_seed(turn_seed(config.seed, number))
-    terminal.write("Tutor: ")
-    answering = Request(prompt, config.temperature, on_text=terminal.write)
-    response, written = replies(policy, [answering, quiz_request(policy, question)])
-    answer = tokenizer.decode(response, skip_special_tokens=True)
-    terminal.say("" if answer.strip() else "(no answer)")
-    with terminal.busy("making a quiz"):
-        quiz = make_quiz(policy, question, written)
-    if quiz is None:
-        terminal.say("No sound quiz could be made on this question, so it earns no reward and no step.", "yellow")
-        return
-    terminal.say(f"\nQuiz: {quiz_text(quiz.question, quiz.options)}", "bold")
-    turn = Turn(number, prompt, response, math.nan)
-    if terminal.waits_for_a_person:
-        with interrupts_deferred():
-            run.foresee(turn)
-    choice = terminal.choose(quiz, answer)
-    if choice == "skip":
-        terminal.say("Skipped: no reward, no step.")
-        return
-    turn.reward = 1.0 if choice == quiz.key else -1.0
-    line = {"question": question, "answer": answer, "quiz_id": f"quiz-{number}", "user_answer": LETTERS[choice]}
-    with interrupts_deferred():
-        line = run.finish_turn(turn, line)
-        show_outcome(line, run, terminal)
-
-
-def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
-    """Right or wrong, and what the step did."""
-    right = line["reward"] > 0
-    terminal.say(f"{'Right' if right else 'Wrong'}. Reward {line['reward']:+g}.", "green" if right else "red")
-    if line["outcome"] == "pending":
-        terminal.say(f"{len(run.pending)} of {run.config.batch_size} answers for the next step.")
-    elif line["outcome"] == "skipped":
-        terminal.say(f"No step was taken: {line['why']}. The weights are as they were.", "yellow")
-    elif line["outcome"] == "undone":
-        terminal.say(
-            f"Step {line['step']} was undone: it moved the policy by {line['step_kl']:.3f} nats per token, "
-            f"more than target_kl={run.config.target_kl:g}.",
-            "yellow",
-        )
-    else:
-        those = "this answer is" if run.config.batch_size == 1 else "these answers together are"
-        terminal.say(
-            f"Step {line['step']} took {line['seconds']:.2f} s and moved the policy by {line['step_kl']:.2g} nats per "
-            f"token: {those} now {line['likelihood_ratio']:.3g} times as likely.",
-            "dim",
-        )
-
-
 def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
     """Carries out a /command; True if the session ends."""
     name = text.split()[0].lower()
     if name == "/quit":
         return True
     if name == "/help":
-        terminal.say(HELP)
+        terminal.say(COMMANDS)
     elif name == "/progress":
         terminal.say(progress_chart([line["reward"] for line in run.history()]))
     elif name == "/undo":
         step = policy.step
         with interrupts_deferred():
             undone = run.undo()
-        if undone and policy.step == step:
-            terminal.say("The last answer was taken back before its step.")
+        if not undone:
+            terminal.say("There is no step to undo.")
+        elif policy.step == step:
+            terminal.say("Undid the last answer; its step had not been taken yet.")
         else:
-            terminal.say(
-                f"Step {step} was taken back; the tutor is at step {policy.step}." if undone else "No step to undo."
-            )
+            terminal.say(f"Undid step {step}; the tutor is back at step {policy.step}.")
     elif name == "/save":
         with interrupts_deferred():
             saved = run.save()
@@ -238,9 +233,24 @@ def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
     return False
 
 
-USAGE = """usage: python lora_ppo_demo.py [--config FILE] [name=value ...]
-
-A tutor that learns from whether you understood: ask, read the answer, take the quiz; each result trains it."""
+def banner(policy: Policy, config: Config, run: Run) -> str:
+    """What a person sees first."""
+    size = sum(p.numel() for p in policy.parameters.values())
+    adapters, whole = policy.model.get_nb_trainable_parameters()  # counts what is packed in 4 bits, too
+    total = whole - adapters
+    precision = "4-bit NF4" if config.load_in_4bit == "true" else config.dtype
+    questions = "What is the capital of Norway?", "What is the opposite of early?"
+    questions += ("What is 7 + 5?" if is_bundled(config.model_name) else "Which planet is the largest?",)
+    return "\n".join(
+        [
+            f"model    {base_name(config)} ({total / 1e6:,.1f} M parameters, {precision}, on {config.device})",
+            f"adapter  LoRA rank {config.lora_r} on {len(policy.targets)} layer types, {size / 1e6:.2f} M trainable",
+            f"step     {policy.step}, saved every {config.save_every} steps in {run.folder}",
+            f"log      {run.log.path}",
+            f"ask      {'  '.join(questions)}",
+            "help     /help lists the commands; Ctrl-D leaves",
+        ]
+    )
 
 
 def main() -> int:
@@ -255,8 +265,11 @@ def main() -> int:
             terminal.say(text, "yellow")
 
         try:
-            policy, config = load_policy(config, notice)
-            run = Run(policy, config, notice)
+            # The base model (in 4 bits on a GPU), LoRA adapters on its linear layers, a float32 value head, AdamW; then
+            # the run on disk: the newest whole checkpoint, and the turns after it replayed from the journal.
+            with terminal.busy("Loading the model ..."):
+                policy, config = load_policy(config, notice)
+                run = Run(policy, config, notice)
             if questions:
                 terminal = SimulatedLearner(policy, questions, config.steps)
             terminal.say(banner(policy, config, run), "cyan")
@@ -268,7 +281,7 @@ def main() -> int:
         if run and status == 0 and run.policy.step > run.saved_step and run.save():
             terminal.say(f"Saved step {policy.step} in {run.folder}. Goodbye.")
         if run and run.journal.unwritten:
-            terminal.say(f"{run.folder} could not be written to: what was learnt since step {run.saved_step} is lost.")
+            terminal.say(f"{run.folder} could not be written to: what was learned since step {run.saved_step} is lost.")
         return status
     except ConfigError as error:
         print(f"error: {clean(str(error))}", file=sys.stderr)

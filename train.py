@@ -6,7 +6,7 @@
     python train.py --help                                                 every setting
 
 Each step plays batch_size episodes of the task (tasks/episodes.py), of one reply or of several, turns their rewards
-into advantages and takes minibatch updates on them (update.py); a step that leaves the trust region is undone.
+into advantages and takes minibatch updates on them (training.py); a step that leaves the trust region is undone.
 Generation, losses and checkpoints are the tutor's own (lora_ppo_demo.py, ppo.py). What is here: the settings, which
 samples a step gets, evaluation, and the run on disk. A step follows from the weights, the settings and its number, so
 that a run which was stopped goes on as if it had not been.
@@ -16,32 +16,24 @@ Left out on purpose: a reward model, asynchronous rollouts, an inference server.
 
 import contextlib
 import importlib.util
-import json
-import math
 import os
-import random
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config
-from lora_ppo.checkpoint import Damaged, checkpoints, load_checkpoint, remove_folder, save_checkpoint, verify_checkpoint
-from lora_ppo.journal import LineFile, now, turn_seed
-from lora_ppo.policy import Policy, base_name, is_bundled, load_policy
+from lora_ppo.episodes import Task
+from lora_ppo.policy import Policy, is_bundled, load_policy
+from lora_ppo.processes import shard
 from lora_ppo.settings import ConfigError, from_command_line, save_yaml, setting
-from lora_ppo.step import StepSkipped
 from lora_ppo.terminal import clean
-from tasks import Task
-from tasks.episodes import Trajectory, play
-from update import align, chunks, everywhere, learn, prepare, shard, total
-from update import group_advantages as group_advantages
+from lora_ppo.trainer import Training, find_checkpoint, locked
+from lora_ppo.training import prepare
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -132,8 +124,6 @@ CHOICES = {
     "report_to": ("none", "tensorboard", "wandb", "trackio"),
     "quiz_learner": ("auto", "reader", "gain"),
 }
-# What decides which samples a step gets: a run can't go on under another value.
-COURSE = ("task", "algorithm", "batch_size", "group_size", "samples_per_epoch", "questions", "test_share", "seed")
 
 
 def check(config: TrainConfig, processes: int = 1) -> None:
@@ -191,366 +181,6 @@ def quiz_task(config: TrainConfig) -> Callable[[Policy], Task]:
 TASKS: dict[str, Callable[[TrainConfig], Callable[[Policy], Task]]] = {"quiz": quiz_task}
 
 # ----------------------------------------------------------------------------------------------------------- the run
-
-
-def wilson_interval(right: float, count: float, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share, `right` of `count` (Wilson 1927); (0, 1) if nothing was counted."""
-    if not count:
-        return 0.0, 1.0
-    share, spread = right / count, z * z / count
-    middle = share + spread / 2
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
-
-
-def all_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every epoch_N and step_N that says its step, the newest first."""
-    found = []
-    for folder in (*root.glob("epoch_*"), *root.glob("step_*")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found.append((int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]), folder))
-    return sorted(found, key=lambda pair: (pair[0], pair[1].name), reverse=True)
-
-
-def find_checkpoint(config: TrainConfig, notice: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The whole checkpoint that `resume_from` means, with its state; None for a fresh start. Raises ConfigError."""
-    root = Path(config.output_dir)
-    there = all_checkpoints(root)
-    if not config.resume_from:
-        if there or (root / "train.log").exists():
-            raise ConfigError(f"output_dir={root} holds a run: set resume_from=latest, or another output_dir")
-        return None
-    latest = config.resume_from == "latest"
-    reasons = []
-    for folder in [path for _, path in there] if latest else [Path(config.resume_from)]:
-        try:
-            state = verify_checkpoint(folder)
-            break
-        except Damaged as error:
-            reasons.append(f"{folder.name}: {error}")
-            if latest:
-                notice(f"{folder.name} is not used ({error}); trying the one before it.")
-    else:
-        raise ConfigError(
-            f"resume_from={config.resume_from}: no whole checkpoint in {root if latest else config.resume_from} "
-            f"({'; '.join(reasons) or 'none at all'})"
-        )
-    if not latest and (there or (root / "train.log").exists()):
-        inside = folder.resolve().parent == root.resolve()
-        if not inside or there[0][0] > state["step"]:
-            newest = f"step {there[0][0]}" if there else "no checkpoint yet"
-            raise ConfigError(
-                f"resume_from={folder} is at step {state['step']}, and output_dir={root} holds a run ({newest}): "
-                "set resume_from=latest, or another output_dir"
-            )
-    for name in COURSE:
-        if state["config"].get(name) != getattr(config, name):
-            raise ConfigError(
-                f"{folder} was trained with {name}={state['config'].get(name)}, now it is {getattr(config, name)}: "
-                f"set {name} back, or start afresh in another output_dir"
-            )
-    return folder, state
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder. Raises ConfigError if there is one."""
-    import filelock
-
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ConfigError(
-            f"another run is writing to output_dir={folder}: wait for it, or set another output_dir"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"output_dir={folder} can't be written ({error.strerror}): set another output_dir") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def stop_requests(patient: bool, say: Callable[[str], None]) -> Iterator[list[int]]:
-    """Notes Ctrl-C and SIGTERM in the list it gives. A second ends at once, unless `patient`: a launcher sends two."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked and not patient:
-            raise KeyboardInterrupt
-        if not asked:
-            say("Stopping after this step." + ("" if patient else " Ctrl-C again stops at once."))
-        asked.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class Training:
-    """A policy, its task, and the run on disk. What a step does follows from weights, settings and its number."""
-
-    def __init__(self, config: TrainConfig, policy: Policy, task: Task, accelerator: "Accelerator"):
-        self.config, self.policy, self.task, self.accelerator = config, policy, task, accelerator
-        self.root = Path(config.output_dir)
-        self.log = LineFile(self.root / "train.log")
-        self.lines: list[dict[str, Any]] = []
-        self.train, self.laps = task.samples("train"), {}
-        per_epoch = config.samples_per_epoch or len(self.train)
-        self.steps_per_epoch = max(1, per_epoch // config.prompts_per_step)
-        self.last = config.num_epochs * self.steps_per_epoch
-
-    def say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            print(clean(text), file=sys.stderr, flush=True)
-
-    def resume(self, folder: Path, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint; the log's lines of later steps are dropped, as these steps are taken again."""
-        try:
-            load_checkpoint(folder, self.policy)
-        except Damaged as error:
-            raise ConfigError(f"resume_from={folder}: {error}") from None
-        self.policy.configure(self.policy.config)
-        if folder.resolve().parent == self.root.resolve() and self.accelerator.is_main_process:
-            if self.log.size > state["log_offset"]:
-                os.truncate(self.log.path, state["log_offset"])
-            try:
-                self.lines = self.log.read()
-            except Damaged as error:
-                raise ConfigError(f"output_dir={self.root}: {error}; mend or move the file") from None
-        self.say(f"Going on from {folder}, step {self.policy.step}.")
-
-    def samples(self, step: int) -> list[Any]:
-        """The samples of a step: shuffled passes over the training split, one after the other."""
-        picked = []
-        for place in range(step * self.config.prompts_per_step, (step + 1) * self.config.prompts_per_step):
-            lap, i = divmod(place, len(self.train))
-            if lap not in self.laps:
-                self.laps[lap] = random.Random(f"{self.config.seed}/{lap}").sample(
-                    range(len(self.train)), len(self.train)
-                )
-            picked.append(self.train[self.laps[lap][i]])
-        return picked
-
-    def play(self, parts: Sequence[Sequence[Any]], adapter: bool = True) -> list[list[Trajectory]]:
-        """Episodes on this process's samples, part by part. Raises StepSkipped where memory runs out."""
-        policy, episode = self.policy, self.task.episode
-
-        def each() -> list[list[Trajectory]]:
-            return [play(policy, [episode(sample) for sample in part], adapter) for part in parts]
-
-        return everywhere(policy, self.accelerator, each)
-
-    def step(self) -> dict[str, Any]:
-        """Plays and learns one batch; returns its log line."""
-        import torch
-
-        config, accelerator, number = self.config, self.accelerator, self.policy.step
-        processes = accelerator.num_processes
-        torch.manual_seed(turn_seed(config.seed, number * processes + accelerator.process_index))
-        mine = self.samples(number)[accelerator.process_index :: processes]
-        copies = config.group_size if config.algorithm == "grpo" else 1
-        started = time.perf_counter()
-        try:
-            (trajectories,) = self.play([[sample for sample in mine for _ in range(copies)]])
-        except StepSkipped as skipped:
-            trajectories, metrics = [], {"outcome": "skipped", "why": str(skipped)}
-        played = time.perf_counter() - started
-        if trajectories:
-            metrics = learn(self.policy, accelerator, config, trajectories)
-        self.policy.step = number + 1
-        tokens = total(accelerator, sum(t.length for t in trajectories))[0]
-        line = {"timestamp": now(), "step": number + 1, "epoch": number // self.steps_per_epoch + 1} | metrics
-        seconds = time.perf_counter() - started
-        return line | {"tokens_per_second": round(tokens / played, 1), "seconds": round(seconds, 3)}
-
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy with its interval, reward and length on test samples; samples and seed are the same every time."""
-        import torch
-
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        samples = self.task.samples("test")[: self.config.eval_samples][rank::processes]
-        torch.manual_seed(turn_seed(self.config.seed, -1 - rank))
-        try:
-            played = self.play(chunks(samples, max(1, self.config.batch_size // processes)))
-        except StepSkipped as skipped:
-            self.say(f"Step {self.policy.step} is not evaluated: {skipped}.")
-            return {}
-        trajectories = [trajectory for part in played for trajectory in part]
-        known = [t for t in trajectories if t.outcome.verdict != "unknown"]
-        right = sum(t.outcome.verdict == "correct" for t in known)
-        facts = [t.outcome.details["states_fact"] for t in trajectories if "states_fact" in t.outcome.details]
-        count, right, reward, tokens, answers, stated, of = total(
-            self.accelerator,
-            *(len(known), right, sum(t.outcome.reward for t in known)),
-            *(sum(t.length for t in trajectories), len(trajectories), sum(facts), len(facts)),
-        )
-        low, high = wilson_interval(right, count)
-        found = {"eval_accuracy": right / max(count, 1), "eval_low": low, "eval_high": high, "eval_samples": int(count)}
-        found |= {"eval_reward": reward / max(count, 1), "eval_length": tokens / max(answers, 1)}
-        return found | ({"eval_states_fact": stated / of} if of else {})
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Adds a line to the log and to the trackers; a disk that refuses costs a message, not the run."""
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self.lines.append(line)
-        self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
-        if self.accelerator.is_main_process:
-            try:
-                self.log.append(line)
-            except OSError as error:
-                self.say(f"Could not write the log ({error}). The run goes on.")
-
-    def result(self) -> str:
-        """How the run went, in a sentence, for the model card."""
-        found = [line for line in self.lines if "eval_accuracy" in line]
-        if not found:
-            return "It was not evaluated yet."
-
-        def told(line: dict[str, Any]) -> str:
-            interval = f"{line['eval_low']:.1%} to {line['eval_high']:.1%}"
-            return f"{line['eval_accuracy']:.1%} at step {line['step']} (95 % interval {interval})"
-
-        samples = found[-1]["eval_samples"]
-        return f"Held-out accuracy {told(found[-1])}, {told(found[0])}, on {samples} samples."
-
-    def save(self, name: str) -> None:
-        """Writes the checkpoint `name`, on the main process, while the others wait."""
-        from safetensors import SafetensorError
-
-        if self.accelerator.is_main_process:
-            step = self.policy.step
-            state = {"epoch": step // self.steps_per_epoch, "data_cursor": step * self.config.prompts_per_step}
-            state |= {"rng": {"seed": self.config.seed, "step": step}, "log_offset": self.log.size}
-            stats = {"training_stats.json": json.dumps(training_stats(self.lines), indent=1)}
-            try:
-                save_checkpoint(self.root / name, self.policy, state, self.result(), stats)
-                for folder in checkpoints(self.root)[self.config.keep_checkpoints :]:
-                    remove_folder(folder)
-            except (OSError, SafetensorError) as error:
-                self.say(f"Could not save {name} ({error}). The run goes on.")
-        self.accelerator.wait_for_everyone()
-
-    def checkpoint_name(self) -> str:
-        epoch, rest = divmod(self.policy.step, self.steps_per_epoch)
-        return f"epoch_{epoch}" if epoch and not rest else f"step_{self.policy.step}"
-
-    def run(self) -> int:
-        """Trains to the end, or until it is asked to stop. Returns the exit status."""
-        align(self.policy, self.accelerator)
-        with stop_requests(self.accelerator.num_processes > 1, self.say) as asked, self.progress() as show:
-            try:
-                self.steps(asked, show)
-            except KeyboardInterrupt:
-                there = bool(all_checkpoints(self.root))
-                self.say("Stopped at once. " + (self.how_to_go_on() if there else "Nothing was saved yet."))
-                return 130
-        policy = self.policy
-        if policy.step < self.last:
-            folder = self.root / self.checkpoint_name()
-            self.say(f"Stopped after step {policy.step}" + (f", saved in {folder}." if folder.exists() else "."))
-            self.say(self.how_to_go_on())
-            return 130
-        self.report()
-        return 0
-
-    def steps(self, asked: list[int], show: Callable[[dict[str, Any]], None]) -> None:
-        """Takes the steps that are left, or those until somebody `asked` to stop."""
-        config, policy = self.config, self.policy
-        every = config.eval_every or self.steps_per_epoch
-        if not self.lines:  # the start of this run, be it the base model or a checkpoint of another
-            self.write({"timestamp": now(), "step": policy.step} | self.evaluate())
-            self.save(self.checkpoint_name())  # from here on resume_from=latest finds something
-        stop = False
-        while policy.step < self.last and not stop:
-            line = self.step()
-            stop = total(self.accelerator, float(bool(asked)))[0] > 0
-            if policy.step % every == 0 or policy.step == self.last:
-                line |= self.evaluate()
-            self.write(line)
-            show(line)
-            if stop or policy.step % self.steps_per_epoch == 0 or policy.step % config.save_every == 0:
-                self.save(self.checkpoint_name())
-
-    def how_to_go_on(self) -> str:
-        several = self.accelerator.num_processes
-        launcher = f"accelerate launch --num_processes {several}" if several > 1 else "python"
-        return f"Go on with: {launcher} train.py --config {self.root / 'effective_config.yaml'} resume_from=latest"
-
-    @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """A progress bar; what it gives shows a log line in it."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.description}"))
-        hidden, console = not self.accelerator.is_main_process, Console(stderr=True, markup=False)
-        # Speed is judged by the last hour's steps: one step of a large model takes longer than rich looks back.
-        with Progress(
-            BarColumn(bar_width=10), *columns, console=console, disable=hidden, speed_estimate_period=3600
-        ) as bar:
-            item = bar.add_task("starting", total=self.last, completed=self.policy.step)
-
-            def show(line: dict[str, Any]) -> None:
-                text = f"reward {line.get('reward', 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
-                text += f"  KL {line.get('kl', 0):.2f}  {line['tokens_per_second']:.0f} tokens/s"
-                counts = {name: sum(one.get("outcome") == name for one in self.lines) for name in ("undone", "skipped")}
-                text += "".join(f"  {count} {name}" for name, count in counts.items() if count)
-                bar.update(item, completed=line["step"], description=text)
-
-            yield show
-
-    def report(self) -> None:
-        """Writes report.html and its plots, with answers of the base model and of the trained one side by side."""
-        import torch
-
-        from tools.report import write_report
-
-        answers: list[list[Trajectory]] = []
-        rows_at_once = max(1, self.config.batch_size // self.accelerator.num_processes)
-        try:
-            for adapter in (False, True):
-                torch.manual_seed(self.config.seed)
-                played = self.play(chunks(self.task.samples("test")[:10], rows_at_once), adapter=adapter)
-                answers.append([trajectory for part in played for trajectory in part])
-        except StepSkipped as skipped:
-            self.say(f"The report has no answers: {skipped}.")
-            answers = [[], []]
-        if self.accelerator.is_main_process:
-            rows = [
-                (a.question, *([*t.replies, f"({t.outcome.verdict})"] for t in (a, b)))
-                for a, b in zip(*answers, strict=True)
-            ]
-            settings = f"Task {self.config.task}, {self.config.algorithm.upper()}, {base_name(self.config)}, "
-            settings += f"learning rate {self.config.learning_rate:g}, {self.config.batch_size} answers a step, "
-            settings += f"seed {self.config.seed}."
-            try:
-                path = write_report(self.root, self.lines, rows, f"{settings} {self.result()}")
-                self.say(f"{self.result()} The report is {path}.")
-            except OSError as error:
-                self.say(f"{self.result()} The report could not be written ({error}).")
-        self.accelerator.wait_for_everyone()
-
-
-def training_stats(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The log as columns: `training` has a value for each step, `evaluation` one for each evaluation."""
-    names = (
-        "step reward accuracy kl kl_coef step_kl length loss policy_loss value_loss entropy grad_norm "
-        "equal_groups left_out outcome"
-    )
-    steps = [line for line in lines if line["step"] > 0]
-    found = [line for line in lines if "eval_accuracy" in line]
-    evals = ["step", *(name for name in (found[0] if found else ()) if name.startswith("eval_"))]
-    return {
-        "training": {name: [line.get(name) for line in steps] for name in names.split()},
-        "evaluation": {name.removeprefix("eval_"): [line.get(name) for line in found] for name in evals},
-    }
 
 
 def train(config: TrainConfig) -> int:

@@ -1,5 +1,6 @@
 """Checkpoints: folders that are written whole or not at all, and verified when they are read."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -149,3 +150,12 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def all_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every epoch_N and step_N that says its step, the newest first."""
+    found = []
+    for folder in (*root.glob("epoch_*"), *root.glob("step_*")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found.append((int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]), folder))
+    return sorted(found, key=lambda pair: (pair[0], pair[1].name), reverse=True)

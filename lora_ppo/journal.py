@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from lora_ppo.checkpoint import Damaged, checkpoints, load_checkpoint, remove_fo
 from lora_ppo.forward import Batch, collate
 from lora_ppo.policy import Policy, Snapshot
 from lora_ppo.settings import ConfigError, Settings, save_yaml
-from lora_ppo.step import OUT_OF_MEMORY, Foresight, StepSkipped, out_of_memory, ppo_step
+from lora_ppo.step import Foresight, StepSkipped, out_of_memory, ppo_step
 
 
 class LineFile:
@@ -84,7 +83,7 @@ class Turn:
     reward: float
 
 
-# The settings on which the outcome of a PPO step depends; the journal keeps them for taking steps again.
+# The settings on which the outcome of a PPO step depends; the journal keeps them for replaying steps.
 STEP_SETTINGS = (
     "temperature learning_rate batch_size ppo_epochs cliprange cliprange_value vf_coef entropy_coef gamma lam "
     "lora_dropout kl_coef adaptive_kl kl_target kl_horizon target_kl max_grad_norm seed"
@@ -95,7 +94,7 @@ class Run:
     """A policy in training and its life on disk: turns, steps, undo, checkpoints, journal and log.
 
     Every finished turn is in the journal before it is acknowledged; a checkpoint says up to where the journal is in it.
-    So after a crash the newest whole checkpoint, and the turns after it taken again, give the state that was.
+    So after a crash the newest whole checkpoint, and the turns after it replayed, give the state that was.
     `notice` is told what a person should know; a disk that refuses costs a notice, never the session.
     """
 
@@ -106,7 +105,6 @@ class Run:
         self.turn = 0  # the number of the turn to come
         self.pending: list[Turn] = []  # answered, waiting for batch_size of them
         self.undo_snapshot: Snapshot | None = None
-        self.foresight: Foresight | None = None
         self.taken_turns = 0  # by the step that the snapshot precedes
         self.saved_step = -1
         self.covered = 0  # bytes of the journal that the policy's weights contain
@@ -188,7 +186,7 @@ class Run:
             )
 
     def replay(self, offset: int) -> None:
-        """Takes the journal's turns from byte `offset` on again, each under the settings it was taken with."""
+        """Replays the journal's turns from byte `offset` on, each under the settings it was taken with."""
         size = self.journal.size
         records = self.journal.read(offset)
         if self.journal.size < max(size, offset):
@@ -199,13 +197,13 @@ class Run:
         self.undo_snapshot = None
         turns = sum(record["type"] == "turn" for record in records)
         if turns:
-            self.notice(f"Taking {turns} turn{'s' * (turns > 1)} again from the journal.")
+            self.notice(f"Replaying {turns} turn{'s' * (turns > 1)} from the journal.")
         for record in records:
             if record["type"] == "settings":
                 self.policy.configure(replace(self.config, **record["settings"]))
             elif record["type"] == "undo":
-                if not self.take_back():
-                    raise Damaged("its last step was taken back later")
+                if not self.undo_in_memory():
+                    raise Damaged("its last step was undone later")
             elif record["type"] == "passed":
                 self.turn = record["number"] + 1
             else:
@@ -222,9 +220,9 @@ class Run:
         self.undo_snapshot = None if outcome == "skipped" else self.policy.snapshot()
         if outcome == "taken":
             try:
-                self.take_step()
+                ppo_step(self.policy, *self.material())
             except StepSkipped as skipped:
-                raise ConfigError(f"a step of {self.journal.path} can't be taken again: {skipped}") from None
+                raise ConfigError(f"a step of {self.journal.path} can't be replayed: {skipped}") from None
         elif outcome == "undone":
             self.policy.step += 1
         self.taken_turns = len(self.pending)
@@ -242,57 +240,50 @@ class Run:
         prompts, responses = ([getattr(turn, name) for turn in turns] for name in ("prompt_ids", "response_ids"))
         return collate(prompts, responses, self.policy.pad_id, self.policy.device)
 
-    def take_step(self) -> dict[str, float]:
-        """One PPO step on the pending turns, from the state in `undo_snapshot`."""
-        import torch
-
-        torch.manual_seed(turn_seed(self.policy.config.seed, self.pending[-1].number) ^ 1)  # for dropout
-        scores = [turn.reward for turn in self.pending]
-        return ppo_step(self.policy, self.batch(self.pending), scores, self.undo_snapshot)
-
-    def foresee(self, turn: Turn) -> None:
+    def foresee(self, turn: Turn) -> Foresight | None:
         """Begins to compute both outcomes of a turn whose reward is not known yet, if it is to lead to a step."""
         config = self.config
-        if config.precompute and not config.lora_dropout and len(self.pending) + 1 >= config.batch_size:
-            with contextlib.suppress(MemoryError, RuntimeError):  # no memory for it: the plain step will do
-                earlier = [turn.reward for turn in self.pending]
-                self.foresight = Foresight(self.policy, self.batch([*self.pending, turn]), earlier)
+        if not config.precompute or config.lora_dropout or len(self.pending) + 1 < config.batch_size:
+            return None
+        try:
+            return Foresight(self.policy, self.batch([*self.pending, turn]), [turn.reward for turn in self.pending])
+        except (MemoryError, RuntimeError):  # no memory for it: the plain step will do
+            return None
 
-    def forget(self) -> None:
-        """Ends `foresee` where no step came of it."""
-        if self.foresight:
-            self.foresight.discard()
-            self.foresight = None
+    def collect(self, turn: Turn, before: Snapshot | None = None) -> bool:
+        """Adds a turn to those that wait for their step; says whether they are batch_size now.
+
+        Then `undo_snapshot`, which is `before` if there is one, is what /undo goes back to. Where there is no memory
+        for it, the step finds out.
+        """
+        self.pending.append(turn)
+        if len(self.pending) < self.config.batch_size:
+            return False
+        self.undo_snapshot = before
+        try:
+            self.undo_snapshot = before or self.policy.snapshot()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        return True
+
+    def material(self) -> tuple[Batch, list[float], Snapshot | None]:
+        """What `ppo_step` takes: the waiting turns as a batch, their rewards, the snapshot. Seeds dropout's draws."""
+        import torch
+
+        torch.manual_seed(turn_seed(self.policy.config.seed, self.pending[-1].number) ^ 1)
+        return self.batch(self.pending), [turn.reward for turn in self.pending], self.undo_snapshot
 
     def finish_turn(self, turn: Turn, line: dict[str, Any]) -> dict[str, Any]:
-        """Learns from a turn and makes it durable; returns its log line, completed with the step's metrics.
+        """Makes a turn durable, and what was learned from it; returns its log line, complete.
 
-        `outcome` in it is `taken`, `undone` (beyond the trust region), `skipped` (with `why`) or `pending`.
+        `outcome` in `line` is `taken`, `undone` (beyond the trust region), `skipped` (with `why`) or `pending`.
         """
-        started, foreseen = time.perf_counter(), None
-        self.pending.append(turn)
-        metrics: dict[str, Any] = {}
-        outcome = "pending"
-        if len(self.pending) >= self.config.batch_size:
+        outcome = line["outcome"]
+        if outcome == "skipped":
             self.undo_snapshot = None
-            try:
-                self.undo_snapshot = self.foresight.before if self.foresight else self.policy.snapshot()
-                metrics = self.foresight.take(turn.reward) if self.foresight else self.take_step()
-                foreseen = self.foresight.seconds.get(turn.reward) if self.foresight else None
-                self.foresight = None
-                outcome = "undone" if metrics.pop("undone", False) else "taken"
-            except StepSkipped as skipped:
-                outcome, metrics, self.undo_snapshot = "skipped", {"why": str(skipped)}, None
-            except BaseException as error:  # a second Ctrl-C: the turn has not been
-                self.undo_snapshot = None
-                if not out_of_memory(error):
-                    self.pending.pop()
-                    raise
-                outcome, metrics = "skipped", {"why": OUT_OF_MEMORY}
         self.turn = turn.number + 1
-        seconds = round(foreseen or time.perf_counter() - started, 4)  # of computing, not of waiting for it
-        line = {"timestamp": now(), "step": self.policy.step, "turn": turn.number} | line | metrics
-        line |= {"reward": turn.reward, "seconds": seconds, "outcome": outcome}
+        line = {"timestamp": now(), "step": self.policy.step, "turn": turn.number} | line | {"reward": turn.reward}
         self.record({"type": "turn"} | asdict(turn) | {"outcome": outcome, "log": line})
         if outcome != "pending":
             self.taken_turns = len(self.pending)
@@ -304,8 +295,16 @@ class Run:
             self.save()
         return line
 
-    def take_back(self) -> int:
-        """Takes the last waiting turn, or else the last step, back in memory; how many turns that were."""
+    def abandon(self, number: int) -> None:
+        """Ends turn `number` if it was not finished: it has no reward, and the next one has another number."""
+        if self.turn == number:
+            self.pending = [turn for turn in self.pending if turn.number != number]
+            self.turn = number + 1
+            self.record({"type": "passed", "number": number})
+            self.settle()
+
+    def undo_in_memory(self) -> int:
+        """Undoes the last waiting turn, or else the last step, in memory; returns how many turns that were."""
         if self.pending:
             self.pending.pop()
             return 1
@@ -316,16 +315,10 @@ class Run:
         self.undo_snapshot = None
         return self.taken_turns
 
-    def pass_over(self, number: int) -> None:
-        """Notes that a turn has ended without a choice, so that the next has another number in every session."""
-        self.turn = number + 1
-        self.record({"type": "passed", "number": number})
-        self.settle()
-
     def undo(self) -> bool:
-        """Takes the last step back, exactly, in memory and on disk; False if there is none."""
+        """Undoes the last step, exactly, in memory and on disk; False if there is none."""
         step = self.policy.step
-        turns = self.take_back()
+        turns = self.undo_in_memory()
         if not turns:
             return False
         line = {"timestamp": now(), "step": step, "undo": turns}
@@ -333,7 +326,7 @@ class Run:
         self.settle()
         with self.surviving("write the log"):
             self.log.append(line)
-        with self.surviving("replace the checkpoint that holds the step taken back"):
+        with self.surviving("replace the checkpoint that holds the undone step"):
             stale = [p for p in checkpoints(self.folder) if int(p.name[5:]) > self.policy.step]
             if stale and self.save():
                 for folder in stale:
@@ -347,8 +340,6 @@ class Run:
 
     def save(self) -> bool:
         """Writes a checkpoint and removes those beyond keep_checkpoints, oldest first."""
-        if self.foresight:  # interrupted while it worked on the weights: the journal has every turn
-            return False
         with self.surviving("save a checkpoint"):
             state = {"turn": self.turn, "journal_offset": self.covered, "log_offset": self.log.size}
             state["rng"] = {"seed": self.config.seed, "turn": self.turn}  # every turn's generator is seeded from these
@@ -368,7 +359,7 @@ class Run:
         return f"{right} of {len(rewards)} quizzes were answered right." if rewards else "No quiz was answered yet."
 
     def history(self) -> list[dict[str, Any]]:
-        """The log lines of this run's turns, in order, without those taken back."""
+        """The log lines of this run's turns, in order, without those undone."""
         lines: list[dict[str, Any]] = []
         with contextlib.suppress(OSError, Damaged):
             for line in [*self.log.read(), *map(json.loads, self.log.unwritten)]:

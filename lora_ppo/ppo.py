@@ -169,3 +169,20 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, kl_horizon: int
     """
     error = min(max(kl / kl_target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * answers / kl_horizon)
+
+
+def group_advantages(scores: "Tensor", group_size: int, normalize: bool) -> "Tensor":
+    """GRPO's advantages (B,): scores (B,) less the mean of their group, `group_size` neighbours; 0 where all are equal.
+
+    Shao et al. 2024, section 4.1 (https://arxiv.org/abs/2402.03300). `normalize` divides by the group's standard
+    deviation, as there; without it easy and hard prompts keep their weight (Liu et al. 2025,
+    https://arxiv.org/abs/2503.20783). Raises ValueError if the scores are not whole groups of at least 2.
+    """
+    if group_size < 2 or len(scores) % group_size:
+        raise ValueError(f"{len(scores)} scores are not whole groups of group_size={group_size}, at least 2")
+    groups = scores.view(-1, group_size)
+    advantages = groups - groups.mean(-1, keepdim=True)
+    if normalize:
+        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
+    equal = (groups == groups[:, :1]).all(-1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0).flatten()

@@ -201,15 +201,16 @@ class Graph:
 
     def captured(self) -> Callable[[], None]:
         """What plays a capture of `run`, which has to be warm before."""
-        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(3):
+        with torch.cuda.device(self.policy.device):  # which need not be the current one
+            aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(3):
+                    self.run()
+            here.wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.run()
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.run()
         return graph.replay
 
     def put(self, ids: Tensor, positions: Tensor, mask: Tensor, last: Tensor, adapted: Tensor, *before: Tensor) -> None:
@@ -262,7 +263,11 @@ class Recorder:
 
     def covers(self, rows: int, tokens: int) -> bool:
         """Whether a pass over so many tokens of each row is of those that are recorded."""
-        short = rows * tokens <= SHORT if self.kind == "cpu" else tokens == 1
+        short = rows * tokens <= SHORT
+        if self.kind != "cpu":
+            # A graph's tensors are of the mode that they were captured in, and its results are overwritten when it is
+            # played again: it is for the decode loop alone, which reads them at once and runs in inference mode.
+            short = tokens == 1 and torch.is_inference_mode_enabled()
         return short and self.sees_all and not torch.is_grad_enabled()
 
     def read(

@@ -1,6 +1,7 @@
 """What a person types and sees. Text of models and of files is shown as text, never as markup or control codes."""
 
 import contextlib
+import re
 import signal
 import sys
 import unicodedata
@@ -9,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities
+from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, quiz_text
 from lora_ppo.settings import ConfigError
 
+COMMANDS = """\
+at the quiz      A, B, C or D, or the option's text, then Enter; s skips it (no reward, no step)
+                 an empty line shows the options again; /help and /quit work, too
+at the question  /help       this text
+                 /progress   how the quizzes went so far
+                 /undo       undo the last step, exactly
+                 /save       write a checkpoint now
+                 /config     every setting as it is in force
+                 /quit       save and leave (so do Ctrl-D and Ctrl-C)"""
 BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -39,16 +49,21 @@ class Terminal:
         self.console = PlainConsole(highlight=False, markup=False, emoji=False)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.prompter = None
+        self.column, self.word = 0, ""  # of the line being streamed; the word that is not whole yet
         if self.interactive and history:
             from prompt_toolkit import PromptSession
+            from prompt_toolkit.completion import WordCompleter
             from prompt_toolkit.history import FileHistory, InMemoryHistory
 
             try:
                 history.parent.mkdir(parents=True, exist_ok=True)
                 history.touch()
-                self.prompter = PromptSession(history=FileHistory(str(history)))
+                kept = FileHistory(str(history))
             except OSError:
-                self.prompter = PromptSession(history=InMemoryHistory())
+                kept = InMemoryHistory()
+            self.keys = {"completer": WordCompleter(re.findall(r"/\w+", COMMANDS), sentence=True)}
+            self.keys |= {"complete_while_typing": False, "enable_suspend": True}  # Tab; Ctrl-Z
+            self.prompter = PromptSession(history=kept, **self.keys)
 
     @contextlib.contextmanager
     def keys_kept(self) -> Iterator[None]:
@@ -77,6 +92,28 @@ class Terminal:
         self.console.print(clean(text), end="", soft_wrap=True)
         self.console.file.flush()
 
+    def stream(self, text: str) -> None:
+        """The next piece of an answer. At a terminal a word that no longer fits goes to the next line whole."""
+        from rich.cells import cell_len
+
+        if not self.interactive:
+            self.write(text)
+            return
+        *words, self.word = re.split(r"(?<=\s)", self.word + clean(text))
+        for word in words:
+            if self.column + cell_len(word.rstrip()) > self.console.width:
+                self.write("\n")
+                self.column = 0
+            self.write(word)
+            self.column = 0 if word.endswith("\n") else self.column + cell_len(word)
+
+    def end_stream(self, text: str = "") -> None:
+        """Ends the answer, and its line with `text`."""
+        if self.interactive:
+            self.stream(" ")  # the last word is whole
+        self.say(text)
+        self.column, self.word = 0, ""
+
     def ask(self, prompt: str, remember: bool = True) -> str:
         """A line from the person. Raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C."""
         if self.prompter is None:
@@ -91,15 +128,23 @@ class Terminal:
             return self.prompter.prompt(prompt).strip()
         from prompt_toolkit import prompt as ask_once
 
-        return ask_once(prompt).strip()
+        return ask_once(prompt, **self.keys).strip()
 
     def choose(self, quiz: Quiz, answer: str) -> int | str:
-        """The person's choice: an option's index, or "skip"."""
+        """The person's choice: an option's index, or "skip". Raises EOFError where they leave."""
         while True:
-            choice = parse_choice(self.ask("Your choice (A-D, s skips): ", remember=False), quiz.options)
+            text = self.ask("Your choice (A-D, s skips): ", remember=False)
+            choice = parse_choice(text, quiz.options)
             if choice is not None:
                 return choice
-            self.say("Please choose A, B, C or D, type the option's text, or s to skip.")
+            if text.lower() == "/quit":
+                raise EOFError
+            if not text:
+                self.say(f"\n{quiz_text(quiz.question, quiz.options)}", "bold")
+            elif text.lower() == "/help":
+                self.say(COMMANDS)
+            else:
+                self.say("Please choose A, B, C or D, type the option's text, or s to skip.")
 
     def busy(self, text: str):
         """A context that shows `text` and a spinner at a terminal."""

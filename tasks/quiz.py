@@ -13,12 +13,12 @@ from functools import cache
 from typing import Literal
 
 from lora_ppo.chat import TUTOR_PROMPT, Message, chat
+from lora_ppo.episodes import Outcome
 from lora_ppo.generate import replies
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, make_quiz, quiz_request, shuffle_quiz
 from lora_ppo.settings import ConfigError
 from lora_ppo.terminal import read_questions
-from tasks import Outcome
 from tasks.facts import Fact, table_facts
 
 LEARNERS = ("reader", "gain")

@@ -1,6 +1,6 @@
 """A task without a model behind it: questions about numbers, rewards that follow from the replies' text."""
 
-from tasks import Outcome
+from lora_ppo.episodes import Outcome
 
 
 class EchoTask:

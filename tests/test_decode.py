@@ -18,8 +18,8 @@ from lora_ppo.policy import Policy, gradient_dropout, load_policy
 from lora_ppo.quiz import Quiz, QuizGrammar, learner_probabilities
 from lora_ppo.recording import ROOM, ROUND, SHORT, Graph, RoomyLayer, round_up, sees_all, takes
 from lora_ppo.step import ppo_step
+from lora_ppo.training import recomputing
 from tools.bench_measure import MB, profile
-from update import recomputing
 
 QUESTIONS = ("What is the capital of France?", "Hi", "Which planet is the largest of them all, and why is that?")
 

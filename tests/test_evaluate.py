@@ -21,8 +21,9 @@ import tasks.quiz
 import train
 from lora_ppo.chat import TUTOR_PROMPT, chat
 from lora_ppo.checkpoint import save_checkpoint
+from lora_ppo.episodes import Outcome
 from lora_ppo.quiz import Quiz
-from tasks import Outcome
+from lora_ppo.statistics import bootstrap_interval, mcnemar_exact, newcombe_interval, wilson_interval
 from tools import bench_learning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +37,12 @@ ROOT = Path(__file__).resolve().parent.parent
 )
 def test_wilson_interval_by_hand(hits, n, low, high):
     # 8 of 10, z^2 = 3.841459: center (0.8 + 0.192073) / 1.384146, half 1.96 sqrt(0.016 + 0.009604) / 1.384146
-    assert evaluate.wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-5)
+    assert wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_wilson_interval_holds_the_proportions_that_the_score_test_does_not_reject():
     def distance(p: float, hits: int, n: int) -> float:
-        return abs(hits / n - p) - 1.959964 * math.sqrt(p * (1 - p) / n)
+        return abs(hits / n - p) - 1.959963984540054 * math.sqrt(p * (1 - p) / n)
 
     def boundary(inside: float, outside: float, hits: int, n: int) -> float:
         for _ in range(60):
@@ -52,13 +53,13 @@ def test_wilson_interval_holds_the_proportions_that_the_score_test_does_not_reje
     for n in (1, 2, 7, 30):
         for hits in range(n + 1):
             expected = (boundary(hits / n, 0.0, hits, n), boundary(hits / n, 1.0, hits, n))
-            assert evaluate.wilson_interval(hits, n) == pytest.approx(expected, abs=1e-9)
+            assert wilson_interval(hits, n) == pytest.approx(expected, abs=1e-9)
 
 
 def test_nothing_counted_says_nothing():
-    assert evaluate.wilson_interval(0, 0) == (0.0, 1.0)
-    assert evaluate.newcombe_interval(0, 0, 0, 0) == (-1.0, 1.0)
-    assert evaluate.mcnemar_exact(0, 0) == 1.0
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert newcombe_interval(0, 0, 0, 0) == (-1.0, 1.0)
+    assert mcnemar_exact(0, 0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_nothing_counted_says_nothing():
     [(12, 2, 2 * (1 + 14 + 91) / 2**14), (2, 12, 2 * (1 + 14 + 91) / 2**14), (5, 5, 1.0), (0, 6, 2 / 64), (1, 0, 1.0)],
 )
 def test_mcnemar_by_hand(only_first, only_second, p):
-    assert evaluate.mcnemar_exact(only_first, only_second) == p
+    assert mcnemar_exact(only_first, only_second) == p
 
 
 def test_mcnemar_is_the_share_of_coin_sequences_at_least_as_uneven():
@@ -75,16 +76,16 @@ def test_mcnemar_is_the_share_of_coin_sequences_at_least_as_uneven():
         for only_first in range(n + 1):
             uneven = abs(2 * only_first - n)
             expected = sum(abs(2 * heads - n) >= uneven for heads in sequences) / 2**n
-            assert evaluate.mcnemar_exact(only_first, n - only_first) == pytest.approx(expected, rel=1e-12)
+            assert mcnemar_exact(only_first, n - only_first) == pytest.approx(expected, rel=1e-12)
 
 
 def test_newcombe_interval_by_hand():
     # 48 and 38 of 50, Wilson (0.8654, 0.9890) and (0.6259, 0.8571); phi = -24 / sqrt(48 * 2 * 38 * 12) = -0.11471:
     # 0.2 - sqrt(0.0946^2 + 0.0970^2 + 2 * 0.11471 * 0.0946 * 0.0970), 0.2 + sqrt(0.0290^2 + 0.1341^2 + ...)
-    assert evaluate.newcombe_interval(36, 12, 2, 0) == pytest.approx((0.05693, 0.34043), abs=5e-5)
-    low, high = evaluate.newcombe_interval(36, 2, 12, 0)
-    assert (-high, -low) == pytest.approx(evaluate.newcombe_interval(36, 12, 2, 0), abs=1e-12)
-    low, high = evaluate.newcombe_interval(40, 0, 0, 10)  # not one sample differs: still no certainty
+    assert newcombe_interval(36, 12, 2, 0) == pytest.approx((0.05693, 0.34043), abs=5e-5)
+    low, high = newcombe_interval(36, 2, 12, 0)
+    assert (-high, -low) == pytest.approx(newcombe_interval(36, 12, 2, 0), abs=1e-12)
+    low, high = newcombe_interval(40, 0, 0, 10)  # not one sample differs: still no certainty
     assert low < 0 < high
 
 
@@ -96,7 +97,7 @@ def test_newcombe_interval_holds_the_true_difference_as_often_as_it_says(cells):
         for b in range(n + 1 - a):
             for c in range(n + 1 - a - b):
                 table = (a, b, c, n - a - b - c)
-                low, high = evaluate.newcombe_interval(*table)
+                low, high = newcombe_interval(*table)
                 assert low <= (b - c) / n <= high
                 ways = math.factorial(n) // math.prod(math.factorial(k) for k in table)
                 held += ways * math.prod(p**k for p, k in zip(cells, table, strict=True)) * (low <= difference <= high)
@@ -107,9 +108,9 @@ def test_bootstrap_interval_against_every_resample():
     values = (-1.0, 0.0, 0.0, 1.0, 0.25)
     means = sorted(sum(resample) / 5 for resample in itertools.product(values, repeat=5))
     exact = means[round(0.025 * len(means))], means[round(0.975 * len(means))]
-    assert evaluate.bootstrap_interval(values) == pytest.approx(exact, abs=0.051)
-    assert evaluate.bootstrap_interval([0.5] * 9) == (0.5, 0.5)
-    assert evaluate.bootstrap_interval(values, seed=1) == evaluate.bootstrap_interval(values, seed=1)
+    assert bootstrap_interval(values) == pytest.approx(exact, abs=0.051)
+    assert bootstrap_interval([0.5] * 9) == (0.5, 0.5)
+    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
 
 
 def result(verdicts: str, rewards=None, name="model") -> evaluate.Result:
@@ -135,7 +136,7 @@ def test_comparison_counts_pairs_that_both_know():
     assert [versus[k] for k in ("both_right", "only_this_right", "only_base_right", "neither_right")] == [1, 2, 1, 1]
     assert versus["accuracy_difference"] == pytest.approx(0.2)
     assert versus["reward_difference"] == pytest.approx(0.4)
-    assert versus["p"] == evaluate.mcnemar_exact(2, 1)
+    assert versus["p"] == mcnemar_exact(2, 1)
     assert evaluate.comparison(result("uu"), result("rw"))["accuracy_difference"] is None
 
 
@@ -618,5 +619,5 @@ def test_verdicts_compare_sample_by_sample():
         "trl": [run(none, [True, False, True]), run(none, [True, False, True])],
     }
     summaries = {arm: bench_learning.summary(runs[arm]) for arm in runs}
-    low, high = (f"{100 * bound:+.1f}" for bound in evaluate.newcombe_interval(3, 2, 1, 0))
+    low, high = (f"{100 * bound:+.1f}" for bound in newcombe_interval(3, 2, 1, 0))
     assert f"+16.7 points ({low} to {high}) after 1" in " ".join(bench_learning.verdicts(summaries, runs))

@@ -17,7 +17,7 @@ from lora_ppo.forward import collate
 from lora_ppo.journal import Run
 from lora_ppo.policy import load_policy
 from lora_ppo.quiz import Quiz
-from lora_ppo.step import Foresight, finish_update, ppo_step
+from lora_ppo.step import Foresight, ppo_step
 from lora_ppo.terminal import SimulatedLearner, Terminal
 
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [[11, 12, 13], [14, 15, 16, 17, 18]]
@@ -90,14 +90,14 @@ def test_a_step_beyond_the_trust_region_is_undone_here_too(llama):
 def test_trouble_while_computing_falls_back_on_the_plain_step(llama, monkeypatch):
     policy, batch = fresh(llama)
     plain, _ = fresh(llama)
-    real = finish_update
+    real = ppo_step
 
     def fail_in_the_thread(*arguments):
         if threading.current_thread() is not threading.main_thread():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr("lora_ppo.step.finish_update", fail_in_the_thread)
+    monkeypatch.setattr("lora_ppo.step.ppo_step", fail_in_the_thread)
     assert Foresight(policy, batch, [1.0]).take(-1.0) == ppo_step(plain, batch, [1.0, -1.0])
     assert same(state(policy), state(plain))
 
@@ -138,7 +138,7 @@ def test_both_outcomes_are_ready_before_a_slow_reader_chooses(play, monkeypatch)
         return real(terminal, quiz, answer)
 
     monkeypatch.setattr(Terminal, "choose", read_slowly)
-    monkeypatch.setattr("lora_ppo.journal.ppo_step", None)  # nothing is left to compute
+    monkeypatch.setattr("lora_ppo_demo.ppo_step", None)  # nothing is left to compute
     status, _, run = play(turns(2))
     assert (status, ready, run.policy.step) == (0, [True, True], 2)
 
@@ -157,7 +157,7 @@ def test_ctrl_c_at_the_quiz_leaves_the_policy_as_it_was(play, monkeypatch):  # n
     assert status == 0
     assert "Interrupted." in output
     assert same(weights(run), wanted)
-    assert not run.foresight
+    assert not any(thread.name == "foresight" for thread in threading.enumerate())
 
 
 def test_the_simulated_learner_has_the_policy_to_itself(llama, tmp_path, monkeypatch):

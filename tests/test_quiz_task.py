@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tasks.quiz
+from lora_ppo.episodes import play
 from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities
 from lora_ppo.settings import ConfigError
-from tasks.episodes import play
 from tasks.facts import table_facts
 from tasks.quiz import QuizTask, Sample, split_samples
 

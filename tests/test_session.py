@@ -98,7 +98,7 @@ def test_a_turn_from_question_to_step(play):
     assert "step     0" in output
     assert "A) alpha\nB) beta\nC) gamma\nD) delta" in output
     assert ("Right. Reward +1." in output) == (len("question") % 4 == 0)
-    assert "times as likely" in output
+    assert " likely." in output
     line = log_lines()[0]
     wanted = (
         "timestamp step question answer quiz_id user_answer reward loss policy_loss value_loss entropy kl kl_estimate"
@@ -131,7 +131,7 @@ def test_commands(play):
     assert status == 0
     for text in ("/undo       take the last step back", "There is no command /nonsense", "No quiz was answered yet."):
         assert text in output
-    for text in ("No step to undo.", "accuracy 100% of 1", "learning_rate: 0.01", "Saved checkpoints/step_1."):
+    for text in ("There is no step to undo.", "accuracy 100% of 1", "learning_rate: 0.01", "Saved checkpoints/step_1."):
         assert text in output
     assert "You: lost" not in output
 
@@ -140,8 +140,8 @@ def test_undo_takes_a_step_back_exactly_and_says_so_in_the_log(play):
     _, _, run = play(turns(2))
     before = weights(run)
     _, output, run = play([*turns(1, first=2), "/undo", "/undo"])
-    assert "Step 3 was taken back; the tutor is at step 2." in output
-    assert "No step to undo." in output
+    assert "Undid step 3; the tutor is back at step 2." in output
+    assert "There is no step to undo." in output
     assert same(weights(run), before)
     assert log_lines()[-1] == {"timestamp": log_lines()[-1]["timestamp"], "step": 3, "undo": 1}
     assert [line["step"] for line in run.history()] == [1, 2]
@@ -207,7 +207,7 @@ def test_settings_may_change_between_sessions_and_the_journal_still_replays(play
     shutil.copytree("copy", "checkpoints")
     shutil.rmtree("checkpoints/step_2")  # as if killed before the last save
     _, output, run = play([], learning_rate=3e-3, save_every=100)
-    assert "Taking 2 turns again from the journal." in output
+    assert "Replaying 2 turns from the journal." in output
     _, _, run = play(turns(2, first=2), save_every=100)
     assert same(weights(run), wanted)
 
@@ -217,7 +217,7 @@ def test_steps_behind_a_checkpoint_are_taken_again_under_the_settings_of_then(pl
     wanted = weights(run)
     shutil.rmtree("checkpoints/step_5")  # as if killed after five turns
     _, output, run = play([], learning_rate=1e-4, temperature=0.5, target_kl=1e-9, lora_dropout=0.5)
-    assert "Taking 2 turns again from the journal." in output
+    assert "Replaying 2 turns from the journal." in output
     assert same(weights(run), wanted)
     assert run.policy.optimizer.param_groups[0]["lr"] == 1e-4
     assert {dropout.p for dropout in run.policy.dropouts} == {0.5}
@@ -473,12 +473,12 @@ def test_ctrl_c_in_a_step_waits_for_its_end(play, monkeypatch):
         time.sleep(0.01)
         return real(*arguments)
 
-    monkeypatch.setattr("lora_ppo.journal.ppo_step", step)
+    monkeypatch.setattr("lora_ppo_demo.ppo_step", step)
     status, output, run = play(turns(1), precompute=False)
     assert status == 0
     assert run.policy.step == 1
     assert "Interrupted. Finished turns are kept." in output
-    monkeypatch.setattr("lora_ppo.journal.ppo_step", real)
+    monkeypatch.setattr("lora_ppo_demo.ppo_step", real)
     _, _, again = play([])
     assert same(weights(run), weights(again))
 
@@ -491,7 +491,7 @@ def test_a_second_ctrl_c_in_a_step_ends_without_the_turn(play, monkeypatch):
 
     _, _, run = play(turns(1))
     wanted = weights(run)
-    monkeypatch.setattr("lora_ppo.journal.ppo_step", step)
+    monkeypatch.setattr("lora_ppo_demo.ppo_step", step)
     status, _, run = play([*turns(1, first=1), *turns(1, first=2)], precompute=False)
     assert status == 130
     assert same(weights(run), wanted)
@@ -516,7 +516,7 @@ def test_what_a_second_ctrl_c_may_have_torn_is_not_saved(play, monkeypatch):
     wanted = weights(run)
     assert not Path("checkpoints/step_2").exists()
     _, output, run = play([])
-    assert "Taking 1 turn again" in output
+    assert "Replaying 1 turn" in output
     assert same(weights(run), wanted)
 
 

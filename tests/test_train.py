@@ -18,18 +18,17 @@ from echo import EchoTask
 from safetensors.torch import load_file
 from tiny import randomize_adapter, tiny_policy
 
-import tasks.episodes
+import lora_ppo.episodes
 import train
-import update
-from lora_ppo import ppo
+from lora_ppo import ppo, training
 from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from lora_ppo.episodes import Outcome, play
 from lora_ppo.forward import Batch, collate, token_logprobs_and_values
 from lora_ppo.policy import Policy, load_policy
 from lora_ppo.settings import ConfigError, parse
 from lora_ppo.step import ppo_step
-from tasks import Outcome
-from tasks.episodes import play
+from lora_ppo.trainer import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = {
@@ -69,12 +68,12 @@ def settings(llama, **changes) -> train.TrainConfig:
 def loaded(llama, **changes) -> tuple[Policy, train.TrainConfig]:
     """A policy whose adapters already have an effect, and its settings."""
     policy, config = load_policy(settings(llama, **changes))
-    update.prepare(policy, config)
+    training.prepare(policy, config)
     randomize_adapter(policy)
     return policy, config
 
 
-def answered(policy, rewards, seed=0, verdict=None) -> list[tasks.episodes.Trajectory]:
+def answered(policy, rewards, seed=0, verdict=None) -> list[lora_ppo.episodes.Trajectory]:
     """One sampled answer a reward."""
     torch.manual_seed(seed)
     trajectories = play(policy, [EchoTask().episode(i) for i in range(len(rewards))])
@@ -98,7 +97,7 @@ def gradient(policy, config, accelerator, trajectories, **changes) -> dict[str, 
 
     policy.optimizer.step = note
     try:
-        metrics = update.learn(policy, accelerator, replace(config, **changes), trajectories)
+        metrics = training.learn(policy, accelerator, replace(config, **changes), trajectories)
     finally:
         del policy.optimizer.step
     assert metrics["outcome"] == "taken", metrics
@@ -140,13 +139,13 @@ def test_several_replies_make_one_trajectory_and_only_they_are_chosen(llama_poli
 
 def test_episodes_of_different_length_are_played_together_as_each_alone_would_be(llama_policy, monkeypatch):
     contexts = []
-    real = tasks.episodes.replies
+    real = lora_ppo.episodes.replies
 
     def replies(policy, requests):
         contexts.append([list(request.prompt_ids) for request in requests])
         return real(policy, requests)
 
-    monkeypatch.setattr(tasks.episodes, "replies", replies)
+    monkeypatch.setattr("lora_ppo.episodes.replies", replies)
     task = EchoTask(turns=lambda number: 1 + number % 3)
     torch.manual_seed(0)
     trajectories = play(llama_policy, [task.episode(i) for i in range(6)])
@@ -164,13 +163,13 @@ def test_environment_text_continues_the_chat_as_its_template_would(llama_policy)
     ids = encode_chat(tokenizer, chat) + tokenizer.encode(reply, add_special_tokens=False)
     stop = llama_policy.stop_ids[0]
     wanted = encode_chat(tokenizer, whole)
-    assert ids + tasks.episodes.environment_ids(llama_policy, said, ended=False) == wanted
-    assert [*ids, stop, *tasks.episodes.environment_ids(llama_policy, said, ended=True)] == wanted
+    assert ids + lora_ppo.episodes.environment_ids(llama_policy, said, ended=False) == wanted
+    assert [*ids, stop, *lora_ppo.episodes.environment_ids(llama_policy, said, ended=True)] == wanted
 
 
 def test_without_a_chat_template_the_environment_is_plain_text(tiny_folder):
     policy = tiny_policy(tiny_folder("phi3"))
-    ids = tasks.episodes.environment_ids(policy, "more <|im_end|>", ended=True)
+    ids = lora_ppo.episodes.environment_ids(policy, "more <|im_end|>", ended=True)
     assert policy.tokenizer.decode(ids) == "\n\nmore <|im_end|>\n\n"
     assert policy.tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
 
@@ -183,7 +182,7 @@ def test_an_episode_that_outgrows_the_context_is_unknown_and_takes_part_in_nothi
     trajectories = play(policy, [task.episode(i) for i in range(4)])
     assert [t.outcome.verdict == "unknown" for t in trajectories] == [False, True, False, False]
     assert "do not fit" in trajectories[1].outcome.why
-    metrics = update.learn(policy, accelerator, config, trajectories)
+    metrics = training.learn(policy, accelerator, config, trajectories)
     assert (metrics["outcome"], metrics["left_out"], metrics["answers"]) == ("taken", 1, 3)
 
 
@@ -197,11 +196,11 @@ def test_a_ppo_step_is_the_tutors_step(llama, accelerator, monkeypatch, epochs, 
     Also where the old logits are too large to be kept, and the old weights come back to measure the step.
     """
     if not kept:
-        monkeypatch.setattr(update, "KEPT_LOGITS", 0)
+        monkeypatch.setattr(training, "KEPT_LOGITS", 0)
     ours, config = loaded(llama, ppo_epochs=epochs, temperature=0.7)
     theirs, _ = loaded(llama, ppo_epochs=epochs, temperature=0.7)
     trajectories = answered(ours, [1.0, -1.0, 1.0, -1.0])
-    metrics = update.learn(ours, accelerator, config, trajectories)
+    metrics = training.learn(ours, accelerator, config, trajectories)
     wanted = ppo_step(theirs, batch_of(theirs, trajectories), [1.0, -1.0, 1.0, -1.0])
     names = {"reward", "kl", "kl_estimate", "step_kl"}
     if epochs == 1:  # with several, the tutor's log has the last epoch's losses and train.py's their mean
@@ -226,7 +225,7 @@ def test_minibatches_and_accumulation_sum_to_the_gradient_of_the_batch(llama, ac
 
 def test_minibatches_make_several_optimizer_steps(llama, accelerator):
     policy, config = loaded(llama, mini_batch_size=2, ppo_epochs=3)
-    metrics = update.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
+    metrics = training.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
     steps = {t.item() for name, t in policy.tensors().items() if name.startswith("optimizer.step.")}
     assert steps == {6.0}
     assert metrics["outcome"] == "taken"
@@ -235,7 +234,7 @@ def test_minibatches_make_several_optimizer_steps(llama, accelerator):
 def test_advantages_are_whitened_from_eight_answers_on(llama, accelerator):
     policy, config = loaded(llama, batch_size=8, mini_batch_size=8)
     for count, whitened in ((7, False), (8, True)):
-        experience, _ = update.examine(policy, accelerator, config, answered(policy, [1.0] * count))
+        experience, _ = training.examine(policy, accelerator, config, answered(policy, [1.0] * count))
         mask = experience.batch.response_mask
         mean = ppo.masked_mean(experience.advantages, mask).item()
         assert (abs(mean) < 1e-5) == whitened
@@ -249,7 +248,7 @@ def test_an_answer_without_a_verdict_is_left_out(llama, accelerator):
     nan = answered(policy, [float("nan")], seed=5, verdict="correct")
     assert_close(gradient(policy, config, accelerator, trajectories + odd), wanted)
     assert_close(gradient(policy, config, accelerator, trajectories + nan), wanted)
-    metrics = update.learn(policy, accelerator, config, odd + nan)
+    metrics = training.learn(policy, accelerator, config, odd + nan)
     assert metrics["outcome"] == "skipped"
     assert "no answer has an advantage" in metrics["why"]
 
@@ -259,7 +258,7 @@ def test_environment_text_has_no_influence_on_the_gradient(llama, accelerator):
     policy, config = loaded(llama)
     torch.manual_seed(0)
     trajectories = play(policy, [EchoTask(turns=2).episode(i) for i in range(4)])
-    experience, _ = update.examine(policy, accelerator, config, trajectories)
+    experience, _ = training.examine(policy, accelerator, config, trajectories)
     mask = experience.batch.response_mask
     assert mask.sum() == sum(t.length for t in trajectories)
     spoilt = {
@@ -270,7 +269,7 @@ def test_environment_text_has_no_influence_on_the_gradient(llama, accelerator):
     experience = replace(experience, first=None)  # a graph serves once
     for version in (experience, replace(experience, **spoilt)):
         policy.optimizer.zero_grad()
-        update.gradients(policy, accelerator, config, version, mask.sum().item())
+        training.gradients(policy, accelerator, config, version, mask.sum().item())
         found.append({n: p.grad.clone() for n, p in policy.parameters.items()})
     assert same(*found)
 
@@ -278,7 +277,7 @@ def test_environment_text_has_no_influence_on_the_gradient(llama, accelerator):
 def test_a_step_beyond_the_trust_region_is_undone(llama, accelerator):
     policy, config = loaded(llama, target_kl=1e-9, adaptive_kl=True)
     before = policy.snapshot()
-    metrics = update.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
+    metrics = training.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
     assert metrics["outcome"] == "undone"
     assert metrics["step_kl"] > 1e-9
     assert same(policy.tensors(), before.tensors)
@@ -291,7 +290,7 @@ def test_without_a_trust_region_the_same_step_is_not_measured(llama, accelerator
         policy, config = loaded(llama, target_kl=target_kl)
         trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
         policy.head.register_forward_hook(lambda *_, now=target_kl: passes.append(now))
-        metrics.append(update.learn(policy, accelerator, config, trajectories))
+        metrics.append(training.learn(policy, accelerator, config, trajectories))
         tensors.append(policy.tensors())
     assert passes.count(1e6) == passes.count(0.0) + 1
     assert metrics[0].pop("step_kl") > 0
@@ -302,7 +301,7 @@ def test_without_a_trust_region_the_same_step_is_not_measured(llama, accelerator
 def test_adaptive_kl_moves_its_coefficient_towards_the_target(llama, accelerator):
     for target, direction in ((1e-6, 1), (1e5, -1)):
         policy, config = loaded(llama, adaptive_kl=True, kl_target=target, kl_horizon=100)
-        update.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
+        training.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
         assert policy.kl_coef == pytest.approx(0.05 * (1 + direction * 0.2 * 4 / 100))
 
 
@@ -311,7 +310,7 @@ def test_an_infinite_loss_skips_the_step_and_keeps_the_weights(llama, accelerato
     before = policy.snapshot()
     trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
     monkeypatch.setattr(ppo, "policy_loss", lambda logprobs, *rest: (logprobs.sum() * float("nan"), logprobs.sum()))
-    metrics = update.learn(policy, accelerator, config, trajectories)
+    metrics = training.learn(policy, accelerator, config, trajectories)
     assert metrics["outcome"] == "skipped"
     assert "not finite" in metrics["why"]
     assert same(policy.tensors(), before.tensors)
@@ -322,8 +321,8 @@ def test_memory_that_runs_out_skips_the_step_and_keeps_the_weights(llama, accele
     policy, config = loaded(llama)
     before = policy.snapshot()
     trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
-    monkeypatch.setattr(update, phase, run_out_of_memory)
-    metrics = update.learn(policy, accelerator, config, trajectories)
+    monkeypatch.setattr(training, phase, run_out_of_memory)
+    metrics = training.learn(policy, accelerator, config, trajectories)
     assert metrics["outcome"] == "skipped"
     assert "out of memory" in metrics["why"]
     assert same(policy.tensors(), before.tensors)
@@ -350,16 +349,16 @@ def test_gradient_checkpointing_changes_memory_alone(llama, accelerator):
 def test_eight_bit_adam_keeps_its_state_in_tensors_that_are_saved_and_restored(llama, accelerator, tmp_path):
     pytest.importorskip("bitsandbytes")
     policy, config = loaded(llama)
-    update.use_8bit_adamw(policy, paged=False)
+    training.use_8bit_adamw(policy, paged=False)
     names = policy.tensors().keys()
     trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
-    update.learn(policy, accelerator, config, trajectories)
+    training.learn(policy, accelerator, config, trajectories)
     save_checkpoint(tmp_path / "step_1", policy, {}, "")
-    update.learn(policy, accelerator, config, trajectories)
+    training.learn(policy, accelerator, config, trajectories)
     wanted = policy.snapshot()
     assert wanted.tensors.keys() == names
     load_checkpoint(tmp_path / "step_1", policy)
-    update.learn(policy, accelerator, config, trajectories)
+    training.learn(policy, accelerator, config, trajectories)
     assert same(policy.tensors(), wanted.tensors)
 
 
@@ -369,15 +368,15 @@ def test_eight_bit_adam_keeps_its_state_in_tensors_that_are_saved_and_restored(l
 def test_group_advantages_by_hand():
     scores = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1])
     assert torch.equal(
-        train.group_advantages(scores, 4, False), torch.tensor([0.75, -0.25, -0.25, -0.25, 0.0, 0.0, 0.0, 0.0])
+        ppo.group_advantages(scores, 4, False), torch.tensor([0.75, -0.25, -0.25, -0.25, 0.0, 0.0, 0.0, 0.0])
     )
-    normalized = train.group_advantages(torch.tensor([3.0, 1.0]), 2, True)
+    normalized = ppo.group_advantages(torch.tensor([3.0, 1.0]), 2, True)
     torch.testing.assert_close(normalized, torch.tensor([1.0, -1.0]) / (2**0.5 + 1e-4))
-    assert torch.equal(train.group_advantages(torch.full((3,), 0.1), 3, True), torch.zeros(3))
+    assert torch.equal(ppo.group_advantages(torch.full((3,), 0.1), 3, True), torch.zeros(3))
     with pytest.raises(ValueError, match=r"3 scores .* group_size=2"):
-        train.group_advantages(torch.zeros(3), 2, False)
+        ppo.group_advantages(torch.zeros(3), 2, False)
     with pytest.raises(ValueError, match="group_size=1"):
-        train.group_advantages(torch.zeros(3), 1, False)
+        ppo.group_advantages(torch.zeros(3), 1, False)
 
 
 def test_the_grpo_gradient_is_that_of_the_formula(llama, accelerator):
@@ -402,9 +401,9 @@ def test_the_grpo_gradient_is_that_of_the_formula(llama, accelerator):
 def test_with_kl_coef_0_no_divergence_is_too_large(llama, accelerator):
     """The estimate grows with its exponential, and 0 times infinity is no number."""
     policy, config = loaded(llama, algorithm="grpo", group_size=2, kl_coef=0.0)
-    experience, _ = update.examine(policy, accelerator, config, answered(policy, [1.0, 0.0]))
+    experience, _ = training.examine(policy, accelerator, config, answered(policy, [1.0, 0.0]))
     far = replace(experience, ref_logprobs=experience.ref_logprobs + 1000.0)
-    assert update.losses(policy, config, far)["loss"].isfinite()
+    assert training.losses(policy, config, far)["loss"].isfinite()
 
 
 def test_a_group_of_equal_rewards_gives_no_gradient_and_is_counted(llama, accelerator):
@@ -413,10 +412,10 @@ def test_a_group_of_equal_rewards_gives_no_gradient_and_is_counted(llama, accele
     wanted = gradient(policy, config, accelerator, different, batch_size=2, mini_batch_size=2)
     assert_close(gradient(policy, config, accelerator, different + equal), wanted)
     before = policy.snapshot()
-    metrics = update.learn(policy, accelerator, config, equal + equal)
+    metrics = training.learn(policy, accelerator, config, equal + equal)
     assert (metrics["outcome"], metrics["equal_groups"]) == ("skipped", 2)
     assert same(policy.tensors(), before.tensors)
-    assert update.learn(policy, accelerator, config, different + equal)["equal_groups"] == 1
+    assert training.learn(policy, accelerator, config, different + equal)["equal_groups"] == 1
 
 
 def test_a_group_with_an_unknown_outcome_is_left_out_whole(llama, accelerator):
@@ -425,7 +424,7 @@ def test_a_group_with_an_unknown_outcome_is_left_out_whole(llama, accelerator):
     wanted = gradient(policy, config, accelerator, trajectories[:2], batch_size=2, mini_batch_size=2)
     trajectories[3].outcome = Outcome("unknown", 0.0)
     assert_close(gradient(policy, config, accelerator, trajectories), wanted)
-    metrics = update.learn(policy, accelerator, config, trajectories)
+    metrics = training.learn(policy, accelerator, config, trajectories)
     assert (metrics["left_out"], metrics["equal_groups"]) == (2, 0)
 
 
@@ -493,14 +492,14 @@ def test_a_run_writes_log_checkpoints_stats_and_report(run):
 def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(run, monkeypatch, changes):
     changes |= {"num_epochs": 2, "eval_every": 2, "adaptive_kl": True, "samples_per_epoch": 12}
     run(output_dir="whole", **changes)
-    real = train.Training.step
+    real = Training.step
 
     def interrupted(training):
         if training.policy.step in (1, 7) and "out" in str(training.root):
             os.kill(os.getpid(), signal.SIGINT)
         return real(training)
 
-    monkeypatch.setattr(train.Training, "step", interrupted)
+    monkeypatch.setattr(Training, "step", interrupted)
     status, output = run(output_dir="out", **changes)
     assert status == 130
     assert "Stopped after step 2, saved in out/step_2." in output
@@ -524,7 +523,7 @@ def test_a_second_ctrl_c_ends_at_once_and_saves_nothing_half_done(run, monkeypat
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(train, "learn", learn)
+    monkeypatch.setattr("lora_ppo.trainer.learn", learn)
     status, output = run(output_dir="out")
     assert status == 130
     assert "Stopped at once. Go on with: python train.py" in output
@@ -539,7 +538,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(run, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(train.Training, "evaluate", evaluate)
+    monkeypatch.setattr(Training, "evaluate", evaluate)
     status, output = run(output_dir="out")
     assert status == 130
     assert "Stopping after this step. Ctrl-C again stops at once." in output
@@ -571,13 +570,13 @@ def test_a_run_is_never_overwritten_and_another_folder_branches_off(run):
 
 
 def test_memory_that_runs_out_while_answers_are_written_costs_their_step_alone(run, monkeypatch):
-    real, calls = train.play, []
+    real, calls = play, []
 
-    def play(*arguments):
+    def forgetful(*arguments):
         calls.append(arguments)
         return run_out_of_memory() if len(calls) in (1, 3) else real(*arguments)  # evaluation, and the second step
 
-    monkeypatch.setattr(train, "play", play)
+    monkeypatch.setattr("lora_ppo.trainer.play", forgetful)
     status, output = run(output_dir="out")
     assert status == 0, output
     assert [line.get("outcome") for line in log("out")] == [None, "taken", "skipped", "taken"]
@@ -602,7 +601,7 @@ def test_a_folder_takes_one_run_at_a_time(run, monkeypatch):
 
 def test_samples_come_in_whole_shuffled_passes(llama, accelerator):
     policy, config = loaded(llama)
-    training = train.Training(config, policy, EchoTask(), accelerator)
+    training = Training(config, policy, EchoTask(), accelerator)
     training.train = list(range(10))
     seen = [sample for step in range(5) for sample in training.samples(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
@@ -711,7 +710,7 @@ def test_two_processes_give_the_gradient_of_one_with_the_joint_batch(llama, acce
     assert same(theirs[0]["gradient"], theirs[1]["gradient"])
     assert_close(theirs[0]["gradient"], wanted, tolerance=1e-6)
     assert theirs[0]["metrics"] == theirs[1]["metrics"]
-    metrics = update.learn(policy, accelerator, config, trajectories)
+    metrics = training.learn(policy, accelerator, config, trajectories)
     for name in ("reward", "accuracy", "kl", "length", "left_out", "loss", "entropy", "grad_norm"):
         assert theirs[0]["metrics"][name] == pytest.approx(metrics[name], rel=1e-4), name
     if sharded:

@@ -210,9 +210,10 @@ def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, c
     """Where the key stands is told apart from its text by asking one question until every position has come up."""
     prompts, quizzes = [], []
     encode, make = encode_chat, make_quiz
-    monkeypatch.setattr(
-        "lora_ppo.quiz.encode_chat", lambda t, messages: prompts.append(messages) or encode(t, messages)
-    )
+    for module in ("lora_ppo_demo", "lora_ppo.quiz"):
+        monkeypatch.setattr(
+            f"{module}.encode_chat", lambda t, messages: prompts.append(messages) or encode(t, messages)
+        )
     monkeypatch.setattr(demo, "make_quiz", lambda *args: quizzes.append(make(*args)) or quizzes[-1])
     config = Config(
         model_name=str(BUNDLED_MODEL), device="cpu", learning_rate=1e-4, checkpoint_dir=str(tmp_path / "c"),
@@ -256,7 +257,7 @@ def test_what_it_never_saw_it_says_so_and_makes_no_quiz(tmp_path):
     result = tutor(tmp_path, "How do I repair a clock?\nA\n")
     assert result.returncode == 0
     assert "I do not know that. I know about capitals" in result.stdout
-    assert "No sound quiz could be made" in result.stdout
+    assert "I couldn't write a reliable quiz" in result.stdout
     assert "Reward" not in result.stdout
 
 

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from echo import EchoTask
 from test_train import gradient, loaded, run_out_of_memory, same
 
-import update
+from lora_ppo import training
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
-from tasks.episodes import Trajectory, play
+from lora_ppo.episodes import Trajectory, play
+from lora_ppo.processes import everywhere, shard, sharded
 
 
 def main(folder: Path) -> None:
@@ -22,17 +23,17 @@ def main(folder: Path) -> None:
     assert accelerator.num_processes == 2
     llama, changes, given = torch.load(folder / "given.pt", weights_only=False)
     policy, config = loaded(llama, **changes)
-    update.shard(policy, accelerator)
+    shard(policy, accelerator)
     trajectories = [Trajectory(**fields) for fields in given]
     rank, group = accelerator.process_index, config.group_size if config.algorithm == "grpo" else 1
-    mine = [t for part in update.chunks(trajectories, group)[rank::2] for t in part]
+    mine = [t for part in training.chunks(trajectories, group)[rank::2] for t in part]
     episodes = [EchoTask(turns=1 + rank).episode(1)]  # not the same number of passes on each
     torch.manual_seed(rank)
-    played = update.everywhere(policy, accelerator, lambda: play(policy, episodes))
+    played = everywhere(policy, accelerator, lambda: play(policy, episodes))
     found = gradient(policy, config, accelerator, mine)
-    metrics = update.learn(policy, accelerator, config, mine)
+    metrics = training.learn(policy, accelerator, config, mine)
     result = {"gradient": found, "metrics": metrics, "played": played[0].response, "tensors": policy.snapshot().tensors}
-    if update.sharded(accelerator):
+    if sharded(accelerator):
         result["base"] = sum(p.to_local().numel() for p in policy.model.parameters() if hasattr(p, "to_local"))
         if accelerator.is_main_process:
             save_checkpoint(folder / "step_1", policy, {}, "")
@@ -49,11 +50,11 @@ PHASES = ("observe", "losses", "trust_region")
 
 def run_out(policy, accelerator, config, trajectories, phase: str) -> tuple[str, str, bool]:
     """Outcome of a step in whose `phase` the second process has no memory left, why, and whether the weights stayed."""
-    real, before = getattr(update, phase), policy.snapshot()
+    real, before = getattr(training, phase), policy.snapshot()
     if not accelerator.is_main_process:
-        setattr(update, phase, run_out_of_memory)
-    metrics = update.learn(policy, accelerator, config, trajectories)
-    setattr(update, phase, real)
+        setattr(training, phase, run_out_of_memory)
+    metrics = training.learn(policy, accelerator, config, trajectories)
+    setattr(training, phase, real)
     return metrics["outcome"], metrics.get("why", ""), same(policy.tensors(), before.tensors)
 
 

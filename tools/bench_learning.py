@@ -35,18 +35,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
-from evaluate import answer_all, newcombe_interval, percent, write_json  # noqa: E402
+from evaluate import answer_all, percent, write_json  # noqa: E402
 from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat  # noqa: E402
 from lora_ppo.forward import collate  # noqa: E402
 from lora_ppo.generate import generate  # noqa: E402
 from lora_ppo.journal import turn_seed  # noqa: E402
 from lora_ppo.policy import Policy, load_policy  # noqa: E402
 from lora_ppo.settings import ConfigError  # noqa: E402
+from lora_ppo.statistics import newcombe_interval, wilson_interval  # noqa: E402
 from lora_ppo.step import StepSkipped, ppo_step  # noqa: E402
 from lora_ppo.terminal import clean  # noqa: E402
+from lora_ppo.training import chunks  # noqa: E402
 from tasks.quiz import QUIZZES_PER_PASS, QuizTask, Sample  # noqa: E402
-from train import wilson_interval  # noqa: E402
-from update import chunks  # noqa: E402
 
 TRL_VERSION = "0.11.4"
 TRL_NEEDS = "trl==0.11.4 tyro docstring-parser typeguard"

@@ -130,12 +130,19 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def on_gpu() -> bool:
+    """Whether this process works on the GPU: one may be there, and the tensors elsewhere."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
+
+
 def memory_in_use() -> int:
-    """Bytes: of the GPU's memory where there is one, else resident in this process."""
+    """Bytes: of the GPU's memory where the work is there, else resident in this process."""
     import psutil
     import torch
 
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated() if on_gpu() else psutil.Process().memory_info().rss
 
 
 @contextlib.contextmanager
@@ -166,7 +173,7 @@ def peak_above(run: Callable[[], Any]) -> float:
 
     trim()
     before = memory_in_use()
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / MB
@@ -190,8 +197,8 @@ def profiling() -> Iterator[dict[str, float]]:
     import torch
 
     activity = torch.profiler.ProfilerActivity
-    on_gpu = torch.cuda.is_available()
-    activities = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
+    gpu = on_gpu()
+    activities = [activity.CPU, activity.CUDA] if gpu else [activity.CPU]
     found: dict[str, float] = {}
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         started = time.perf_counter()
@@ -199,12 +206,12 @@ def profiling() -> Iterator[dict[str, float]]:
         synchronize()
         seconds = time.perf_counter() - started
     products = [event for event in profiler.key_averages() if event.key.startswith(PRODUCTS)]
-    spent = sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in products)
+    spent = sum(event.self_device_time_total if gpu else event.self_cpu_time_total for event in products)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_bytes())["traceEvents"]
-    kind = 1 if on_gpu else 0  # of device, as torch counts them
+    kind = 1 if gpu else 0  # of device, as torch counts them
     changes = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == kind]
     changes.sort(key=lambda event: event["ts"])
     before = changes[0]["args"]["Total Allocated"] - changes[0]["args"]["Bytes"]

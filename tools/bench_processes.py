@@ -174,7 +174,7 @@ class VarietyEpisode:
         self.reply = reply
 
     def outcome(self):
-        from tasks import Outcome
+        from lora_ppo.episodes import Outcome
 
         return Outcome("correct", variety(self.reply))
 
@@ -185,8 +185,10 @@ def ours(settings: dict[str, Any]) -> None:
     from accelerate import Accelerator
 
     from lora_ppo.policy import load_policy
-    from train import TrainConfig, Training
-    from update import align, prepare
+    from lora_ppo.processes import align
+    from lora_ppo.trainer import Training
+    from lora_ppo.training import prepare
+    from train import TrainConfig
 
     config = TrainConfig(
         model_name=settings["folder"],

@@ -1,13 +1,49 @@
-"""Playing episodes with a policy: chats become trajectories of tokens, of one reply or of several."""
+"""What a task is, and how a policy plays its episodes: chats become trajectories of tokens, of one reply or several.
+
+A file in `tasks/` implements `Task` and `Episode`; training and evaluation know nothing else about it.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
-from lora_ppo.chat import encode_chat, encode_text
+from lora_ppo.chat import Message, encode_chat, encode_text
 from lora_ppo.generate import Request, replies
 from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError
-from tasks import Episode, Outcome
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an episode ended: the verdict, the reward it earns, why, and what else is worth logging."""
+
+    verdict: Literal["correct", "incorrect", "unknown"]
+    reward: float
+    why: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Episode(Protocol):
+    """One try at a sample."""
+
+    def reset(self) -> list[Message]:
+        """The opening chat messages."""
+
+    def step(self, reply: str) -> str | None:
+        """The environment's next message to the policy's reply; None when the episode is over."""
+
+    def outcome(self) -> Outcome:
+        """The verdict, once `step` returned None."""
+
+
+class Task(Protocol):
+    """A source of samples and episodes."""
+
+    def samples(self, split: Literal["train", "test"]) -> Sequence[Any]:
+        """The samples of a split; "train" and "test" share nothing, and a seed gives the same ones every time."""
+
+    def episode(self, sample: Any) -> Episode:
+        """A fresh try at a sample of this task."""
 
 
 @dataclass

@@ -1,35 +1,34 @@
-"""One step of training: from trajectories to advantages to weights, by PPO or GRPO, in one process or in many.
+"""A batch of episodes becomes one step: PPO or GRPO, in minibatches, in one process or many. `learn` tells the story.
 
-Every process holds the adapters and its share of the trajectories. Gradients are summed over processes, and each
-process divides by the token count of all: the sum is the gradient of the joint batch, however the tokens are spread.
-The frozen base model is whole on every process, or its layers are sharded over them (FSDP).
+The numbers of its steps are those of step.ppo_step, which is the same for one batch in one pass. Every process holds
+the adapters and its share of the trajectories. Gradients are summed over processes, and each divides by the token count
+of all: the sum is the gradient of the joint batch, however the tokens are spread (processes.py).
 
-Shapes as in lora_ppo_demo.py: B trajectories (of this process), T response tokens, V vocabulary.
+Shapes: B trajectories of this process, T response tokens, V vocabulary.
 """
 
 import contextlib
 import math
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from lora_ppo.episodes import Trajectory
 from lora_ppo.forward import Batch, collate, token_logprobs_and_values
 from lora_ppo.policy import Policy, Snapshot, gradient_dropout
-from lora_ppo.settings import ConfigError
-from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_losses, trust_region
-from tasks.episodes import Trajectory
+from lora_ppo.processes import everywhere, sharded, total, whiten_jointly
+from lora_ppo.settings import Settings
+from lora_ppo.step import StepSkipped, ppo_losses, trust_region
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from train import TrainConfig
 
-Result = TypeVar("Result")
-
-# -------------------------------------------------------------------------------------------------------- advantages
+KEPT_LOGITS = 2**26  # elements: 256 MB in float32
+LOSSES = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction")
 
 
 @dataclass(frozen=True)
@@ -66,89 +65,95 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def total(accelerator: "Accelerator", *numbers: float) -> list[float]:
-    """Each number, summed over the processes."""
-    if accelerator.num_processes == 1:
-        return list(numbers)
-    import torch
+def learn(
+    policy: Policy, accelerator: "Accelerator", config: Settings, trajectories: Sequence[Trajectory]
+) -> dict[str, Any]:
+    """One step on the trajectories of all processes; returns its metrics, the same on each.
 
-    return accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device), "sum").tolist()
-
-
-def everywhere(policy: Policy, accelerator: "Accelerator", work: Callable[[], Result]) -> Result:
-    """What `work` returns: each process does its own, in as many forward passes as it needs.
-
-    Memory that runs out on one process raises StepSkipped on all. With sharded weights it ends the run: the others are
-    waiting for a layer by then.
+    All or nothing, as in the tutor. `outcome` is `taken`, `undone` (beyond the trust region) or `skipped`, with `why`.
     """
-    result, failed = None, False
-    try:
-        with in_step(policy, accelerator):
-            result = work()
-    except Exception as error:
-        if not out_of_memory(error) or sharded(accelerator):
-            raise
-        failed = True
-    if total(accelerator, failed)[0]:
-        raise StepSkipped(f"{OUT_OF_MEMORY}, or a smaller batch_size and mini_batch_size")
-    return result
-
-
-def group_advantages(scores: "Tensor", group_size: int, normalize: bool) -> "Tensor":
-    """GRPO's advantages (B,): scores (B,) less the mean of their group, `group_size` neighbours; 0 where all are equal.
-
-    Shao et al. 2024, section 4.1 (https://arxiv.org/abs/2402.03300). `normalize` divides by the group's standard
-    deviation, as there; without it easy and hard prompts keep their weight (Liu et al. 2025,
-    https://arxiv.org/abs/2503.20783). Raises ValueError if the scores are not whole groups of at least 2.
-    """
-    if group_size < 2 or len(scores) % group_size:
-        raise ValueError(f"{len(scores)} scores are not whole groups of group_size={group_size}, at least 2")
-    groups = scores.view(-1, group_size)
-    advantages = groups - groups.mean(-1, keepdim=True)
-    if normalize:
-        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
-    equal = (groups == groups[:, :1]).all(-1, keepdim=True)
-    return advantages.masked_fill(equal, 0.0).flatten()
-
-
-def whiten_jointly(accelerator: "Accelerator", x: "Tensor", mask: "Tensor") -> "Tensor":
-    """ppo.whiten over the tokens of all processes; returns this process's share."""
     import torch
 
     from lora_ppo import ppo
 
-    if accelerator.num_processes == 1:
-        return ppo.whiten(x, mask)
-    mine = x[mask]
-    counts = accelerator.gather(torch.tensor([len(mine)], device=x.device))
-    joint = torch.zeros(len(counts), int(counts.max()), device=x.device)
-    joint[accelerator.process_index, : len(mine)] = mine
-    joint = accelerator.reduce(joint, "sum")
-    white = ppo.whiten(joint, torch.arange(joint.shape[1], device=x.device) < counts.unsqueeze(1))
-    return torch.zeros_like(x).masked_scatter(mask, white[accelerator.process_index, : len(mine)])
+    before = policy.snapshot()
+    metrics: dict[str, Any] = {}
+    try:
+        # 1. to 4. What policy and reference say of the answers; rewards; advantages.
+        experience, metrics = examine(policy, accelerator, config, trajectories)
+
+        # 5. ppo_epochs passes over the batch, each in minibatches that are shuffled anew: the loss, its gradient summed
+        #    over the processes, a step of AdamW.
+        mask, sums, taken = experience.batch.response_mask, Counter(), 0
+        size = rows_per_pass(config, accelerator) * config.gradient_accumulation_steps
+        for epoch in range(config.ppo_epochs):
+            order = list(range(len(experience.logprobs)))
+            random.Random(f"{config.seed}/{policy.step}/{epoch}").shuffle(order)  # the same on every process
+            for rows in chunks(order, size):
+                tokens = total(accelerator, mask[rows].sum().item())[0]
+                if not tokens:
+                    continue
+                policy.optimizer.zero_grad()
+                parts = gradients(policy, accelerator, config, experience.rows(rows), tokens)
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm).item()
+                if not (math.isfinite(parts["loss"]) and math.isfinite(grad_norm)):
+                    raise StepSkipped(f"the loss is not finite (loss {parts['loss']}, gradient norm {grad_norm})")
+                policy.optimizer.step()
+                taken += 1
+                sums.update(parts | {"grad_norm": grad_norm})
+        policy.optimizer.zero_grad()
+        if not taken:
+            raise StepSkipped("no answer has an advantage: every one was left out, or earned what its group earned")
+        metrics |= {name: value / taken for name, value in sums.items()}
+        if config.algorithm == "grpo":
+            del metrics["value_loss"]  # there is none
+
+        # 6. The price of divergence may follow it (Ziegler et al. 2019, section 2.2).
+        if config.adaptive_kl:
+            policy.kl_coef = ppo.adapted_kl_coef(
+                policy.kl_coef, metrics["kl"], config.kl_target, config.kl_horizon, metrics["answers"]
+            )
+
+        # 7. The trust region: how far the step went. What went further than target_kl is taken back.
+        metrics["outcome"] = "taken"
+        if config.target_kl:
+            metrics["step_kl"] = moved(policy, accelerator, config, experience, before)
+            if not metrics["step_kl"] <= config.target_kl:  # NaN included
+                policy.restore(before)
+                metrics["outcome"] = "undone"
+    except StepSkipped as skipped:
+        policy.restore(before)
+        metrics |= {"outcome": "skipped", "why": str(skipped)}
+    except BaseException:
+        policy.restore(before)
+        raise
+    return metrics
 
 
 def examine(
-    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", trajectories: Sequence[Trajectory]
+    policy: Policy, accelerator: "Accelerator", config: Settings, trajectories: Sequence[Trajectory]
 ) -> tuple[Experience, dict[str, float]]:
     """Advantages for the trajectories of this process, and how the episodes of all processes went."""
     import torch
 
     from lora_ppo import ppo
 
+    # 1. The batch. An answer without a reward takes part in nothing; with GRPO, neither does its group.
     known = [t.outcome.verdict != "unknown" and math.isfinite(t.outcome.reward) for t in trajectories]
-    if config.algorithm == "grpo":  # a group is whole or left out
+    if config.algorithm == "grpo":
         known = [k for group in chunks(known, config.group_size) for k in [all(group)] * len(group)]
     scores = torch.tensor([t.outcome.reward if k else 0.0 for t, k in zip(trajectories, known, strict=True)])
     chosen = [[c and k for c in t.chosen] for t, k in zip(trajectories, known, strict=True)]
     prompts, responses = [t.prompt for t in trajectories], [t.response for t in trajectories]
     batch = collate(prompts, responses, policy.pad_id, policy.device, chosen)
-    mask = batch.response_mask
-    scores = scores.to(policy.device)
+    mask, scores = batch.response_mask, scores.to(policy.device)  # (B, T), (B,)
+
+    # 2. What the policy that sampled them and the reference say of the answers, in passes that fit into memory.
     seen = everywhere(policy, accelerator, lambda: observe(policy, accelerator, config, batch))
     logprobs, ref_logprobs, values, kl, logits, first = seen
-    kept = zip(trajectories, known, strict=True)
-    right = sum(t.outcome.verdict == "correct" for t, k in kept if k)
+
+    # 3. How the episodes of all processes went, for the log.
+    right = sum(t.outcome.verdict == "correct" for t, k in zip(trajectories, known, strict=True) if k)
     sums = (masked.masked_fill(~mask, 0.0).sum().item() for masked in (kl, logprobs - ref_logprobs, values))
     length = sum(t.length for t in trajectories)
     answers, reward, right, tokens, length, kl, kl_estimate, value = total(
@@ -164,8 +169,12 @@ def examine(
         "kl_estimate": kl_estimate / max(answers, 1),
         "kl_coef": policy.kl_coef,
     }
+
+    # 4. Advantages (B, T).
     if config.algorithm == "grpo":
-        per_answer = group_advantages(scores, config.group_size, config.normalize_groups)
+        # GRPO: an answer's score less the mean of its group (Shao et al. 2024, section 4.1), the same at each token. No
+        # value head. Groups in which all earn the same teach nothing and are left out.
+        per_answer = ppo.group_advantages(scores, config.group_size, config.normalize_groups)
         flat = (scores.view(-1, config.group_size) == scores[:: config.group_size, None]).all(-1)
         flat = flat.repeat_interleave(config.group_size)
         equal = (flat.cpu() & torch.tensor(known)).sum().item() // config.group_size
@@ -174,25 +183,26 @@ def examine(
         batch = replace(batch, response_mask=mask)
         advantages, returns = per_answer.unsqueeze(1) * mask, torch.zeros_like(values)
     else:
+        # PPO: rewards that pay for divergence, and GAE (Schulman et al. 2016, eq. 16), as in step.ppo_step.
         metrics["value"] = value / max(tokens, 1)
         rewards = ppo.compute_rewards(scores, logprobs, ref_logprobs, mask, policy.kl_coef)
         advantages, returns = ppo.gae(rewards, values, mask, config.gamma, config.lam)
-        if answers >= 8:  # in a small batch whitening erases or flips the reward
+        if answers >= 8:  # among few answers whitening erases or flips the reward
             advantages = whiten_jointly(accelerator, advantages, mask)
     return Experience(batch, logprobs, ref_logprobs, values, advantages, returns, first, logits), metrics
 
 
-def rows_per_pass(config: "TrainConfig", accelerator: "Accelerator") -> int:
+def rows_per_pass(config: Settings, accelerator: "Accelerator") -> int:
     return config.mini_batch_size // accelerator.num_processes
 
 
-def in_one_pass(config: "TrainConfig", accelerator: "Accelerator", rows: int) -> bool:
+def in_one_pass(config: Settings, accelerator: "Accelerator", rows: int) -> bool:
     """Whether the update is a single forward and backward pass over all rows, by the policy that sampled them."""
     plain = not (config.lora_dropout or config.gradient_checkpointing or sharded(accelerator))
     return plain and config.ppo_epochs == 1 and rows <= rows_per_pass(config, accelerator)
 
 
-def observe(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", batch: Batch) -> tuple:
+def observe(policy: Policy, accelerator: "Accelerator", config: Settings, batch: Batch) -> tuple:
     """logprobs, ref_logprobs, values and the exact KL from the reference, each (B, T); `Experience`'s logits and first.
 
     From the second minibatch on the policy is no longer the one that sampled: the ratio's denominator is what is kept
@@ -219,81 +229,8 @@ def observe(policy: Policy, accelerator: "Accelerator", config: "TrainConfig", b
     return *joined, torch.cat(kept) if kept else None, forward if whole else None
 
 
-# -------------------------------------------------------------------------------------------------------- the update
-
-
-def learn(
-    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", trajectories: Sequence[Trajectory]
-) -> dict[str, Any]:
-    """One step on the trajectories of all processes; returns its metrics, the same on each.
-
-    All or nothing, as in the tutor. `outcome` is `taken`, `undone` (beyond the trust region) or `skipped`, with `why`.
-    """
-    before = policy.snapshot()
-    metrics: dict[str, Any] = {}
-    try:
-        experience, metrics = examine(policy, accelerator, config, trajectories)
-        metrics |= update(policy, accelerator, config, experience)
-        if config.adaptive_kl:
-            policy.kl_coef = adapted(policy, config, metrics)
-        metrics["outcome"] = "taken"
-        if config.target_kl:
-            metrics["step_kl"] = moved(policy, accelerator, config, experience, before)
-            if not metrics["step_kl"] <= config.target_kl:  # NaN included
-                policy.restore(before)
-                metrics["outcome"] = "undone"
-    except StepSkipped as skipped:
-        policy.restore(before)
-        metrics |= {"outcome": "skipped", "why": str(skipped)}
-    except BaseException:
-        policy.restore(before)
-        raise
-    return metrics
-
-
-def adapted(policy: Policy, config: "TrainConfig", metrics: dict[str, Any]) -> float:
-    from lora_ppo import ppo
-
-    return ppo.adapted_kl_coef(
-        policy.kl_coef, metrics["kl"], config.kl_target, config.kl_horizon, answers=metrics["answers"]
-    )
-
-
-def update(
-    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", experience: Experience
-) -> dict[str, float]:
-    """ppo_epochs passes of minibatch updates. Raises StepSkipped, on every process, where nothing can be learnt."""
-    import torch
-
-    count = len(experience.logprobs)
-    size = rows_per_pass(config, accelerator) * config.gradient_accumulation_steps
-    mask, metrics, taken = experience.batch.response_mask, {}, 0
-    for epoch in range(config.ppo_epochs):
-        order = list(range(count))
-        random.Random(f"{config.seed}/{policy.step}/{epoch}").shuffle(order)  # the same on every process
-        for rows in chunks(order, size):
-            tokens = total(accelerator, mask[rows].sum().item())[0]
-            if not tokens:
-                continue
-            policy.optimizer.zero_grad()
-            parts = gradients(policy, accelerator, config, experience.rows(rows), tokens)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm).item()
-            if not (math.isfinite(parts["loss"]) and math.isfinite(grad_norm)):
-                raise StepSkipped(f"the loss is not finite (loss {parts['loss']}, gradient norm {grad_norm})")
-            policy.optimizer.step()
-            taken += 1
-            for name, value in (parts | {"grad_norm": grad_norm}).items():
-                metrics[name] = metrics.get(name, 0.0) + value
-    policy.optimizer.zero_grad()
-    if not taken:
-        raise StepSkipped("no answer has an advantage: every one was left out, or earned what its group earned")
-    if config.algorithm == "grpo":
-        del metrics["value_loss"]  # there is none
-    return {name: value / taken for name, value in metrics.items()}
-
-
 def gradients(
-    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", experience: Experience, tokens: float
+    policy: Policy, accelerator: "Accelerator", config: Settings, experience: Experience, tokens: float
 ) -> dict[str, float]:
     """Leaves in every parameter the gradient of the loss, a mean over the `tokens` response tokens of all processes.
 
@@ -324,11 +261,7 @@ def gradients(
     return sums
 
 
-KEPT_LOGITS = 2**26  # elements: 256 MB in float32
-LOSSES = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction")
-
-
-def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str, "Tensor"]:
+def losses(policy: Policy, config: Settings, piece: Experience) -> dict[str, "Tensor"]:
     """The loss of one forward pass and its parts, each a mean over the piece's response tokens; 0 if it has none."""
     from lora_ppo import ppo
 
@@ -348,7 +281,7 @@ def losses(policy: Policy, config: "TrainConfig", piece: Experience) -> dict[str
 
 
 def moved(
-    policy: Policy, accelerator: "Accelerator", config: "TrainConfig", experience: Experience, before: Snapshot
+    policy: Policy, accelerator: "Accelerator", config: Settings, experience: Experience, before: Snapshot
 ) -> float:
     """How far the update went: the exact KL(old || new), in nats, mean over the response tokens of all processes.
 
@@ -393,7 +326,7 @@ def recomputing(policy: Policy) -> Iterator[None]:
             layer.training = False
 
 
-def prepare(policy: Policy, config: "TrainConfig") -> None:
+def prepare(policy: Policy, config: Settings) -> None:
     """Puts the wanted optimizer and gradient checkpointing on a fresh policy."""
     if config.gradient_checkpointing:
         options = {"use_reentrant": False}
@@ -426,70 +359,4 @@ def use_8bit_adamw(policy: Policy, paged: bool) -> None:
             policy.optimizer.init_state(group, p, gindex, pindex)
 
 
-def align(policy: Policy, accelerator: "Accelerator") -> None:
-    """Every process starts from the main one's weights."""
-    if accelerator.num_processes > 1:
-        import torch.distributed
-
-        for tensor in policy.tensors().values():
-            torch.distributed.broadcast(tensor, 0)
-
-
 # ---------------------------------------------------------------------------------------------------------- sharding
-
-
-def sharded(accelerator: "Accelerator") -> bool:
-    """Whether accelerate was told to shard the model (FSDP)."""
-    return accelerator.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def shard(policy: Policy, accelerator: "Accelerator") -> None:
-    """Spreads the base model's layers over the processes, where accelerate was told to; raises ConfigError.
-
-    Adapters, value head and embeddings stay whole on every process: all that training changes is as it is without.
-    """
-    if not sharded(accelerator):
-        return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    if policy.config.load_in_4bit == "true":
-        raise ConfigError("load_in_4bit=true can't be sharded (FSDP): set load_in_4bit=false")
-    decoder, kinds = body(policy), policy.model.get_base_model()._no_split_modules or ()
-    layers = [module for module in decoder.modules() if type(module).__name__ in kinds]
-    if not layers:
-        raise ConfigError(f"model_name={policy.config.model_name} names no layers to shard (FSDP): use multi_gpu.yaml")
-    mesh = init_device_mesh(policy.device.type, (accelerator.num_processes,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, ignored_params=set(policy.parameters.values()))
-    fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.parameters()))
-
-
-def body(policy: Policy):
-    """The base model less its head: every forward pass goes through it."""
-    return policy.model.get_base_model().get_decoder()
-
-
-@contextlib.contextmanager
-def in_step(policy: Policy, accelerator: "Accelerator") -> Iterator[None]:
-    """Lets processes make different numbers of forward passes over sharded layers, which all must gather at once.
-
-    Before each pass a process asks who else makes one; whoever is done makes empty ones until nobody does.
-    """
-    if not sharded(accelerator):
-        yield
-        return
-    import torch
-
-    def announce(*_: Any) -> None:
-        total(accelerator, 1)
-
-    hook = body(policy).register_forward_pre_hook(announce, prepend=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-    token = torch.full((1, 1), policy.pad_id, device=policy.device)
-    while total(accelerator, 0)[0]:
-        with torch.no_grad():
-            policy.model(input_ids=token)
