@@ -11,8 +11,9 @@ from lora_ppo.settings import BUNDLED_LEARNING_RATE, GPU_MODEL, LEARNING_RATE, S
 
 @dataclass
 class Config(Settings):
-    # model
-    model_name: str = setting("auto", "hub name or local folder; auto: the bundled model, with CUDA " + GPU_MODEL)
+    model_name: str = setting(
+        "auto", "hub name or local folder; auto: the bundled model, with CUDA " + GPU_MODEL, group="model"
+    )
     load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA, for any but the bundled model), true, false")
     bf16_copy: str = setting(
         "auto",
@@ -29,15 +30,15 @@ class Config(Settings):
     target_modules: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "linear layers that get adapters"
     )
-    # generation
-    temperature: float = setting(0.3, "sampling temperature of answers; PPO's policy is the distribution at it")
+    temperature: float = setting(
+        0.3, "sampling temperature of answers; PPO's policy is the distribution at it", group="generation"
+    )
     quiz_temperature: float = setting(0.2, "sampling temperature of quizzes")
     top_p: float = setting(0.9, "nucleus sampling: the smallest set of tokens with this probability")
     max_new_tokens: int = setting(256, "longest answer, and longest quiz, in tokens")
     quiz_tries: int = setting(3, "quizzes made before a turn goes without one")
-    # PPO
     learning_rate: float | None = setting(
-        None, f"AdamW's; auto: {LEARNING_RATE:g}, bundled model {BUNDLED_LEARNING_RATE:g}"
+        None, f"AdamW's; auto: {LEARNING_RATE:g}, bundled model {BUNDLED_LEARNING_RATE:g}", group="PPO"
     )
     batch_size: int = setting(1, "answered quizzes that make one PPO step")
     ppo_epochs: int = setting(1, "passes over the batch in one step")
@@ -58,8 +59,7 @@ class Config(Settings):
         0.1, "trust region: a step that moves the policy further, in nats per token, is undone; 0: none"
     )
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    # session
-    checkpoint_dir: str = setting("checkpoints", "where checkpoints and the journal are kept")
+    checkpoint_dir: str = setting("checkpoints", "where checkpoints and the journal are kept", group="session")
     log_dir: str = setting("logs", "where run.log is written")
     save_every: int = setting(10, "steps between checkpoints")
     keep_checkpoints: int = setting(5, "checkpoints that are kept, at least 2")
@@ -72,6 +72,6 @@ class Config(Settings):
         "auto", "auto (the newest whole checkpoint), none (a new run beside the old), or a checkpoint folder"
     )
     learner: str = setting("person", "who takes the quizzes: person, or simulated (the base model reads the answers)")
-    questions: str = setting("", "text file of questions, one a line (learner=simulated)")
+    questions: str = setting("", "text file of questions, one per line (learner=simulated)")
     steps: int = setting(100, "steps after which the session ends (learner=simulated)")
     seed: int = setting(0, "seed of sampling, shuffling and adapter weights")

@@ -30,9 +30,11 @@ from typing import Any
 from config import Config
 from lora_ppo.chat import QUIZMASTER_PROMPT, TUTOR_PROMPT, chat, encode_chat
 from lora_ppo.generate import Request, replies
-from lora_ppo.journal import Run, Turn, turn_seed
-from lora_ppo.policy import Policy, base_name, is_bundled, load_policy
+from lora_ppo.journal import turn_seed
+from lora_ppo.loading import base_name, is_bundled, load_policy
+from lora_ppo.policy import Policy
 from lora_ppo.quiz import LETTERS, make_quiz, quiz_request, quiz_text
+from lora_ppo.run import Run, Turn
 from lora_ppo.settings import ConfigError, from_command_line
 from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_step
 from lora_ppo.terminal import (
@@ -48,15 +50,19 @@ from lora_ppo.terminal import (
 
 USAGE = f"""usage: python lora_ppo_demo.py [--config FILE] [name=value ...]
 
-A tutor that learns from whether you understood: ask, read the answer, take the quiz. Each result trains it.
+A tutor that learns from whether you understood: ask, read the answer, take the
+quiz. Each result trains it.
 
 examples:
-  python lora_ppo_demo.py                                    go on where you left off
-  python lora_ppo_demo.py resume=none learning_rate=1e-4     a new run beside the old one
+  python lora_ppo_demo.py                   start, or go on where you left off
+  python lora_ppo_demo.py resume=none       a new run beside the old one
+  python lora_ppo_demo.py lora_r=8 --config my_settings.yaml
   python lora_ppo_demo.py learner=simulated questions=my_questions.txt steps=100
 
 in the session:
-{COMMANDS}"""
+{COMMANDS}
+
+--version prints the version."""
 
 # ---------------------------------------------------------------------------------------------------------- the turn
 

@@ -5,11 +5,10 @@
     accelerate launch --config_file configs/accelerate/cpu.yaml train.py --config configs/quiz.yaml device=cpu
     python train.py --help                                                 every setting
 
-Each step plays batch_size episodes of the task (tasks/episodes.py), of one reply or of several, turns their rewards
-into advantages and takes minibatch updates on them (training.py); a step that leaves the trust region is undone.
-Generation, losses and checkpoints are the tutor's own (lora_ppo_demo.py, ppo.py). What is here: the settings, which
-samples a step gets, evaluation, and the run on disk. A step follows from the weights, the settings and its number, so
-that a run which was stopped goes on as if it had not been.
+Each step plays batch_size episodes of the task (lora_ppo/episodes.py), of one reply or of several, turns their rewards
+into advantages and takes minibatch updates on them (lora_ppo/training.py); a step that leaves the trust region is
+undone. Here are the settings and the order of things; the run itself is lora_ppo/trainer.py. A step follows from the
+weights, the settings and its number, so that a run which was stopped goes on as if it had not been.
 
 Left out on purpose: a reward model, asynchronous rollouts, an inference server.
 """
@@ -21,52 +20,50 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from config import Config
+from lora_ppo.checkpoint import find_checkpoint
 from lora_ppo.episodes import Task
-from lora_ppo.policy import Policy, is_bundled, load_policy
+from lora_ppo.loading import is_bundled, load_policy
+from lora_ppo.policy import Policy
 from lora_ppo.processes import shard
-from lora_ppo.settings import ConfigError, from_command_line, save_yaml, setting
+from lora_ppo.settings import ConfigError, Settings, from_command_line, save_yaml, setting
 from lora_ppo.terminal import clean
-from lora_ppo.trainer import Training, find_checkpoint, locked
+from lora_ppo.trainer import Training, locked
 from lora_ppo.training import prepare
-
-if TYPE_CHECKING:
-    pass
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
 TUTOR_SETTINGS = {f.name: f for f in fields(Config)}
 
 
-def shared(name: str) -> Any:
+def shared(name: str, group: str = "") -> Any:
     """The tutor's setting of this name, with its default and its help."""
     f = TUTOR_SETTINGS[name]
-    return setting(f.default_factory() if f.default is MISSING else f.default, f.metadata["help"])
+    return setting(f.default_factory() if f.default is MISSING else f.default, f.metadata["help"], group)
 
 
 @dataclass
-class TrainConfig:
-    # what is learnt, and how long
-    task: str = setting("quiz", "what earns the reward")
-    algorithm: str = setting("ppo", "ppo, or grpo (group_size answers a prompt, no value head)")
+class TrainConfig(Settings):
+    task: str = setting("quiz", "what earns the reward", group="what is learned, and how long")
+    algorithm: str = setting("ppo", "ppo, or grpo (group_size answers per prompt, no value head)")
     output_dir: str = setting("runs/train", "where log, checkpoints and report are written")
     num_epochs: int = setting(1, "epochs")
-    samples_per_epoch: int = setting(0, "prompts an epoch; 0: every training sample of the task once")
+    samples_per_epoch: int = setting(0, "prompts per epoch; 0: every training sample of the task once")
     eval_every: int = setting(0, "steps between evaluations on the test split; 0: one after each epoch")
-    eval_samples: int = setting(100, "test samples an evaluation answers")
+    eval_samples: int = setting(100, "test samples that an evaluation answers")
     save_every: int = setting(50, "steps between checkpoints within an epoch")
     keep_checkpoints: int = setting(2, "checkpoints step_N that are kept; every epoch_N is")
     resume_from: str = setting("", "latest (of output_dir), or the folder of a checkpoint; empty: a fresh start")
     report_to: str = setting("none", "tracker: none, tensorboard, wandb or trackio")
     seed: int = shared("seed")
-    # the quiz task
-    questions: str = setting("", "text file of questions, one a line; empty: the bundled fact tables")
+    questions: str = setting(
+        "", "text file of questions, one per line; empty: the bundled fact tables", group="the quiz task"
+    )
     quiz_learner: str = setting("auto", "reader, gain, or auto: reader for the bundled model, gain for any other")
     test_share: float = setting(0.2, "share of the facts that is kept for the test split")
-    # model
-    model_name: str = shared("model_name")
+    model_name: str = shared("model_name", "model")
     load_in_4bit: str = shared("load_in_4bit")
     bf16_copy: str = shared("bf16_copy")
     device: str = shared("device")
@@ -76,16 +73,14 @@ class TrainConfig:
     lora_dropout: float = shared("lora_dropout")
     target_modules: list[str] = shared("target_modules")
     gradient_checkpointing: bool = setting(False, "compute activations again in the backward pass: less memory")
-    # generation
-    temperature: float = shared("temperature")
+    temperature: float = shared("temperature", "generation")
     quiz_temperature: float = shared("quiz_temperature")
     top_p: float = shared("top_p")
     max_new_tokens: int = shared("max_new_tokens")
     quiz_tries: int = shared("quiz_tries")
-    # the update
-    learning_rate: float | None = shared("learning_rate")
+    learning_rate: float | None = shared("learning_rate", "the update")
     optimizer: str = setting("adamw", "adamw; on CUDA also adamw_8bit, paged_adamw_8bit (bitsandbytes)")
-    batch_size: int = setting(16, "answers a step, on all processes together")
+    batch_size: int = setting(16, "answers per step, on all processes together")
     mini_batch_size: int = setting(16, "answers in one forward and backward pass, on all processes together")
     gradient_accumulation_steps: int = setting(1, "passes that make one optimizer step")
     ppo_epochs: int = shared("ppo_epochs")

@@ -1,16 +1,20 @@
-"""PPO for LoRA adapters on one machine: the library that the tutor, training, evaluation and the course share.
+"""PPO for LoRA adapters on one machine: the library that the tutor, training and evaluation share.
 
-A room is one module, and imports go one way, from the first line of this list to the last:
+A room is one module. Read step and ppo first: one PPO update, and its equations.
 
-    training, journal       a batch of answers; a run's life on disk: turns, undo, replay
-    step                    one PPO update: read this one first, beside ppo
-    quiz, episodes          what earns the reward
-    forward                 one pass over prompts and responses: log-probabilities, values, logits
-    decode, generate        replies, token by token
-    recording, layers       passes recorded and played; layers that are quicker or keep less
-    checkpoint, terminal    files written whole or not at all; what a person types and sees
-    policy, chat            the base model, its LoRA adapters and value head; chats as token ids
-    ppo, settings           the mathematics, pure functions; how settings are declared and checked
+    settings, statistics        how settings are declared and checked; intervals and tests
+    ppo                         the mathematics, pure functions of tensors
+    chat                        roles and their prompts; chats as token ids
+    layers, recording           layers that are quicker or keep less; passes recorded and played
+    policy, loading             base model, gated LoRA adapters, value head, optimizer; how they are loaded
+    checkpoint, adapters        folders written whole or not at all; adapters from elsewhere, merging
+    decode, generate, forward   replies, token by token; one pass over prompts and responses
+    quiz, episodes              the quiz; what a task is, and its episodes played
+    step                        one PPO update on sampled answers, and both outcomes of a turn ahead of time
+    processes, training         several processes; a batch of episodes becomes one step, by PPO or GRPO
+    journal, run, terminal      durable lines; the tutor's run on disk; what a person types and sees
+    trainer, evaluation, report unattended runs, held-out samples, plots
 
-Importing it imports nothing else: a room brings in torch, transformers and peft where it needs them.
+Imports go one way, downwards in tests/test_house.py's list. Importing this package imports nothing else: a room brings
+in torch, transformers and peft where it needs them.
 """

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_ppo.policy import Policy, base_name
-from lora_ppo.settings import ConfigError
+from lora_ppo.loading import base_name
+from lora_ppo.policy import Policy
+from lora_ppo.settings import ConfigError, Settings
 
 CHECKPOINT_FILES = {"adapter_model.safetensors", "value_head.safetensors", "optimizer.safetensors", "state.json"}
 
@@ -159,3 +161,47 @@ def all_checkpoints(root: Path) -> list[tuple[int, Path]]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found.append((int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]), folder))
     return sorted(found, key=lambda pair: (pair[0], pair[1].name), reverse=True)
+
+
+# What decides which samples a step gets: a run can't go on under another value.
+COURSE = ("task", "algorithm", "batch_size", "group_size", "samples_per_epoch", "questions", "test_share", "seed")
+
+
+def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The whole checkpoint that `resume_from` means, with its state; None for a fresh start. Raises ConfigError."""
+    root = Path(config.output_dir)
+    there = all_checkpoints(root)
+    if not config.resume_from:
+        if there or (root / "train.log").exists():
+            raise ConfigError(f"output_dir={root} holds a run: set resume_from=latest, or another output_dir")
+        return None
+    latest = config.resume_from == "latest"
+    reasons = []
+    for folder in [path for _, path in there] if latest else [Path(config.resume_from)]:
+        try:
+            state = verify_checkpoint(folder)
+            break
+        except Damaged as error:
+            reasons.append(f"{folder.name}: {error}")
+            if latest:
+                notice(f"{folder.name} is not used ({error}); trying the one before it.")
+    else:
+        raise ConfigError(
+            f"resume_from={config.resume_from}: no whole checkpoint in {root if latest else config.resume_from} "
+            f"({'; '.join(reasons) or 'none at all'})"
+        )
+    if not latest and (there or (root / "train.log").exists()):
+        inside = folder.resolve().parent == root.resolve()
+        if not inside or there[0][0] > state["step"]:
+            newest = f"step {there[0][0]}" if there else "no checkpoint yet"
+            raise ConfigError(
+                f"resume_from={folder} is at step {state['step']}, and output_dir={root} holds a run ({newest}): "
+                "set resume_from=latest, or another output_dir"
+            )
+    for name in COURSE:
+        if state["config"].get(name) != getattr(config, name):
+            raise ConfigError(
+                f"{folder} was trained with {name}={state['config'].get(name)}, now it is {getattr(config, name)}: "
+                f"set {name} back, or start afresh in another output_dir"
+            )
+    return folder, state

@@ -7,6 +7,9 @@ object as an argument and never imports one.
 
 import difflib
 import sys
+import textwrap
+import tomllib
+from collections.abc import Container
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,10 @@ class Settings:
     """The settings of a program, one field each: what the dataclasses of scripts derive from."""
 
 
-def setting(default: Any, text: str) -> Any:
-    """A dataclass field with one line of help."""
+def setting(default: Any, text: str, group: str = "") -> Any:
+    """A dataclass field with one line of help. `group` is the heading of this setting and of those that follow it."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": text}, **factory)
+    return field(metadata={"help": text, "group": group}, **factory)
 
 
 RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
@@ -59,6 +62,15 @@ RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "steps": (1, 1e9, True),
     "seed": (0, 2**63 - 1, True),
 }
+KINDS = {  # what a person should write for a setting of this type
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    float | None: "a number, or auto",
+    bool: "true or false",
+    list[str]: "names, separated by commas",
+}
+OTHER_NAMES = {"lr": "learning_rate", "model": "model_name", "epochs": "num_epochs"}  # that people try first
 CHOICES = {
     "load_in_4bit": ("auto", "true", "false"),
     "bf16_copy": ("auto", "true", "false"),
@@ -111,7 +123,7 @@ def parse(schema: type[Settings], arguments: list[str]) -> Settings:
             OmegaConf.update(config, name, typed(name, value, config[name]))
         except (OmegaConfBaseException, YAMLError, ValueError):
             kind = next(f.type for f in fields(schema) if f.name == name)
-            raise ConfigError(f"{name}={value!r} does not fit: expected {getattr(kind, '__name__', kind)}") from None
+            raise ConfigError(f"{name}={value!r} does not fit: expected {KINDS[kind]}") from None
     return check(OmegaConf.to_object(config))
 
 
@@ -159,21 +171,46 @@ def known_name(schema: type[Settings], name: str) -> None:
     """Raises ConfigError with the nearest setting if `schema` has none called `name`."""
     names = [f.name for f in fields(schema)]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        near = (
+            [OTHER_NAMES[name]]
+            if OTHER_NAMES.get(name) in names
+            else difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        )
         raise ConfigError(
             f"there is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help")
         )
 
 
-def help_text(schema: type[Settings], usage: str) -> str:
-    """`usage`, then a line for every setting with its default."""
+def help_text(schema: type[Settings], usage: str, only: Container[str] | None = None) -> str:
+    """`usage`, then the settings, or `only` some, in their groups, each with its default; 80 columns wide."""
     lines = [usage.strip(), "", "settings (name=value or --name value; --config FILE reads them from YAML):"]
-    width = max(len(f.name) for f in fields(schema)) + 2
+    shown = [f for f in fields(schema) if only is None or f.name in only]
+    width = max(len(f.name) for f in shown) + 4  # of the column of names
+    group = heading = ""
     for f in fields(schema):
+        group = f.metadata["group"] or group
+        if f not in shown:
+            continue
+        if group != heading:
+            lines += ["", f"{group}:"]
+            heading = group
         default = f.default_factory() if callable(f.default_factory) else f.default
-        shown = "auto" if default is None else ",".join(default) if isinstance(default, list) else default
-        lines.append(f"  {f.name:<{width}}{f.metadata['help']} [{shown}]")
+        value = "auto" if default is None else ",".join(default) if isinstance(default, list) else default
+        lines += textwrap.wrap(
+            f"{f.metadata['help']} [{value}]",
+            width=80,
+            initial_indent=f"  {f.name}".ljust(width),
+            subsequent_indent=" " * width,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return "\n".join(lines)
+
+
+def version() -> str:
+    """The project's name and version, as pyproject.toml has them."""
+    project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    return f"{project['name']} {project['version']}"
 
 
 def save_yaml(config: Settings, path: Path) -> None:
@@ -184,8 +221,11 @@ def save_yaml(config: Settings, path: Path) -> None:
 
 
 def from_command_line(schema: type[Settings], usage: str) -> Settings:
-    """`parse(sys.argv)`; prints the help for -h, and one line for what can't be used, and exits."""
+    """`parse(sys.argv)`. Prints and exits for --help, for --version, and, with one line, for what can't be used."""
     arguments = sys.argv[1:]
+    if "--version" in arguments:
+        print(version())
+        raise SystemExit(0)
     if "-h" in arguments or "--help" in arguments:
         print(help_text(schema, usage))
         raise SystemExit(0)

@@ -14,14 +14,14 @@ from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities,
 from lora_ppo.settings import ConfigError
 
 COMMANDS = """\
-at the quiz      A, B, C or D, or the option's text, then Enter; s skips it (no reward, no step)
-                 an empty line shows the options again; /help and /quit work, too
-at the question  /help       this text
-                 /progress   how the quizzes went so far
-                 /undo       undo the last step, exactly
-                 /save       write a checkpoint now
-                 /config     every setting as it is in force
-                 /quit       save and leave (so do Ctrl-D and Ctrl-C)"""
+  A B C D      at the quiz: your choice, or type the option's text; s skips it
+               (no reward, no step); an empty line shows the options again
+  /help        this text
+  /progress    how the quizzes went so far
+  /undo        undo the last step, exactly
+  /save        write a checkpoint now
+  /config      every setting as it is in force
+  /quit        save and leave (so do Ctrl-D and Ctrl-C); also at the quiz"""
 BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 

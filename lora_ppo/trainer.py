@@ -23,11 +23,11 @@ from lora_ppo.checkpoint import (
     load_checkpoint,
     remove_folder,
     save_checkpoint,
-    verify_checkpoint,
 )
 from lora_ppo.episodes import Task, Trajectory, play
 from lora_ppo.journal import LineFile, now, turn_seed
-from lora_ppo.policy import Policy, base_name
+from lora_ppo.loading import base_name
+from lora_ppo.policy import Policy
 from lora_ppo.processes import align, everywhere, total
 from lora_ppo.settings import ConfigError, Settings
 from lora_ppo.statistics import wilson_interval
@@ -35,51 +35,8 @@ from lora_ppo.step import StepSkipped
 from lora_ppo.terminal import clean
 from lora_ppo.training import chunks, learn
 
-# What decides which samples a step gets: a run can't go on under another value.
-COURSE = ("task", "algorithm", "batch_size", "group_size", "samples_per_epoch", "questions", "test_share", "seed")
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The whole checkpoint that `resume_from` means, with its state; None for a fresh start. Raises ConfigError."""
-    root = Path(config.output_dir)
-    there = all_checkpoints(root)
-    if not config.resume_from:
-        if there or (root / "train.log").exists():
-            raise ConfigError(f"output_dir={root} holds a run: set resume_from=latest, or another output_dir")
-        return None
-    latest = config.resume_from == "latest"
-    reasons = []
-    for folder in [path for _, path in there] if latest else [Path(config.resume_from)]:
-        try:
-            state = verify_checkpoint(folder)
-            break
-        except Damaged as error:
-            reasons.append(f"{folder.name}: {error}")
-            if latest:
-                notice(f"{folder.name} is not used ({error}); trying the one before it.")
-    else:
-        raise ConfigError(
-            f"resume_from={config.resume_from}: no whole checkpoint in {root if latest else config.resume_from} "
-            f"({'; '.join(reasons) or 'none at all'})"
-        )
-    if not latest and (there or (root / "train.log").exists()):
-        inside = folder.resolve().parent == root.resolve()
-        if not inside or there[0][0] > state["step"]:
-            newest = f"step {there[0][0]}" if there else "no checkpoint yet"
-            raise ConfigError(
-                f"resume_from={folder} is at step {state['step']}, and output_dir={root} holds a run ({newest}): "
-                "set resume_from=latest, or another output_dir"
-            )
-    for name in COURSE:
-        if state["config"].get(name) != getattr(config, name):
-            raise ConfigError(
-                f"{folder} was trained with {name}={state['config'].get(name)}, now it is {getattr(config, name)}: "
-                f"set {name} back, or start afresh in another output_dir"
-            )
-    return folder, state
 
 
 @contextlib.contextmanager

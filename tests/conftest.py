@@ -10,18 +10,26 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["support.decoding", "support.evaluation", "support.session", "support.training"]
+
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Callable[[str], Path]:
     """The folder of a tiny model, by architecture (see tiny.ARCHITECTURES); built once for the whole session."""
-    from tiny import save_tiny
+    from support.tiny import save_tiny
 
     return cache(lambda architecture: save_tiny(architecture, tmp_path_factory.mktemp(architecture)))
 
 
 @pytest.fixture
+def llama(tiny_folder) -> Path:
+    """The folder of the tiny Llama."""
+    return tiny_folder("llama")
+
+
+@pytest.fixture
 def llama_policy(tiny_folder):
     """A fresh policy on the tiny Llama, with a ChatML template."""
-    from tiny import tiny_policy
+    from support.tiny import tiny_policy
 
     return tiny_policy(tiny_folder("llama"))

@@ -9,14 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, randomize_adapter, save_tiny, tiny_config, tiny_policy
+from support.tiny import ARCHITECTURES, randomize_adapter, save_tiny, tiny_config, tiny_policy
 from transformers import AutoModelForCausalLM
 
 from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT, chat, encode_chat
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import generate
-from lora_ppo.policy import load_policy
+from lora_ppo.loading import load_policy
 from lora_ppo.quiz import QuizGrammar, one_line, option_probabilities, parse_quiz, quiz_text
 from lora_ppo.settings import ConfigError
 from lora_ppo.step import ppo_step
@@ -118,7 +118,7 @@ def test_a_missing_model_is_named_in_one_line(name):
 
 def test_the_libraries_are_silent_from_the_first_load_on():
     """In a process of its own: loading transformers sets levels once."""
-    code = "import logging; from lora_ppo.policy import silence_libraries; silence_libraries(); "
+    code = "import logging; from lora_ppo.loading import silence_libraries; silence_libraries(); "
     code += "print(*(logging.getLogger(name).level for name in ('transformers', 'huggingface_hub', 'peft')))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["50", "50", "50"]

@@ -9,10 +9,10 @@ import torch
 from config import Config
 from lora_ppo.forward import collate
 from lora_ppo.layers import speed_up_products
-from lora_ppo.policy import load_policy
+from lora_ppo.loading import load_policy
 from lora_ppo.step import ppo_step
-from tools import bench
-from tools.bench_measure import MB, profile
+from tools.bench import speed as bench
+from tools.bench.measure import MB, profile
 
 
 @pytest.fixture

@@ -1,11 +1,6 @@
-"""Evaluation and merging: the statistics against hand-computed numbers and brute force, the program as a user runs it.
+"""evaluate.py as a user runs it: answers, comparisons, merging, refusals."""
 
-What is measured comes from a stand-in task with a tiny random model, so that every verdict can be counted again here.
-"""
-
-import itertools
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,189 +8,47 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraModel, PeftModel
-from tiny import CORPUS, randomize_adapter, tiny_policy
+from support.evaluation import Letters
+from support.tiny import CORPUS, randomize_adapter, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import tasks.quiz
-import train
-from lora_ppo.chat import TUTOR_PROMPT, chat
+from lora_ppo.adapters import MERGE_TOLERANCE, attach, probe_logits
 from lora_ppo.checkpoint import save_checkpoint
 from lora_ppo.episodes import Outcome
+from lora_ppo.evaluation import Answer, Result, comparison, figures
 from lora_ppo.quiz import Quiz
-from lora_ppo.statistics import bootstrap_interval, mcnemar_exact, newcombe_interval, wilson_interval
-from tools import bench_learning
+from lora_ppo.statistics import mcnemar_exact
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# -------------------------------------------------------------------------------------------------------- statistics
 
-
-@pytest.mark.parametrize(
-    ("hits", "n", "low", "high"),
-    [(8, 10, 0.490162, 0.943318), (0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (1, 1, 0.206549, 1.0)],
-)
-def test_wilson_interval_by_hand(hits, n, low, high):
-    # 8 of 10, z^2 = 3.841459: center (0.8 + 0.192073) / 1.384146, half 1.96 sqrt(0.016 + 0.009604) / 1.384146
-    assert wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-5)
-
-
-def test_wilson_interval_holds_the_proportions_that_the_score_test_does_not_reject():
-    def distance(p: float, hits: int, n: int) -> float:
-        return abs(hits / n - p) - 1.959963984540054 * math.sqrt(p * (1 - p) / n)
-
-    def boundary(inside: float, outside: float, hits: int, n: int) -> float:
-        for _ in range(60):
-            middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if distance(middle, hits, n) <= 0 else (inside, middle)
-        return inside
-
-    for n in (1, 2, 7, 30):
-        for hits in range(n + 1):
-            expected = (boundary(hits / n, 0.0, hits, n), boundary(hits / n, 1.0, hits, n))
-            assert wilson_interval(hits, n) == pytest.approx(expected, abs=1e-9)
-
-
-def test_nothing_counted_says_nothing():
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    assert newcombe_interval(0, 0, 0, 0) == (-1.0, 1.0)
-    assert mcnemar_exact(0, 0) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("only_first", "only_second", "p"),
-    [(12, 2, 2 * (1 + 14 + 91) / 2**14), (2, 12, 2 * (1 + 14 + 91) / 2**14), (5, 5, 1.0), (0, 6, 2 / 64), (1, 0, 1.0)],
-)
-def test_mcnemar_by_hand(only_first, only_second, p):
-    assert mcnemar_exact(only_first, only_second) == p
-
-
-def test_mcnemar_is_the_share_of_coin_sequences_at_least_as_uneven():
-    for n in range(1, 11):
-        sequences = [sum(coins) for coins in itertools.product((0, 1), repeat=n)]
-        for only_first in range(n + 1):
-            uneven = abs(2 * only_first - n)
-            expected = sum(abs(2 * heads - n) >= uneven for heads in sequences) / 2**n
-            assert mcnemar_exact(only_first, n - only_first) == pytest.approx(expected, rel=1e-12)
-
-
-def test_newcombe_interval_by_hand():
-    # 48 and 38 of 50, Wilson (0.8654, 0.9890) and (0.6259, 0.8571); phi = -24 / sqrt(48 * 2 * 38 * 12) = -0.11471:
-    # 0.2 - sqrt(0.0946^2 + 0.0970^2 + 2 * 0.11471 * 0.0946 * 0.0970), 0.2 + sqrt(0.0290^2 + 0.1341^2 + ...)
-    assert newcombe_interval(36, 12, 2, 0) == pytest.approx((0.05693, 0.34043), abs=5e-5)
-    low, high = newcombe_interval(36, 2, 12, 0)
-    assert (-high, -low) == pytest.approx(newcombe_interval(36, 12, 2, 0), abs=1e-12)
-    low, high = newcombe_interval(40, 0, 0, 10)  # not one sample differs: still no certainty
-    assert low < 0 < high
-
-
-@pytest.mark.parametrize("cells", [(0.5, 0.3, 0.05, 0.15), (0.6, 0.1, 0.1, 0.2), (0.85, 0.1, 0.03, 0.02)])
-def test_newcombe_interval_holds_the_true_difference_as_often_as_it_says(cells):
-    """Every outcome of 30 samples, weighted by its exact probability."""
-    n, difference, held = 30, cells[1] - cells[2], 0.0
-    for a in range(n + 1):
-        for b in range(n + 1 - a):
-            for c in range(n + 1 - a - b):
-                table = (a, b, c, n - a - b - c)
-                low, high = newcombe_interval(*table)
-                assert low <= (b - c) / n <= high
-                ways = math.factorial(n) // math.prod(math.factorial(k) for k in table)
-                held += ways * math.prod(p**k for p, k in zip(cells, table, strict=True)) * (low <= difference <= high)
-    assert 0.935 <= held <= 0.985
-
-
-def test_bootstrap_interval_against_every_resample():
-    values = (-1.0, 0.0, 0.0, 1.0, 0.25)
-    means = sorted(sum(resample) / 5 for resample in itertools.product(values, repeat=5))
-    exact = means[round(0.025 * len(means))], means[round(0.975 * len(means))]
-    assert bootstrap_interval(values) == pytest.approx(exact, abs=0.051)
-    assert bootstrap_interval([0.5] * 9) == (0.5, 0.5)
-    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
-
-
-def result(verdicts: str, rewards=None, name="model") -> evaluate.Result:
+def result(verdicts: str, rewards=None, name="model") -> Result:
     """A result from a string: r right, w wrong, u unknown."""
     words = {"r": "correct", "w": "incorrect", "u": "unknown"}
     rewards = rewards or [{"r": 1.0, "w": -1.0, "u": 0.0}[v] for v in verdicts]
     details = {"states_fact": True}
     outcomes = [Outcome(words[v], reward, "", details) for v, reward in zip(verdicts, rewards, strict=True)]
-    return evaluate.Result(name, "", None, [evaluate.Answer("q", "a", i, o) for i, o in enumerate(outcomes)])
+    return Result(name, "", None, [Answer("q", "a", i, o) for i, o in enumerate(outcomes)])
 
 
 def test_figures_leave_out_what_is_unknown():
-    figures = evaluate.figures(result("rrwu"))
-    assert (figures["samples"], figures["unknown"], figures["correct"]) == (3, 1, 2)
-    assert figures["accuracy"] == pytest.approx(2 / 3)
-    assert figures["mean_reward"] == pytest.approx(1 / 3)
-    assert (figures["mean_tokens"], figures["most_tokens"]) == (1.5, 3)
-    assert evaluate.figures(result("uu"))["accuracy"] is None
+    found = figures(result("rrwu"))
+    assert (found["samples"], found["unknown"], found["correct"]) == (3, 1, 2)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["mean_reward"] == pytest.approx(1 / 3)
+    assert (found["mean_tokens"], found["most_tokens"]) == (1.5, 3)
+    assert figures(result("uu"))["accuracy"] is None
 
 
 def test_comparison_counts_pairs_that_both_know():
-    versus = evaluate.comparison(result("rrrwwur"), result("rwwrwru"))
+    versus = comparison(result("rrrwwur"), result("rwwrwru"))
     assert [versus[k] for k in ("both_right", "only_this_right", "only_base_right", "neither_right")] == [1, 2, 1, 1]
     assert versus["accuracy_difference"] == pytest.approx(0.2)
     assert versus["reward_difference"] == pytest.approx(0.4)
     assert versus["p"] == mcnemar_exact(2, 1)
-    assert evaluate.comparison(result("uu"), result("rw"))["accuracy_difference"] is None
-
-
-# ------------------------------------------------------------------------------------------------------- the program
-
-
-class Letters:
-    """A stand-in task: an answer with an even number of characters is right; the reward shows the random numbers."""
-
-    turns = 1
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def samples(self, split):
-        return [f"{split} question {i}" for i in range(12)]
-
-    def episode(self, sample):
-        return LettersEpisode(self, sample)
-
-
-class LettersEpisode:
-    def __init__(self, task, sample):
-        self.task, self.sample, self.replies = task, sample, []
-
-    def reset(self):
-        return chat(TUTOR_PROMPT, self.sample)
-
-    def step(self, reply):
-        self.replies.append(reply)
-        return None if len(self.replies) == self.task.turns else "And what else?"
-
-    def outcome(self):
-        verdict = "correct" if len(self.replies[-1]) % 2 == 0 else "incorrect"
-        return Outcome("unknown" if self.sample.endswith(" 0") else verdict, torch.rand(()).item())
-
-
-@pytest.fixture
-def llama(tiny_folder) -> Path:
-    return tiny_folder("llama")
-
-
-@pytest.fixture
-def run(llama, tmp_path, monkeypatch, capsys):
-    """`run("--adapter", folder, ...)` runs the program on the stand-in task; gives exit status, output, JSON."""
-    monkeypatch.setitem(train.TASKS, "letters", lambda config: Letters)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        settings = {"task": "letters", "model_name": llama, "device": "cpu", "temperature": 1.0, "top_p": 1.0}
-        settings |= {"max_new_tokens": 6, "num_samples": 10, "eval_batch_size": 4}
-        words = [f"{name}={value}" for name, value in settings.items()]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words, *map(str, arguments)])
-        status = evaluate.main()
-        output = capsys.readouterr()
-        file = Path("evaluation.json")
-        return status, output.out + output.err, json.loads(file.read_bytes().decode("ascii")) if file.exists() else None
-
-    return run
+    assert comparison(result("uu"), result("rw"))["accuracy_difference"] is None
 
 
 @pytest.fixture
@@ -286,9 +139,6 @@ def test_a_config_file_of_training_serves_evaluation_and_its_settings_alone(run)
     assert "learning_rate is a setting of training" in output
 
 
-# ----------------------------------------------------------------------------------------------------------- merging
-
-
 def next_logits(model, tokenizer) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits[0].float() for text in CORPUS[:5]])
@@ -357,7 +207,7 @@ def test_a_merge_in_which_half_of_the_adapter_got_lost_writes_nothing(run, adapt
         return merge(model, adapter_names=adapter_names)
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", halved)
-    monkeypatch.setitem(evaluate.MERGE_TOLERANCE, "float32", 1e9)
+    monkeypatch.setitem(MERGE_TOLERANCE, "float32", 1e9)
     status, output, _ = run("--mode=merge", "--adapter", adapter("epoch_1"), "--merged_model_path=merged")
     assert status == 2
     assert "merging failed and nothing was written" in output
@@ -375,9 +225,6 @@ def test_merging_leaves_a_folder_that_is_not_empty_alone(run, adapter):
     assert run(*arguments)[0] == 0  # empty: fine
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -385,7 +232,7 @@ def test_merging_leaves_a_folder_that_is_not_empty_alone(run, adapter):
         (["--task", "chess"], "task=chess is unknown: expected one of quiz"),
         (["--quiz_learner", "x"], "quiz_learner=x is unknown: expected one of auto, reader, gain"),
         (["num_samples=0"], "num_samples=0 is out of range"),
-        (["num_samples=ten"], "num_samples='ten' does not fit: expected int"),
+        (["num_samples=ten"], "num_samples='ten' does not fit: expected a whole number"),
         (["test_share=1"], "test_share=1 is out of range"),
         (["--mode", "merge", "--adapter", "a"], "mode=merge needs merged_model_path=DIR"),
         (["--mode", "merge", "--merged_model_path", "m"], "mode=merge merges one adapter, and adapter names 0"),
@@ -461,15 +308,15 @@ def test_an_adapter_trained_on_what_is_held_out_here_is_refused(run, adapter):
 def test_an_adapter_may_sit_on_other_layers_than_the_policys_own(llama, tmp_path, trained, here):
     """On fewer it leaves the rest alone; on more, those too are off where the base model speaks."""
     source = tiny_policy(llama, target_modules=trained)
-    base = evaluate.probe_logits(source, adapter=False)
+    base = probe_logits(source, adapter=False)
     randomize_adapter(source)
-    wanted = evaluate.probe_logits(source, adapter=True)
+    wanted = probe_logits(source, adapter=True)
     save_checkpoint(tmp_path / "trained", source, {}, "A test.")
     policy = tiny_policy(llama, target_modules=here)
-    evaluate.attach(policy, tmp_path / "trained", "trained")
-    torch.testing.assert_close(evaluate.probe_logits(policy, adapter=True), wanted, rtol=1e-5, atol=1e-5)
+    attach(policy, tmp_path / "trained", "trained")
+    torch.testing.assert_close(probe_logits(policy, adapter=True), wanted, rtol=1e-5, atol=1e-5)
     assert (wanted - base).abs().max() > 0.01
-    torch.testing.assert_close(evaluate.probe_logits(policy, adapter=False), base, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(probe_logits(policy, adapter=False), base, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_with_dora_is_refused(run, adapter):
@@ -497,127 +344,3 @@ def test_help_answers_without_torch():
     assert "  merged_model_path" in done.stdout
     assert "  learning_rate" not in done.stdout
     assert done.stdout.endswith("False\n")
-
-
-# --------------------------------------------------------------------------------------------- the learning benchmark
-
-
-@pytest.fixture
-def bench(llama, tmp_path, monkeypatch, capsys):
-    """`bench(...)` runs the benchmark with three steps on a tiny model; gives exit status, output, JSON."""
-    quiz = Quiz("Which?", ("alpha", "beta", "gamma", "delta"), 0)
-    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question, written: quiz)
-    monkeypatch.chdir(tmp_path)
-
-    def bench(*arguments):
-        words = ["--steps", "3", "--every", "2", "--seeds", "2", "--samples", "8"]
-        words += ["--set", f"model_name={llama}", "max_new_tokens=6", "temperature=1.0", "learning_rate=1e-2"]
-        monkeypatch.setattr(sys, "argv", ["bench_learning.py", *words, *arguments])
-        status = bench_learning.main()
-        output = capsys.readouterr()
-        file = Path("bench_learning.json")
-        return status, output.out + output.err, json.loads(file.read_text()) if file.exists() else None
-
-    return bench
-
-
-def test_the_benchmark_measures_before_between_and_after(bench):
-    status, output, record = bench()
-    assert status == 0
-    assert [run["seed"] for run in record["runs"]["ours"]] == [0, 1]
-    for run in record["runs"]["ours"]:
-        assert [point["step"] for point in run["points"]] == [0, 2, 3]
-        assert all(len(point["right"]) == 8 for point in run["points"])
-        assert set(run["points"][-1]["seconds"]) == {"sampling", "judging", "steps"}
-        assert run["points"][0]["seconds"]["steps"] == 0 < run["points"][-1]["seconds"]["steps"]
-    for i, row in enumerate(record["summary"]["ours"]):
-        right = [sum(run["points"][i]["right"]) / 8 for run in record["runs"]["ours"]]
-        assert row["accuracy"] == pytest.approx(sum(right) / 2)
-        assert (row["worst"], row["best"]) == (min(right), max(right))
-    assert "3 answers" in output
-
-
-def test_the_control_gives_the_bases_rewards_in_another_order(bench, monkeypatch):
-    given, earned = [], []
-    original_step, original_prepare = bench_learning.Ours.step, bench_learning.prepare
-
-    def step(trainer, prompt, response, reward):
-        given.append(reward)
-        original_step(trainer, prompt, response, reward)
-
-    def prepare(*arguments):
-        material = original_prepare(*arguments)
-        earned.append(material.rewards)
-        return material
-
-    monkeypatch.setattr(bench_learning.Ours, "step", step)
-    monkeypatch.setattr(bench_learning, "prepare", prepare)
-    status, output, record = bench("--control")
-    assert status == 0
-    assert given == [reward for rewards in earned for reward in rewards]
-    assert {row["seed"] for row in record["control"]} == {"0", "1", "all"}
-    assert output.count("control, seed") == 6
-
-
-def test_shuffled_rewards_are_those_the_base_earned(llama, monkeypatch):
-    """Rewards of +1 and -1 keep their numbers, and their places are drawn from the seed."""
-    from config import Config
-
-    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question, written: Quiz("Which?", tuple("abcd"), 0))
-    seen = {}
-    original = tasks.quiz.QuizTask.outcomes
-
-    def outcomes(task, samples, answers):
-        found = original(task, samples, answers)
-        seen.update({sample: outcome.reward for sample, outcome in zip(samples, found, strict=True)})
-        return found
-
-    monkeypatch.setattr(tasks.quiz.QuizTask, "outcomes", outcomes)
-    config = Config(model_name=str(llama), device="cpu", max_new_tokens=4)
-    material = bench_learning.prepare(config, "reader", 24, 4, control=True)
-    assert sorted(material.rewards) == sorted(seen[sample] for sample in material.train)
-    assert not {sample.fact for sample in material.train} & {sample.fact for sample in material.test}
-
-
-def test_settings_are_chosen_on_facts_of_the_training_split(llama, monkeypatch):
-    from config import Config
-
-    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question, written: Quiz("Which?", tuple("abcd"), 0))
-    config = Config(model_name=str(llama), device="cpu", max_new_tokens=4)
-    material = bench_learning.prepare(config, "reader", 24, 40, validation=True)
-    held_out = {sample.fact for sample in material.task.samples("test")}
-    assert not {sample.fact for sample in material.test} & held_out
-    assert not {sample.fact for sample in material.test} & {sample.fact for sample in material.train}
-    assert len(material.test) == 40
-
-
-def test_trl_must_be_there_and_be_the_version_that_is_compared(bench, tmp_path, monkeypatch):
-    assert "holds no trl: pip install --no-deps --target" in bench("--trl", str(tmp_path))[1]
-    (tmp_path / "trl").mkdir()
-    (tmp_path / "trl" / "__init__.py").write_text("__version__ = '0.12.0'\nPPOTrainer = None\n")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "trl", raising=False)
-    status, output, record = bench("--trl", str(tmp_path))
-    monkeypatch.delitem(sys.modules, "trl", raising=False)
-    assert (status, record) == (2, None)
-    assert "holds trl 0.12.0, expected 0.11.4" in output
-
-
-def test_verdicts_compare_sample_by_sample():
-    """Two seeds of three samples; both are right on three, ours alone on two, TRL's alone on one."""
-
-    def run(*right):
-        points = [
-            {"step": step, "right": hits, "states_fact": 0, "mean_tokens": 9.0, "most_tokens": 9}
-            for step, hits in enumerate(right)
-        ]
-        return {"seed": 0, "points": [point | {"seconds": {"steps": 1.0}} for point in points]}
-
-    none = [False] * 3
-    runs = {
-        "ours": [run(none, [True, True, True]), run(none, [True, True, False])],
-        "trl": [run(none, [True, False, True]), run(none, [True, False, True])],
-    }
-    summaries = {arm: bench_learning.summary(runs[arm]) for arm in runs}
-    low, high = (f"{100 * bound:+.1f}" for bound in newcombe_interval(3, 2, 1, 0))
-    assert f"+16.7 points ({low} to {high}) after 1" in " ".join(bench_learning.verdicts(summaries, runs))

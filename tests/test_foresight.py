@@ -9,23 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_session import SETTINGS, play, same, turns, weights  # noqa: F401  (play is a fixture)
-from tiny import randomize_adapter, tiny_config
+from support.session import SETTINGS, same, turns, weights
+from support.tiny import randomize_adapter, tiny_config
 
 import lora_ppo_demo as demo
 from lora_ppo.forward import collate
-from lora_ppo.journal import Run
-from lora_ppo.policy import load_policy
+from lora_ppo.loading import load_policy
 from lora_ppo.quiz import Quiz
+from lora_ppo.run import Run
 from lora_ppo.step import Foresight, ppo_step
 from lora_ppo.terminal import SimulatedLearner, Terminal
 
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [[11, 12, 13], [14, 15, 16, 17, 18]]
-
-
-@pytest.fixture
-def llama(tiny_folder) -> Path:
-    return tiny_folder("llama")
 
 
 def fresh(llama, **settings):
@@ -112,7 +107,7 @@ def without_times(path: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_session_with_it_is_the_session_without(play, tmp_path, monkeypatch, batch_size):  # noqa: F811
+def test_a_session_with_it_is_the_session_without(play, tmp_path, monkeypatch, batch_size):
     lines = [*turns(2), "a question to skip", "s", *turns(2, first=2), "/undo", *turns(1, first=4)]
     found = {}
     for precompute in (True, False):
@@ -127,7 +122,7 @@ def test_a_session_with_it_is_the_session_without(play, tmp_path, monkeypatch, b
         assert without_times(tmp_path / "True" / name) == without_times(tmp_path / "False" / name)
 
 
-def test_both_outcomes_are_ready_before_a_slow_reader_chooses(play, monkeypatch):  # noqa: F811
+def test_both_outcomes_are_ready_before_a_slow_reader_chooses(play, monkeypatch):
     real, ready = Terminal.choose, []
 
     def read_slowly(terminal, quiz, answer):
@@ -143,7 +138,7 @@ def test_both_outcomes_are_ready_before_a_slow_reader_chooses(play, monkeypatch)
     assert (status, ready, run.policy.step) == (0, [True, True], 2)
 
 
-def test_ctrl_c_at_the_quiz_leaves_the_policy_as_it_was(play, monkeypatch):  # noqa: F811
+def test_ctrl_c_at_the_quiz_leaves_the_policy_as_it_was(play, monkeypatch):
     _, _, run = play(turns(1))
     wanted = weights(run)
 
@@ -163,7 +158,7 @@ def test_ctrl_c_at_the_quiz_leaves_the_policy_as_it_was(play, monkeypatch):  # n
 def test_the_simulated_learner_has_the_policy_to_itself(llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert SETTINGS
-    monkeypatch.setattr("lora_ppo.journal.Foresight", None)
+    monkeypatch.setattr("lora_ppo.run.Foresight", None)
     config = tiny_config(llama, checkpoint_dir="c", log_dir="l", max_new_tokens=6)
     policy, config = load_policy(config)
     run = Run(policy, config, print)

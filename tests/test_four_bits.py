@@ -6,7 +6,7 @@ if they are not packed anew for some processors' instructions, and if each row o
 
 import pytest
 import torch
-from tiny import CHATML, randomize_adapter, tiny_config, tiny_model, tiny_tokenizer
+from support.tiny import CHATML, randomize_adapter, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_ppo import decode, layers
@@ -14,7 +14,7 @@ from lora_ppo.chat import QUIZMASTER_PROMPT, chat, encode_chat
 from lora_ppo.forward import collate
 from lora_ppo.generate import Request
 from lora_ppo.layers import MANY, copy_weights
-from lora_ppo.policy import load_policy
+from lora_ppo.loading import load_policy
 from lora_ppo.settings import ConfigError
 from lora_ppo.step import ppo_step
 
@@ -76,7 +76,7 @@ def four_bit_layers(model):
 
 def loaded(model, monkeypatch, config):
     """The policy that `load_policy` makes of a model."""
-    monkeypatch.setattr("lora_ppo.policy.load_base", lambda config: (model, tiny_tokenizer(CHATML)))
+    monkeypatch.setattr("lora_ppo.loading.load_base", lambda config: (model, tiny_tokenizer(CHATML)))
     return load_policy(config)[0]
 
 

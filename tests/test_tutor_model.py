@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_ppo_demo as demo
 from config import Config
 from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, chat, encode_chat
-from lora_ppo.journal import Run
-from lora_ppo.policy import load_policy
+from lora_ppo.loading import load_policy
 from lora_ppo.quiz import (
     LETTERS,
     learner_choices,
@@ -29,6 +28,7 @@ from lora_ppo.quiz import (
     quiz_text,
     shuffle_quiz,
 )
+from lora_ppo.run import Run
 from lora_ppo.settings import BUNDLED_MODEL
 from lora_ppo.terminal import Terminal
 from tasks.facts import arithmetic_facts, in_words, subjects, table_facts

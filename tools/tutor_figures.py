@@ -11,7 +11,7 @@ from pathlib import Path
 from config import Config
 from lora_ppo.chat import SOLVER_PROMPT, TUTOR_PROMPT, chat, encode_chat
 from lora_ppo.generate import Request, replies
-from lora_ppo.policy import load_policy
+from lora_ppo.loading import load_policy
 from lora_ppo.quiz import (
     Quiz,
     learner_choices,

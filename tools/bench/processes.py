@@ -1,4 +1,4 @@
-"""The trainers that tools/bench.py runs in processes of their own, each of which takes a step whenever it is asked.
+"""The trainers that speed.py runs in processes of their own, each of which takes a step whenever it is asked.
 
 They are TRL's GRPOTrainer, whose release can't be imported beside the one that has a PPOTrainer; AgileRL's LLMPPO,
 whose packages need an environment of their own; and this project's train.py, which may run in several processes.
@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.bench_measure import count, peak_above, profile, profiling  # noqa: E402
+from tools.bench.measure import count, peak_above, profile, profiling  # noqa: E402
 
 REQUEST = "Tell me something about number {}."
 
@@ -184,7 +184,7 @@ def ours(settings: dict[str, Any]) -> None:
     import torch
     from accelerate import Accelerator
 
-    from lora_ppo.policy import load_policy
+    from lora_ppo.loading import load_policy
     from lora_ppo.processes import align
     from lora_ppo.trainer import Training
     from lora_ppo.training import prepare

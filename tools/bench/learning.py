@@ -1,10 +1,10 @@
 """How many answers, and how many seconds, it takes to learn: this project's PPO beside TRL 0.11.4's.
 
     pip install --no-deps --target DIR trl==0.11.4 tyro docstring-parser typeguard
-    python tools/bench_learning.py --trl DIR          both, over five seeds
-    python tools/bench_learning.py                    this project's alone
-    python tools/bench_learning.py --control          rewards shuffled among questions: this must not learn
-    python tools/bench_learning.py --validation --set learning_rate=1e-3          to choose settings by
+    python tools/bench/learning.py --trl DIR          both, over five seeds
+    python tools/bench/learning.py                    this project's alone
+    python tools/bench/learning.py --control          rewards shuffled among questions: this must not learn
+    python tools/bench/learning.py --validation --set learning_rate=1e-3          to choose settings by
 
 One answer a step, as a person drives the tutor, with the simulated learner of `tasks/quiz.py` in the person's place.
 Every run of a seed has the same start, questions in the same order, random numbers and held-out facts; the quizzes are
@@ -31,16 +31,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
-from evaluate import answer_all, percent, write_json  # noqa: E402
+from evaluate import percent  # noqa: E402
 from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat  # noqa: E402
+from lora_ppo.evaluation import answer_all, write_json  # noqa: E402
 from lora_ppo.forward import collate  # noqa: E402
 from lora_ppo.generate import generate  # noqa: E402
 from lora_ppo.journal import turn_seed  # noqa: E402
-from lora_ppo.policy import Policy, load_policy  # noqa: E402
+from lora_ppo.loading import load_policy  # noqa: E402
+from lora_ppo.policy import Policy  # noqa: E402
 from lora_ppo.settings import ConfigError  # noqa: E402
 from lora_ppo.statistics import newcombe_interval, wilson_interval  # noqa: E402
 from lora_ppo.step import StepSkipped, ppo_step  # noqa: E402

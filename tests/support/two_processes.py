@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from echo import EchoTask
-from test_train import gradient, loaded, run_out_of_memory, same
 
 from lora_ppo import training
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.episodes import Trajectory, play
 from lora_ppo.processes import everywhere, shard, sharded
+from support.echo import EchoTask
+from support.training import gradient, loaded, run_out_of_memory, same
 
 
 def main(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """How fast the tutor is, beside what a user would pick instead and beside what the machine can do.
 
-    python tools/bench.py                                            every table that needs nothing else
-    python tools/bench.py --trl DIR --agilerl PYTHON --json FILE     with its peers, also as JSON
-    python tools/bench.py --table 1 --models tiny                    one table, one model
+    python tools/bench/speed.py                                            every table that needs nothing else
+    python tools/bench/speed.py --trl DIR --agilerl PYTHON --json FILE     with its peers, also as JSON
+    python tools/bench/speed.py --table 1 --models tiny                    one table, one model
 
     pip install --no-deps --target DIR trl==0.11.4 tyro docstring-parser typeguard        for --trl
     pip install --no-deps --target DIR trl==1.16.0       for --trl_latest, and pip install datasets beside this project;
@@ -29,18 +29,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evaluate import write_json  # noqa: E402
 from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat  # noqa: E402
+from lora_ppo.evaluation import write_json  # noqa: E402
 from lora_ppo.forward import collate  # noqa: E402
 from lora_ppo.generate import Request, generate, plain_reply, replies  # noqa: E402
 from lora_ppo.policy import Policy  # noqa: E402
 from lora_ppo.quiz import make_quiz, quiz_request  # noqa: E402
 from lora_ppo.step import Foresight, ppo_step  # noqa: E402
-from tools.bench_learning import TRL_VERSION, Trl, find_trl, trl_settings, versions  # noqa: E402
-from tools.bench_measure import (  # noqa: E402
+from tools.bench.learning import TRL_VERSION, Trl, find_trl, trl_settings, versions  # noqa: E402
+from tools.bench.measure import (  # noqa: E402
     MB,
     Arm,
     count,
@@ -53,9 +53,9 @@ from tools.bench_measure import (  # noqa: E402
     race,
     timing,
 )
-from tools.bench_processes import Child, NotRun  # noqa: E402
-from tools.bench_program import measure_disk, measure_growth, measure_start  # noqa: E402
-from tools.bench_setup import IN_4_BITS, SHAPES, Bench, Table, each_model, peft_layers  # noqa: E402
+from tools.bench.processes import Child, NotRun  # noqa: E402
+from tools.bench.program import measure_disk, measure_growth, measure_start  # noqa: E402
+from tools.bench.setup import IN_4_BITS, SHAPES, Bench, Table, each_model, peft_layers  # noqa: E402
 
 OURS, COPY = "this project", "this project, bf16 copy"
 TRL, AGILERL = f"TRL {TRL_VERSION} PPOTrainer", "AgileRL LLMPPO"

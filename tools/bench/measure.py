@@ -1,4 +1,4 @@
-"""How tools/bench.py measures: seconds, passes, tensors as wide as the vocabulary, memory, and the machine's limits.
+"""How speed.py measures: seconds, passes, tensors as wide as the vocabulary, memory, and the machine's limits.
 
 Nothing here knows this project: the same functions measure every trainer, each in whatever process it runs.
 """

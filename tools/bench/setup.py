@@ -1,4 +1,4 @@
-"""What the tables of tools/bench.py share: models of real shapes, how a policy of one is loaded, what a table is."""
+"""What the tables of speed.py share: models of real shapes, how a policy of one is loaded, what a table is."""
 
 import contextlib
 import sys
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from lora_ppo.policy import Policy, load_policy
+from lora_ppo.loading import load_policy
+from lora_ppo.policy import Policy
 from lora_ppo.settings import BUNDLED_MODEL
-from tools.bench_measure import trim
-from tools.bench_processes import Child, NotRun
+from tools.bench.measure import trim
+from tools.bench.processes import Child, NotRun
 
 BATCHES = {  # of table 4
     "tiny": {"batch_size": 16, "group_size": 8, "new_tokens": 64},
@@ -119,7 +120,7 @@ class Bench:
         return policy
 
     def child(self, trainer: str, policy: Policy, extra: dict[str, Any], python: str = "", **how: int) -> Child:
-        """A trainer of tools/bench_processes.py with the model and the settings of `policy`."""
+        """A trainer of tools/bench/processes.py with the model and the settings of `policy`."""
         config, kept = policy.config, "device dtype lora_r lora_alpha target_modules learning_rate kl_coef".split()
         settings = {"folder": config.model_name, "output": str(self.workspace / trainer), "trl_latest": self.trl_latest}
         settings |= {name: getattr(config, name) for name in kept} | extra

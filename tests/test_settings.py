@@ -1,5 +1,6 @@
 """Settings: defaults, precedence, errors that a person can act on, help, and the round trip through YAML."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -8,10 +9,22 @@ from pathlib import Path
 import pytest
 
 from config import Config
-from lora_ppo.settings import CHOICES, RANGES, ConfigError, check, from_command_line, help_text, parse, save_yaml
+from lora_ppo.settings import (
+    CHOICES,
+    RANGES,
+    ConfigError,
+    check,
+    from_command_line,
+    help_text,
+    known_name,
+    parse,
+    save_yaml,
+    version,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f.name for f in fields(Config)]
+COMMAND_NAMES = ["A"]  # of the commands of the session, those that look like a setting
 # One value for each setting that is not its default: as the command line writes it, and as it is then held.
 OTHER = {
     "model_name": ("some/model", "some/model"),
@@ -48,6 +61,7 @@ OTHER = {
     "save_every": ("3", 3),
     "keep_checkpoints": ("2", 2),
     "precompute": ("off", False),
+    "reveal": ("true", True),
     "resume": ("none", "none"),
     "seed": ("42", 42),
     "learner": ("simulated", "simulated"),
@@ -203,24 +217,24 @@ def test_a_value_that_is_no_choice_is_refused_with_the_choices(name):
 @pytest.mark.parametrize(
     ("argument", "shown", "expected"),
     [
-        ("lora_r=abc", "'abc'", "int"),
-        ("lora_r=1.5", "'1.5'", "int"),
-        ("lora_r=true", "'true'", "int"),
-        ("lora_r=", "''", "int"),
-        ("lora_r=auto", "'auto'", "int"),
-        ("lora_r=[1]", "'[1]'", "int"),
-        ("lora_r={a: 1}", "'{a: 1}'", "int"),
-        ("lora_r=[1", "'[1'", "int"),
-        ("lora_r=\x07", r"'\x07'", "int"),
-        ("seed=1e3", "'1e3'", "int"),
-        ("gamma=half", "'half'", "float"),
-        ("gamma=1,0", "'1,0'", "float"),
-        ("learning_rate=fast", "'fast'", "float | None"),
-        ("learning_rate=true", "'true'", "float | None"),
-        ("adaptive_kl=maybe", "'maybe'", "bool"),
-        ("adaptive_kl=null", "'null'", "bool"),
-        ("target_modules=[q_proj", "'[q_proj'", "list"),
-        ("log_dir=${x", "'${x'", "str"),
+        ("lora_r=abc", "'abc'", "a whole number"),
+        ("lora_r=1.5", "'1.5'", "a whole number"),
+        ("lora_r=true", "'true'", "a whole number"),
+        ("lora_r=", "''", "a whole number"),
+        ("lora_r=auto", "'auto'", "a whole number"),
+        ("lora_r=[1]", "'[1]'", "a whole number"),
+        ("lora_r={a: 1}", "'{a: 1}'", "a whole number"),
+        ("lora_r=[1", "'[1'", "a whole number"),
+        ("lora_r=\x07", r"'\x07'", "a whole number"),
+        ("seed=1e3", "'1e3'", "a whole number"),
+        ("gamma=half", "'half'", "a number"),
+        ("gamma=1,0", "'1,0'", "a number"),
+        ("learning_rate=fast", "'fast'", "a number, or auto"),
+        ("learning_rate=true", "'true'", "a number, or auto"),
+        ("adaptive_kl=maybe", "'maybe'", "true or false"),
+        ("adaptive_kl=null", "'null'", "true or false"),
+        ("target_modules=[q_proj", "'[q_proj'", "names, separated by commas"),
+        ("log_dir=${x", "'${x'", "text"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(argument, shown, expected):
@@ -230,15 +244,15 @@ def test_a_value_of_the_wrong_type_is_refused(argument, shown, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora_r: [1]", "lora_r=[1] does not fit: expected int"),
-        ("lora_r: {a: 1}", "lora_r={'a': 1} does not fit: expected int"),
-        ("lora_r: 1.5", "lora_r=1.5 does not fit: expected int"),
-        ("lora_r: .inf", "lora_r=inf does not fit: expected int"),
-        ("gamma: true", "gamma=True does not fit: expected float"),
-        ("model_name: null", "model_name=None does not fit: expected str"),
-        ("model_name: [a]", "model_name=['a'] does not fit: expected str"),
-        ("target_modules: 5", "target_modules=5 does not fit: expected list"),
-        ("target_modules: {a: b}", "target_modules={'a': 'b'} does not fit: expected list"),
+        ("lora_r: [1]", "lora_r=[1] does not fit: expected a whole number"),
+        ("lora_r: {a: 1}", "lora_r={'a': 1} does not fit: expected a whole number"),
+        ("lora_r: 1.5", "lora_r=1.5 does not fit: expected a whole number"),
+        ("lora_r: .inf", "lora_r=inf does not fit: expected a whole number"),
+        ("gamma: true", "gamma=True does not fit: expected a number"),
+        ("model_name: null", "model_name=None does not fit: expected text"),
+        ("model_name: [a]", "model_name=['a'] does not fit: expected text"),
+        ("target_modules: 5", "target_modules=5 does not fit: expected names, separated by commas"),
+        ("target_modules: {a: b}", "target_modules={'a': 'b'} does not fit: expected names, separated by commas"),
         ("lora_r: 0", "lora_r=0 is out of range: expected at least 1 and at most 4096"),
         ("dtype: int8", "dtype='int8' is unknown: expected one of auto, float32, bfloat16"),
     ],
@@ -337,16 +351,30 @@ def test_the_effective_configuration_reads_back_as_it_was(tmp_path):
 # ------------------------------------------------------------------------------------------------- help and the program
 
 
-def test_help_has_a_line_for_every_setting_with_its_default():
-    lines = help_text(Config, "usage: x").splitlines()
-    assert lines[0] == "usage: x"
-    body = [line for line in lines if line.startswith("  ")]
+def entries(text: str) -> list[str]:
+    """The entries of a help text, a setting each, in one line."""
+    whole = re.sub(r"\n {3,}", " ", text)  # what was wrapped
+    return [line for line in whole.splitlines() if re.match(r"  \w+ {2,}", line)]
+
+
+def test_help_has_an_entry_for_every_setting_with_its_default_in_80_columns():
+    text = help_text(Config, "usage: x")
+    assert text.startswith("usage: x\n")
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.findall(r"^(\w+):$", text, flags=re.MULTILINE) == ["model", "generation", "PPO", "session"]
+    body = entries(text)
     assert [line.split()[0] for line in body] == NAMES
     for f, line in zip(fields(Config), body, strict=True):
         assert f.metadata["help"] in line
         value = getattr(Config(), f.name)
         shown = "auto" if value is None else ",".join(value) if isinstance(value, list) else value
         assert line.endswith(f" [{shown}]")
+
+
+def test_help_can_leave_settings_out_and_then_names_no_empty_group():
+    text = help_text(Config, "usage: x", only=("seed", "lora_r"))
+    assert [line.split()[0] for line in entries(text)] == ["lora_r", "seed"]
+    assert re.findall(r"^(\w+):$", text, flags=re.MULTILINE) == ["model", "session"]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -378,7 +406,23 @@ def test_the_program_answers_help_without_the_heavy_libraries():
     *lines, loaded = done.stdout.splitlines()
     assert loaded == "LOADED []"
     assert lines[0].startswith("usage: python lora_ppo_demo.py")
-    assert [line.split()[0] for line in lines if line.startswith("  ")] == NAMES
+    assert [line.split()[0] for line in entries("\n".join(lines))] == [*COMMAND_NAMES, *NAMES]
+    assert max(map(len, lines)) <= 80
+    assert any("python lora_ppo_demo.py resume=none" in line for line in lines)
+
+
+def test_the_version_is_that_of_the_project():
+    done = run("--version")
+    assert done.stdout == f"{version()}\n"
+    assert version().split()[1] in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("lr", "learning_rate"), ("lerning_rate", "learning_rate"), ("model", "model_name")]
+)
+def test_a_name_that_is_none_is_answered_with_the_one_that_was_meant(name, meant):
+    with pytest.raises(ConfigError, match=f"did you mean {meant!r}"):
+        known_name(Config, name)
 
 
 @pytest.mark.parametrize(

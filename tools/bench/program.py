@@ -1,4 +1,4 @@
-"""Table 5 of tools/bench.py: the program as a user starts it, and what it costs on disk and in memory."""
+"""Table 5 of tools/bench/speed.py: the program as a user starts it, and what it costs on disk and in memory."""
 
 import contextlib
 import random
@@ -12,9 +12,9 @@ from typing import Any
 from lora_ppo.checkpoint import save_checkpoint
 from lora_ppo.journal import LineFile, now
 from lora_ppo.settings import BUNDLED_MODEL
-from tools.bench_measure import MB, Arm, race, resident_peak, timing
-from tools.bench_processes import ROOT, NotRun
-from tools.bench_setup import Bench, Table
+from tools.bench.measure import MB, Arm, race, resident_peak, timing
+from tools.bench.processes import ROOT, NotRun
+from tools.bench.setup import Bench, Table
 
 
 def tutor(bench: Bench, *settings: str, **streams: Any) -> subprocess.Popen:

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from config import Config
 from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT
-from lora_ppo.policy import Policy, load_policy
+from lora_ppo.loading import load_policy
+from lora_ppo.policy import Policy
 from lora_ppo.quiz import quiz_json
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma3", "phi3", "smollm3")

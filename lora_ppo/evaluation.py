@@ -1,0 +1,147 @@
+"""Models that answer the same held-out samples under the same seeds, and what can be said of the difference."""
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lora_ppo.chat import Message
+from lora_ppo.episodes import Episode, Outcome, Task, judge, play
+from lora_ppo.journal import turn_seed
+from lora_ppo.policy import Policy
+from lora_ppo.settings import ConfigError
+from lora_ppo.statistics import RESAMPLES, bootstrap_interval, mcnemar_exact, newcombe_interval, wilson_interval
+from lora_ppo.training import chunks
+
+METHODS = {
+    "accuracy": "Wilson score interval, 95 %",
+    "accuracy difference": "Newcombe's interval for paired proportions (1998, method 10), 95 %",
+    "p": "exact McNemar test, two-sided",
+    "reward difference": f"paired bootstrap, percentiles of {RESAMPLES} resamples, 95 %",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a sample: the question, its last reply, the tokens of all its replies, the outcome."""
+
+    question: str
+    text: str
+    tokens: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model's answers. `folder` is its adapter or merged model, `step` the PPO steps that trained it, if known."""
+
+    name: str
+    folder: str
+    step: int | None
+    answers: list[Answer]
+
+
+class Unjudged:
+    """An episode whose outcome comes later: judging then draws the same random numbers for every model."""
+
+    def __init__(self, episode: Episode):
+        self.episode, self.question = episode, ""
+
+    def reset(self) -> list[Message]:
+        messages = self.episode.reset()
+        self.question = messages[-1]["content"]
+        return messages
+
+    def step(self, reply: str) -> str | None:
+        return self.episode.step(reply)
+
+    def outcome(self) -> None:
+        return None
+
+
+def held_out(task: Task, count: int, seed: int) -> list[Any]:
+    """`count` samples of the test split, drawn from `seed`. Raises ConfigError where it has fewer."""
+    samples = list(task.samples("test"))
+    if count > len(samples):
+        raise ConfigError(f"num_samples={count}: the test split has {len(samples)} samples, ask for no more")
+    return random.Random(seed).sample(samples, count)
+
+
+def answer_all(
+    policy: Policy, task: Task, samples: Sequence[Any], adapter: bool, seed: int, batch_size: int = 32
+) -> list[Answer]:
+    """The policy's tries at `samples`, `batch_size` at a time, with its adapter on or off.
+
+    Every batch, and its judging, draws from a generator of its own, seeded from `seed`: two models that are asked the
+    same get the same random numbers.
+    """
+    import torch
+
+    answers = []
+    for number, asked in enumerate(chunks(samples, batch_size)):
+        torch.manual_seed(turn_seed(seed, number))
+        episodes = [Unjudged(task.episode(sample)) for sample in asked]
+        trajectories = play(policy, episodes, adapter)
+        texts = [t.replies[-1] if t.replies else "" for t in trajectories]
+        torch.manual_seed(turn_seed(seed, -1 - number))
+        outcomes = judge([unjudged.episode for unjudged in episodes])
+        for episode, text, t, outcome in zip(episodes, texts, trajectories, outcomes, strict=True):
+            answers.append(Answer(episode.question, text, t.length, t.outcome or outcome))
+    return answers
+
+
+def figures(result: Result) -> dict[str, Any]:
+    """A model's figures over the samples whose outcome is known; facts are counted where the task states them."""
+    known = [answer for answer in result.answers if answer.outcome.verdict != "unknown"]
+    right = sum(answer.outcome.verdict == "correct" for answer in known)
+    stated = [a.outcome.details["states_fact"] for a in result.answers if "states_fact" in a.outcome.details]
+    return {
+        "name": result.name,
+        "folder": result.folder,
+        "step": result.step,
+        "samples": len(known),
+        "unknown": len(result.answers) - len(known),
+        "correct": right,
+        "accuracy": right / len(known) if known else None,
+        "accuracy_interval": wilson_interval(right, len(known)),
+        "facts": len(stated),
+        "facts_stated": sum(stated),
+        "facts_stated_share": sum(stated) / len(stated) if stated else None,
+        "facts_stated_interval": wilson_interval(sum(stated), len(stated)) if stated else None,
+        "mean_reward": fmean(answer.outcome.reward for answer in known) if known else None,
+        "mean_tokens": fmean(answer.tokens for answer in result.answers),
+        "most_tokens": max(answer.tokens for answer in result.answers),
+    }
+
+
+def comparison(result: Result, base: Result, seed: int = 0) -> dict[str, Any]:
+    """`result` minus `base` over the samples whose outcome both know."""
+    pairs = [(a.outcome, b.outcome) for a, b in zip(result.answers, base.answers, strict=True)]
+    pairs = [(a, b) for a, b in pairs if "unknown" not in (a.verdict, b.verdict)]
+    table = [(a.verdict == "correct", b.verdict == "correct") for a, b in pairs]
+    both, only_here, only_base = (table.count(cell) for cell in ((True, True), (True, False), (False, True)))
+    neither = len(table) - both - only_here - only_base
+    rewards = [a.reward - b.reward for a, b in pairs]
+    return {
+        "samples": len(pairs),
+        "both_right": both,
+        "only_this_right": only_here,
+        "only_base_right": only_base,
+        "neither_right": neither,
+        "accuracy_difference": (only_here - only_base) / len(pairs) if pairs else None,
+        "accuracy_difference_interval": newcombe_interval(both, only_here, only_base, neither),
+        "p": mcnemar_exact(only_here, only_base),
+        "reward_difference": fmean(rewards) if pairs else None,
+        "reward_difference_interval": bootstrap_interval(rewards, seed) if pairs else None,
+    }
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes `record` as ASCII JSON; a reader sees the old file or the new one, whole."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(record, indent=1), encoding="ascii")
+    os.replace(new, path)

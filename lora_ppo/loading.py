@@ -1,0 +1,118 @@
+"""Loads the base model that the settings name, in the precision and on the device that they name, as a policy."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_ppo.policy import Policy
+from lora_ppo.settings import BUNDLED_LEARNING_RATE, BUNDLED_MODEL, GPU_MODEL, LEARNING_RATE, ConfigError, Settings
+
+
+def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: None) -> tuple[Policy, Settings]:
+    """Loads the base model named by `config` and puts fresh adapters on it.
+
+    Returns the policy and the configuration with every `auto` resolved. `notice` is told what a person should know.
+    Raises ConfigError with one line if the model can't be loaded.
+    """
+    import torch
+
+    from lora_ppo.layers import copy_weights
+
+    silence_libraries()
+    config = replace(config)
+    if config.device == "auto":
+        mps = torch.backends.mps.is_available()
+        config.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.empty(0, device=config.device)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device={config.device} can't be used ({reason}): try device=auto") from None
+    on_cuda = config.device.startswith("cuda")
+    chosen, four_bit = config.model_name, config.load_in_4bit
+    if chosen == "auto":
+        config.model_name = GPU_MODEL if on_cuda else str(BUNDLED_MODEL)
+    try:
+        model, tokenizer = load_base(config)
+    except ConfigError as error:
+        if chosen != "auto" or not on_cuda:
+            raise
+        notice(f"{str(error).partition(': check')[0]}. Going on with the bundled model.")
+        config.model_name, config.load_in_4bit = str(BUNDLED_MODEL), four_bit  # as asked: `auto` is resolved anew
+        model, tokenizer = load_base(config)
+    if config.learning_rate is None:
+        config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
+    policy = Policy(model, tokenizer, config)
+    copied = copy_weights(model, config.bf16_copy)
+    if config.bf16_copy == "true" and not copied:
+        notice("bf16_copy=true changes nothing: the weights are not in 4 bits.")
+    config.bf16_copy = "true" if copied else "false"
+    if config.max_new_tokens >= policy.context:
+        raise ConfigError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room in a context of {policy.context} tokens"
+        )
+    return policy, config
+
+
+def load_base(config: Settings):
+    """The base model and its tokenizer; resolves `load_in_4bit` and `dtype` in place. Raises ConfigError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    on_cuda = config.device.startswith("cuda")
+    if config.load_in_4bit == "auto":
+        config.load_in_4bit = "true" if on_cuda and not is_bundled(config.model_name) else "false"
+    four_bit = config.load_in_4bit == "true"
+    if four_bit and not on_cuda:
+        raise ConfigError(f"load_in_4bit=true needs CUDA, and device is {config.device}: set load_in_4bit=false")
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if on_cuda else "float32"
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if four_bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        options["device_map"] = {"": config.device}
+    if config.model_name.startswith((".", "/", "~")) and not Path(config.model_name).is_dir():
+        raise ConfigError(f"model_name={config.model_name}: there is no such folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model_name, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+        return (model if four_bit else model.to(config.device)), tokenizer
+    except Exception as error:  # hub, files, architecture: the libraries raise anything from OSError to KeyError
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"model_name={config.model_name} can't be loaded ({reason}): "
+            "check the name and the network, name a local folder, or use model_name=auto"
+        ) from error
+
+
+def is_bundled(model_name: str) -> bool:
+    return Path(model_name).resolve() == BUNDLED_MODEL
+
+
+def base_name(config: Settings) -> str:
+    """What a checkpoint calls its base model: the same wherever this program is installed."""
+    return f"bundled:{BUNDLED_MODEL.name}" if is_bundled(config.model_name) else config.model_name
+
+
+def silence_libraries() -> None:
+    """Keeps what transformers, peft and bitsandbytes print while loading off the terminal."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging  # first: loading it resets the level of the hub's
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub", "torch"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,71 @@
+"""The session as a person drives it: `main()` with piped lines, a tiny real policy, and quizzes from a queue.
+
+Only the quiz is scripted (a random model can't write a sound one): generation, PPO, disk and terminal are real.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_ppo_demo as demo
+from lora_ppo.quiz import Quiz
+from lora_ppo.run import Run
+
+OPTIONS = ("alpha", "beta", "gamma", "delta")
+SETTINGS = {"learning_rate": 1e-2, "save_every": 3, "max_new_tokens": 6, "temperature": 1.0, "target_kl": 1e6}
+
+
+def scripted_quiz(policy, question, written=None):
+    """A quiz whose key follows from the question's length, so that a script knows it and no file needs to."""
+    return Quiz(f"About {question}", OPTIONS, len(question) % 4)
+
+
+@pytest.fixture
+def play(llama, tmp_path, monkeypatch, capsys):
+    """`play(lines, **settings)` runs the program on `lines` in its own folder; gives exit status, output and run."""
+    monkeypatch.setattr(demo, "make_quiz", scripted_quiz)
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    original = Run.__init__
+
+    def remember(run, *arguments):
+        runs.append(run)
+        original(run, *arguments)
+
+    monkeypatch.setattr(Run, "__init__", remember)
+
+    def play(lines, **settings):
+        settings = SETTINGS | {"model_name": str(llama), "device": "cpu", "lora_r": 4} | settings
+        monkeypatch.setattr(sys, "argv", ["lora_ppo_demo.py", *(f"{k}={v}" for k, v in settings.items())])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        status = demo.main()
+        output = capsys.readouterr()
+        return status, output.out + output.err, runs[-1] if runs else None
+
+    return play
+
+
+def turns(count: int, first: int = 0) -> list[str]:
+    """Lines that ask and answer `count` questions; every other choice is right."""
+    lines = []
+    for i in range(first, first + count):
+        question = f"question {'x' * i}"
+        right = len(question) % 4
+        lines += [question, "ABCD"[right if i % 2 else (right + 1) % 4]]
+    return lines
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.policy.tensors().items()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def log_lines(folder: Path = Path()) -> list[dict]:
+    return [json.loads(line) for line in (folder / "logs" / "run.log").read_text().splitlines()]

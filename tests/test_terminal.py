@@ -1,0 +1,68 @@
+"""What a terminal shows and what counts as a choice."""
+
+import pytest
+
+from lora_ppo.terminal import clean, parse_choice
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\x1b[31mred\x1b[0m", "[31mred[0m"),
+        ("\x1b]0;title\x07x", "]0;titlex"),
+        ("\x9b31mred", "31mred"),
+        ("a\x07\x08\x0b\x0c\x00\x7fb", "ab"),
+        ("safe\rforged\r\n", "safeforged\n"),
+        ("".join(map(chr, range(0x80, 0xA0))), ""),
+        ("".join(map(chr, range(0x20))), "\t\n"),
+        ("user\u202eexe.txt\u202c", "userexe.txt"),
+        ("\u202a\u202b\u202d\u2066\u2067\u2068\u2069\u200e\u200f\u061c", ""),
+    ],
+)
+def test_clean_removes_what_steers_a_terminal(text, expected):
+    assert clean(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb\tc", "😀 👩‍🔬 🇫🇷 ❤️", "日本語 中文 한국어", "naïve café", "e\u0301", "שלום مرحبا", ""]
+)
+def test_clean_keeps_what_people_write(text):
+    assert clean(text) == text
+
+
+OPTIONS = ("Paris", "New York", "Bern", "Straße")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *((letter, index) for index, letter in enumerate("ABCD")),
+        *((letter, index) for index, letter in enumerate("abcd")),
+        ("b)", 1),
+        ("C.", 2),
+        ("  d  ", 3),
+        ("paris", 0),
+        ("NEW YORK", 1),
+        (" Bern ", 2),
+        ("STRASSE", 3),
+        ("s", "skip"),
+        ("S", "skip"),
+        *((nonsense, None) for nonsense in ("", " ", "e", "1", ")", "..", "Par", "skip", "Paris or Bern", "A or B")),
+    ],
+)
+def test_choices(text, expected):
+    assert parse_choice(text, OPTIONS) == expected
+
+
+@pytest.mark.parametrize("text", ["ab", "bc", "cd", "abc", "bcd", "abcd", "ABCD"])
+def test_several_letters_are_no_choice(text):
+    """A slip of the hand must not be scored as the first of its letters."""
+    assert parse_choice(text, OPTIONS) is None
+
+
+def test_a_letter_comes_before_an_options_text():
+    assert parse_choice("b", ("B", "A", "D", "C")) == 1
+
+
+def test_an_option_that_is_spelled_with_letters_of_the_alphabet_can_be_chosen():
+    assert parse_choice("abcd", ("x", "abcd", "y", "z")) == 1
