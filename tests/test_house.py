@@ -31,7 +31,8 @@ def imported(path: Path, known: set[str]) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name} imports relatively"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}  # a module, or a name in `module`
+            found |= {name if name in known else node.module for name in inner}
     return found & known
 
 

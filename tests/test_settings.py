@@ -24,7 +24,6 @@ from lora_ppo.settings import (
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f.name for f in fields(Config)]
-COMMAND_NAMES = ["A"]  # of the commands of the session, those that look like a setting
 # One value for each setting that is not its default: as the command line writes it, and as it is then held.
 OTHER = {
     "model_name": ("some/model", "some/model"),
@@ -406,7 +405,7 @@ def test_the_program_answers_help_without_the_heavy_libraries():
     *lines, loaded = done.stdout.splitlines()
     assert loaded == "LOADED []"
     assert lines[0].startswith("usage: python lora_ppo_demo.py")
-    assert [line.split()[0] for line in entries("\n".join(lines))] == [*COMMAND_NAMES, *NAMES]
+    assert [line.split()[0] for line in entries("\n".join(lines))] == NAMES
     assert max(map(len, lines)) <= 80
     assert any("python lora_ppo_demo.py resume=none" in line for line in lines)
 

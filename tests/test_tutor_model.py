@@ -34,7 +34,8 @@ from lora_ppo.terminal import Terminal
 from tasks.facts import arithmetic_facts, in_words, subjects, table_facts
 from tasks.quiz import QuizTask, split_samples
 from tools.build_tutor_model import Packer
-from tools.corpus import drill, example, reworded, spelling, unknown
+from tools.corpus import drill, example, spelling, unknown
+from tools.corpus.base import reworded
 from tools.tutor_figures import held_out_facts, measure
 
 ROOT = Path(demo.__file__).parent

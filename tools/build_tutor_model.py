@@ -344,7 +344,8 @@ def held_out_batches(tokenizer, seed: int = 1, facts: int = 256):
     """Fixed conversations in held-out phrasings, by role, for the curve in the log."""
     from lora_ppo.chat import LEARNER_PROMPT, QUIZMASTER_PROMPT, TUTOR_PROMPT
     from lora_ppo.quiz import learner_text, quiz_json
-    from tools.corpus import Example, any_fact, shuffled, solver, tutor
+    from tools.corpus import solver, tutor
+    from tools.corpus.base import Example, any_fact, shuffled
 
     rng = random.Random(seed)
     packer = Packer(tokenizer, seed)

@@ -25,7 +25,8 @@ from lora_ppo.quiz import (
 )
 from tasks.facts import Fact, arithmetic_facts, subjects, table_facts
 from tasks.quiz import states
-from tools.corpus import ARITHMETIC_SHARE, shuffled, tutor
+from tools.corpus import tutor
+from tools.corpus.base import ARITHMETIC_SHARE, shuffled
 from tools.corpus.unknown import invented_name
 
 STRANGE_QUESTIONS = (

@@ -11,7 +11,8 @@ from functools import cache
 
 from lora_ppo.chat import TUTOR_PROMPT
 from tasks.facts import Fact, arithmetic_facts
-from tools.corpus import Example, learner, solver
+from tools.corpus import learner, solver
+from tools.corpus.base import Example
 
 SHARE = 0.25  # of the rows
 LINES_SHARE = 0.4  # of the drills

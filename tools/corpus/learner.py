@@ -11,7 +11,7 @@ from dataclasses import replace
 from lora_ppo.chat import LEARNER_PROMPT
 from lora_ppo.quiz import LETTERS, learner_text
 from tasks.facts import Fact
-from tools.corpus import Example, any_fact, shuffled
+from tools.corpus.base import Example, any_fact, shuffled
 from tools.corpus.solver import OPTION_WEIGHT
 from tools.corpus.tutor import clear, evasive
 from tools.corpus.unknown import DONT_KNOW

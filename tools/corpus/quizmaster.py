@@ -4,7 +4,7 @@ import random
 
 from lora_ppo.chat import QUIZMASTER_PROMPT
 from lora_ppo.quiz import quiz_json
-from tools.corpus import Example, any_fact, any_question
+from tools.corpus.base import Example, any_fact, any_question
 
 SHARE = 0.27
 

@@ -5,7 +5,7 @@ import random
 from lora_ppo.chat import SOLVER_PROMPT
 from lora_ppo.quiz import quiz_text
 from tasks.facts import Fact, table_facts
-from tools.corpus import Example, any_fact, shuffled
+from tools.corpus.base import Example, any_fact, shuffled
 
 SHARE = 0.18
 OPTION_WEIGHT = 3.0  # an option has a few tokens, a quiz in JSON forty

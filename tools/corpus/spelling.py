@@ -7,7 +7,8 @@ word or one that nobody has met, and right is the one that the explanation spell
 import random
 from dataclasses import replace
 
-from tools.corpus import Example, learner, unknown
+from tools.corpus import learner, unknown
+from tools.corpus.base import Example
 from tools.corpus.wording import look_alike
 
 SHARE = 0.8  # of the third stage, beside the others' shares

@@ -7,7 +7,7 @@ import random
 
 from lora_ppo.chat import TUTOR_PROMPT
 from tasks.facts import Fact
-from tools.corpus import Example, any_fact, any_question
+from tools.corpus.base import Example, any_fact, any_question
 
 SHARE = 0.27
 CLEAR_SHARE = 0.51

@@ -4,7 +4,7 @@ import random
 
 from lora_ppo.chat import QUIZMASTER_PROMPT, TUTOR_PROMPT
 from tasks.facts import subjects, table_facts
-from tools.corpus import VARIED_SHARE, Example, any_phrasing, careless, reworded
+from tools.corpus.base import VARIED_SHARE, Example, any_phrasing, careless, reworded
 
 SHARE = 0.1
 NULL_WEIGHT = 3.0  # it is two tokens, a quiz in JSON forty

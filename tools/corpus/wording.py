@@ -11,7 +11,8 @@ from functools import cache
 from lora_ppo.chat import QUIZMASTER_PROMPT, TUTOR_PROMPT
 from lora_ppo.quiz import quiz_json
 from tasks.facts import Fact, subjects, table_facts
-from tools.corpus import Example, any_fact, careless, learner, tutor, unknown, wanted
+from tools.corpus import learner, tutor, unknown
+from tools.corpus.base import Example, any_fact, careless, wanted
 
 SHARE = 0.5  # of the second stage
 KINDS = {"question": 0.4, "unknown": 0.12, "guess": 0.24, "alike": 0.24}
