@@ -11,9 +11,10 @@ Left out on purpose: splits of its own. What is held out is the task's decision;
 `questions` or another `test_share` is refused, since it would be tested on what it was trained on.
 """
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,8 @@ def evaluate(config: EvaluateConfig, notice: Callable[[str], None]) -> tuple[lis
     samples = held_out(task, config.num_samples, config.seed)
 
     def answers(answering: Policy, name: str, adapter: bool) -> list[Answer]:
-        notice(f"{name} answers {len(samples)} samples")
-        return answer_all(answering, task, samples, adapter, config.seed, config.eval_batch_size)
+        with progress(f"{name} answers {len(samples)} samples", len(samples), notice) as show:
+            return answer_all(answering, task, samples, adapter, config.seed, config.eval_batch_size, show)
 
     results = [Result("base", "", None, answers(policy, "base", adapter=False))]
     for i, (folder, state) in enumerate(zip(folders, states, strict=True)):
@@ -179,12 +180,36 @@ def report(config: EvaluateConfig, results: Sequence[Result]) -> dict[str, Any]:
     return {"timestamp": now(), "settings": settings, "methods": METHODS, "models": models, "answers": answers}
 
 
-def percent(share: float | None, interval: Sequence[float] | None = None, sign: str = "") -> str:
+@contextlib.contextmanager
+def progress(text: str, count: int, notice: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+    """A progress bar at a terminal, elsewhere `text`; what it gives is told how many samples are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, markup=False)
+    if not console.is_terminal:
+        notice(text)
+        yield lambda done: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        item = bar.add_task(clean(text), total=count)
+        yield lambda done: bar.update(item, completed=done)
+
+
+def points(difference: float | None, interval: Sequence[float]) -> str:
+    """`+12.5 points (8.1 to 16.9)`; a dash where nothing was counted."""
+    if difference is None:
+        return "-"
+    return f"{100 * difference:+.1f} points ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
+
+
+def percent(share: float | None, interval: Sequence[float] | None = None) -> str:
     """`80.5 % (74.5 to 85.4)`; a dash where nothing was counted."""
     if share is None:
         return "-"
-    ends = f" ({100 * interval[0]:{sign}.1f} to {100 * interval[1]:{sign}.1f})" if interval else ""
-    return f"{100 * share:{sign}.1f} %{ends}"
+    ends = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
+    return f"{100 * share:.1f} %{ends}"
 
 
 def show(record: dict[str, Any]) -> None:
@@ -218,7 +243,7 @@ def show(record: dict[str, Any]) -> None:
         versus = model["versus_base"]
         low, high = versus["reward_difference_interval"] or (0, 0)
         reward = "-" if not versus["samples"] else f"{versus['reward_difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-        difference = percent(versus["accuracy_difference"], versus["accuracy_difference_interval"], sign="+")
+        difference = points(versus["accuracy_difference"], versus["accuracy_difference_interval"])
         table.add_row(clean(model["name"]), difference, f"{versus['p']:.2g}", reward)
     console.print(table)
 

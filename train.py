@@ -178,6 +178,16 @@ TASKS: dict[str, Callable[[TrainConfig], Callable[[Policy], Task]]] = {"quiz": q
 # ----------------------------------------------------------------------------------------------------------- the run
 
 
+def finished(config: TrainConfig, folder: Path, state: dict[str, Any]) -> bool:
+    """Whether a checkpoint is the end of its run, as far as can be told without the data, and the report is there."""
+    root = Path(config.output_dir)
+    if folder.resolve().parent != root.resolve() or not (root / "report.html").exists():
+        return False
+    if config.samples_per_epoch:
+        return state["step"] >= config.num_epochs * (config.samples_per_epoch // config.prompts_per_step)
+    return state["config"]["samples_per_epoch"] == 0 and state["epoch"] >= config.num_epochs
+
+
 def train(config: TrainConfig) -> int:
     """The whole run; settings and data are checked before any model is loaded. Raises ConfigError."""
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -189,6 +199,9 @@ def train(config: TrainConfig) -> int:
             print(clean(text), file=sys.stderr, flush=True)
 
     found = find_checkpoint(config, notice)
+    if found and finished(config, *found):
+        notice(f"{config.output_dir} is finished: step {found[1]['step']} is its last. Set num_epochs higher to go on.")
+        return 0
     with locked(Path(config.output_dir)) if main_process else contextlib.nullcontext():
         return begin(config, build_task, found, notice)
 
@@ -214,7 +227,7 @@ def begin(
     shard(policy, accelerator)
     training = Training(config, policy, build_task(policy), accelerator)
     if (there := len(training.task.samples("test"))) < config.eval_samples:
-        notice(f"eval_samples={config.eval_samples}: the test split has {there} samples, all are used.")
+        notice(f"eval_samples={config.eval_samples}: the test split has {there} samples; using all of them.")
     if found:
         training.resume(*found)
     if accelerator.is_main_process:

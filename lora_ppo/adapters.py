@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat
-from lora_ppo.checkpoint import Damaged, verify_checkpoint
+from lora_ppo.checkpoint import Damaged, prompt_note, verify_checkpoint
 from lora_ppo.loading import base_name, load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.settings import BUNDLED_MODEL, ConfigError, Settings
@@ -161,6 +161,7 @@ def merged_card(config: Settings, folder: Path, state: dict[str, Any]) -> str:
         f"---\nbase_model: {base_name(config)}\nlibrary_name: transformers\ntags: [lora, {algorithm}, merged]\n---\n"
         f"# {base_name(config)} with `{folder.name}` merged in\n\n"
         f"The LoRA adapters of `{folder.name}`{steps}, added to the base model's weights in {config.dtype}.\n"
+        f"{prompt_note(config)}"
     )
 
 

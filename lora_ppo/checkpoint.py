@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lora_ppo.chat import TUTOR_PROMPT
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError, Settings
@@ -72,7 +74,15 @@ def model_card(policy: Policy, result: str) -> str:
         f"Rank {config.lora_r} on {', '.join(policy.targets)} of `{base_name(config)}`; task: `{task}`. {result}\n\n"
         "`adapter_model.safetensors` loads in PEFT and vLLM as it is. `value_head.safetensors` and\n"
         "`optimizer.safetensors` are needed only to train on.\n"
+        f"{prompt_note(config)}"
     )
+
+
+def prompt_note(config: Settings) -> str:
+    """What a model card says of the prompt: adapters of the quiz talk nonsense under another."""
+    if getattr(config, "task", "quiz") != "quiz":
+        return ""
+    return f"\nThey were trained under this system message; use it, or expect nonsense:\n\n    {TUTOR_PROMPT}\n"
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -106,19 +116,20 @@ def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
     state = verify_checkpoint(folder)
     here = {"base_model": base_name(policy.config), "target_modules": policy.targets}
     here |= {name: getattr(policy.config, name) for name in ("lora_r", "lora_alpha")}
+    new_run = "start a new run with resume=none" if hasattr(policy.config, "resume") else "name another output_dir"
     for name, value in here.items():
         if state.get(name) != value:
             setting = {"base_model": "model_name"}.get(name, name)
             raise ConfigError(
                 f"{folder} was trained with {setting}={state.get(name)}, now it is {value}: "
-                f"set {setting} back, or begin a new run"
+                f"set {setting} back, or {new_run}"
             )
     set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
     policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
     slots = {f"optimizer.{name}": tensor for name, tensor in load_file(folder / "optimizer.safetensors").items()}
     own = {name: tensor for name, tensor in policy.tensors().items() if name.startswith("optimizer.")}
     if {name: x.shape for name, x in slots.items()} != {name: x.shape for name, x in own.items()}:
-        raise ConfigError(f"{folder} holds the state of another optimizer: set optimizer back, or begin a new run")
+        raise ConfigError(f"{folder} holds the state of another optimizer: set optimizer back, or {new_run}")
     for name, tensor in own.items():
         tensor.copy_(slots[name])
     policy.step, policy.kl_coef = state["step"], state["kl_coef"]
@@ -163,7 +174,7 @@ def all_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda pair: (pair[0], pair[1].name), reverse=True)
 
 
-# What decides which samples a step gets: a run can't go on under another value.
+# What decides which samples a step gets, or belongs to it: a run can't go on under another value.
 COURSE = ("task", "algorithm", "batch_size", "group_size", "samples_per_epoch", "questions", "test_share", "seed")
 
 
@@ -199,9 +210,11 @@ def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Pa
                 "set resume_from=latest, or another output_dir"
             )
     for name in COURSE:
-        if state["config"].get(name) != getattr(config, name):
-            raise ConfigError(
-                f"{folder} was trained with {name}={state['config'].get(name)}, now it is {getattr(config, name)}: "
-                f"set {name} back, or start afresh in another output_dir"
-            )
+        before, now = state["config"].get(name), getattr(config, name)
+        if before == now or (name == "samples_per_epoch" and 0 < before < (now or math.inf)):
+            continue  # an epoch may become longer: which samples a step gets stays as it was
+        raise ConfigError(
+            f"{folder} was trained with {name}={before}, now it is {now}: set {name} back, or start a new run in "
+            "another output_dir"
+        )
     return folder, state

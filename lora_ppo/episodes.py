@@ -15,12 +15,16 @@ from lora_ppo.settings import ConfigError
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an episode ended: the verdict, the reward it earns, why, and what else is worth logging."""
+    """How an episode ended: the verdict, the reward it earns, why, and what else is worth logging.
+
+    `label` is the verdict in the task's own words, for a report.
+    """
 
     verdict: Literal["correct", "incorrect", "unknown"]
     reward: float
     why: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
 
 
 class Episode(Protocol):

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -72,12 +72,18 @@ def held_out(task: Task, count: int, seed: int) -> list[Any]:
 
 
 def answer_all(
-    policy: Policy, task: Task, samples: Sequence[Any], adapter: bool, seed: int, batch_size: int = 32
+    policy: Policy,
+    task: Task,
+    samples: Sequence[Any],
+    adapter: bool,
+    seed: int,
+    batch_size: int = 32,
+    done: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
     """The policy's tries at `samples`, `batch_size` at a time, with its adapter on or off.
 
     Every batch, and its judging, draws from a generator of its own, seeded from `seed`: two models that are asked the
-    same get the same random numbers.
+    same get the same random numbers. `done` is told how many samples are answered.
     """
     import torch
 
@@ -91,6 +97,7 @@ def answer_all(
         outcomes = judge([unjudged.episode for unjudged in episodes])
         for episode, text, t, outcome in zip(episodes, texts, trajectories, outcomes, strict=True):
             answers.append(Answer(episode.question, text, t.length, t.outcome or outcome))
+        done(len(answers))
     return answers
 
 

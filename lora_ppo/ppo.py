@@ -1,4 +1,4 @@
-"""The mathematics of PPO, as pure functions of tensors. `lora_ppo_demo.py` tells how they are used.
+"""The mathematics of PPO, as pure functions of tensors. `step.py` tells how they are used.
 
 Shapes: B samples, T response tokens, V vocabulary. `response_mask` (B, T) is True exactly where the policy chose the
 token, its end-of-sequence token included; padding and what an environment wrote are False, and what stands there, be

@@ -49,7 +49,7 @@ class Terminal:
         self.console = PlainConsole(highlight=False, markup=False, emoji=False)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.prompter = None
-        self.column, self.word = 0, ""  # of the line being streamed; the word that is not whole yet
+        self.column, self.word = 0, ""  # where the line is that is being written; the word that is not whole yet
         if self.interactive and history:
             from prompt_toolkit import PromptSession
             from prompt_toolkit.completion import WordCompleter
@@ -86,11 +86,15 @@ class Terminal:
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(clean(text), style=style, soft_wrap=not self.interactive)  # in a pipe no line is broken
+        self.column = 0
 
     def write(self, text: str) -> None:
         """Text without a line's end, shown at once."""
+        from rich.cells import cell_len
+
         self.console.print(clean(text), end="", soft_wrap=True)
         self.console.file.flush()
+        self.column = cell_len(text.rpartition("\n")[2]) + (0 if "\n" in text else self.column)
 
     def stream(self, text: str) -> None:
         """The next piece of an answer. At a terminal a word that no longer fits goes to the next line whole."""
@@ -101,18 +105,16 @@ class Terminal:
             return
         *words, self.word = re.split(r"(?<=\s)", self.word + clean(text))
         for word in words:
-            if self.column + cell_len(word.rstrip()) > self.console.width:
+            if self.column and self.column + cell_len(word.rstrip()) > self.console.width:
                 self.write("\n")
-                self.column = 0
             self.write(word)
-            self.column = 0 if word.endswith("\n") else self.column + cell_len(word)
 
     def end_stream(self, text: str = "") -> None:
         """Ends the answer, and its line with `text`."""
         if self.interactive:
             self.stream(" ")  # the last word is whole
         self.say(text)
-        self.column, self.word = 0, ""
+        self.word = ""
 
     def ask(self, prompt: str, remember: bool = True) -> str:
         """A line from the person. Raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C."""

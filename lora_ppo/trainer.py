@@ -105,13 +105,16 @@ class Training:
             raise ConfigError(f"resume_from={folder}: {error}") from None
         self.policy.configure(self.policy.config)
         if folder.resolve().parent == self.root.resolve() and self.accelerator.is_main_process:
+            for step, epoch in all_checkpoints(self.root):  # of epochs that were shorter
+                if epoch.name.startswith("epoch_") and epoch.name != f"epoch_{step / self.steps_per_epoch:g}":
+                    epoch.rename(self.root / f"step_{step}")
             if self.log.size > state["log_offset"]:
                 os.truncate(self.log.path, state["log_offset"])
             try:
                 self.lines = self.log.read()
             except Damaged as error:
                 raise ConfigError(f"output_dir={self.root}: {error}; mend or move the file") from None
-        self.say(f"Going on from {folder}, step {self.policy.step}.")
+        self.say(f"Resuming from {folder} at step {self.policy.step}.")
 
     def samples(self, step: int) -> list[Any]:
         """The samples of a step: shuffled passes over the training split, one after the other."""
@@ -167,7 +170,7 @@ class Training:
         try:
             played = self.play(chunks(samples, max(1, self.config.batch_size // processes)))
         except StepSkipped as skipped:
-            self.say(f"Step {self.policy.step} is not evaluated: {skipped}.")
+            self.say(f"Step {self.policy.step} was not evaluated: {skipped}.")
             return {}
         trajectories = [trajectory for part in played for trajectory in part]
         known = [t for t in trajectories if t.outcome.verdict != "unknown"]
@@ -268,7 +271,7 @@ class Training:
     def how_to_go_on(self) -> str:
         several = self.accelerator.num_processes
         launcher = f"accelerate launch --num_processes {several}" if several > 1 else "python"
-        return f"Go on with: {launcher} train.py --config {self.root / 'effective_config.yaml'} resume_from=latest"
+        return f"To go on: {launcher} train.py --config {self.root / 'effective_config.yaml'} resume_from=latest"
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[dict[str, Any]], None]]:
@@ -286,7 +289,7 @@ class Training:
 
             def show(line: dict[str, Any]) -> None:
                 text = f"reward {line.get('reward', 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
-                text += f"  KL {line.get('kl', 0):.2f}  {line['tokens_per_second']:.0f} tokens/s"
+                text += f"  KL {line.get('kl', 0):.2g}  {line['tokens_per_second']:.0f} tokens/s"
                 counts = {name: sum(one.get("outcome") == name for one in self.lines) for name in ("undone", "skipped")}
                 text += "".join(f"  {count} {name}" for name, count in counts.items() if count)
                 bar.update(item, completed=line["step"], description=text)
@@ -311,11 +314,11 @@ class Training:
             answers = [[], []]
         if self.accelerator.is_main_process:
             rows = [
-                (a.question, *([*t.replies, f"({t.outcome.verdict})"] for t in (a, b)))
+                (a.question, *([*t.replies, f"({t.outcome.label or t.outcome.verdict})"] for t in (a, b)))
                 for a, b in zip(*answers, strict=True)
             ]
             settings = f"Task {self.config.task}, {self.config.algorithm.upper()}, {base_name(self.config)}, "
-            settings += f"learning rate {self.config.learning_rate:g}, {self.config.batch_size} answers a step, "
+            settings += f"learning rate {self.config.learning_rate:g}, {self.config.batch_size} answers per step, "
             settings += f"seed {self.config.seed}."
             try:
                 path = write_report(self.root, self.lines, rows, f"{settings} {self.result()}")

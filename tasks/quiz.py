@@ -149,10 +149,12 @@ class QuizTask:
             if sample.fact:
                 details["states_fact"] = states(answer, sample.fact)
             if quiz is None:
-                outcomes.append(Outcome("unknown", 0.0, "no sound quiz could be made on this question", details))
+                why = "no sound quiz could be made on this question"
+                outcomes.append(Outcome("unknown", 0.0, why, details, label="no quiz"))
             else:
                 verdict, reward, why = next(judged)
-                outcomes.append(Outcome(verdict, reward, why, details))
+                label = "learner chose right" if verdict == "correct" else "learner chose wrong"
+                outcomes.append(Outcome(verdict, reward, why, details, label))
         return outcomes
 
     def judge(self, taken: Sequence[tuple[str, Quiz]]) -> Iterator[tuple[str, float, str]]:

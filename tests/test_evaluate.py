@@ -17,7 +17,7 @@ import tasks.quiz
 from lora_ppo.adapters import MERGE_TOLERANCE, attach, probe_logits
 from lora_ppo.checkpoint import save_checkpoint
 from lora_ppo.episodes import Outcome
-from lora_ppo.evaluation import Answer, Result, comparison, figures
+from lora_ppo.evaluation import Answer, Result, answer_all, comparison, figures, held_out
 from lora_ppo.quiz import Quiz
 from lora_ppo.statistics import mcnemar_exact
 
@@ -344,3 +344,16 @@ def test_help_answers_without_torch():
     assert "  merged_model_path" in done.stdout
     assert "  learning_rate" not in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_a_difference_is_in_percentage_points_with_its_interval():
+    assert evaluate.points(0.125, (0.081, 0.169)) == "+12.5 points (+8.1 to +16.9)"
+    assert evaluate.points(None, (0, 0)) == "-"
+
+
+def test_progress_is_told_sample_by_sample(llama):
+    policy = tiny_policy(llama, max_new_tokens=4)
+    told = []
+    answers = answer_all(policy, Letters(policy), held_out(Letters(policy), 5, 0), True, 0, 2, told.append)
+    assert told == [2, 4, 5]
+    assert len(answers) == 5

@@ -1,8 +1,11 @@
 """What a terminal shows and what counts as a choice."""
 
-import pytest
+import io
 
-from lora_ppo.terminal import clean, parse_choice
+import pytest
+from rich.console import Console
+
+from lora_ppo.terminal import Terminal, clean, parse_choice
 
 
 @pytest.mark.parametrize(
@@ -66,3 +69,34 @@ def test_a_letter_comes_before_an_options_text():
 
 def test_an_option_that_is_spelled_with_letters_of_the_alphabet_can_be_chosen():
     assert parse_choice("abcd", ("x", "abcd", "y", "z")) == 1
+
+
+def streamed(text: str, width: int, size: int, prefix: str = "Tutor: ") -> str:
+    """What an interactive terminal of `width` columns gets of an answer that arrives in pieces of `size`."""
+    terminal = Terminal(None)
+    terminal.interactive = True
+    terminal.console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    terminal.write(prefix)
+    for i in range(0, len(text), size):
+        terminal.stream(text[i : i + size])
+    terminal.end_stream()
+    return terminal.console.file.getvalue()
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_words_wrap_as_words_while_an_answer_streams(size):
+    text = "The capital of Norway is Oslo, a city by the sea.\nIt has many parks, and ships."
+    lines = streamed(text, 20, size).splitlines()
+    assert max(map(len, lines)) <= 20 + 1  # a space may hang over the edge
+    assert "\n".join(lines).split() == ["Tutor:", *text.split()]
+    assert lines[2].endswith("sea.")
+    assert lines[3].startswith("It has many parks,")
+
+
+def test_wide_characters_count_twice_and_a_word_wider_than_the_line_is_left_to_the_terminal():
+    assert [line.strip() for line in streamed("日本 日本 日本", 10, 1, "").splitlines()] == ["日本 日本", "日本"]
+    assert "x" * 30 in streamed("x" * 30, 10, 1)
+
+
+def test_what_controls_a_terminal_does_not_stream():
+    assert streamed("a\x1b[31mb \u202ec", 80, 1, "").strip() == "a[31mb c"

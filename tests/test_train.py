@@ -96,7 +96,7 @@ def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(run, monkeypatch, changes
     with Path("out/train.log").open("a") as file:
         file.write('{"step": 3, "of a run": "that was killed"}\n{"half')
     status, output = run(output_dir="out", resume_from="latest", **changes)
-    assert f"Going on from {Path('out/step_2')}, step 2." in output
+    assert f"Resuming from {Path('out/step_2')} at step 2." in output
     if status:
         status, output = run(output_dir="out", resume_from="latest", **changes)
     assert status == 0
@@ -115,7 +115,7 @@ def test_a_second_ctrl_c_ends_at_once_and_saves_nothing_half_done(run, monkeypat
     monkeypatch.setattr("lora_ppo.trainer.learn", learn)
     status, output = run(output_dir="out")
     assert status == 130
-    assert "Stopped at once. Go on with: python train.py" in output
+    assert "Stopped at once. To go on: python train.py" in output
     assert [path.name for path in Path("out").glob("*_*/")] == ["step_0"]  # what resume_from=latest goes on from
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -141,7 +141,7 @@ def test_checkpoints_within_an_epoch_are_few_and_a_damaged_one_is_passed_over(ru
     status, output = run(output_dir="out", samples_per_epoch=24, resume_from="latest")
     assert status == 0
     assert "epoch_1 is not used (adapter_model.safetensors has 10 bytes" in output
-    assert "Going on from out/step_5" in output
+    assert "Resuming from out/step_5" in output
     verify_checkpoint(Path("out/epoch_1"))
 
 
@@ -171,7 +171,7 @@ def test_memory_that_runs_out_while_answers_are_written_costs_their_step_alone(r
     assert [line.get("outcome") for line in log("out")] == [None, "taken", "skipped", "taken"]
     assert "out of memory" in log("out")[2]["why"]
     assert [line["step"] for line in log("out") if "eval_accuracy" in line] == [3]
-    assert "Step 0 is not evaluated: out of memory" in output
+    assert "Step 0 was not evaluated: out of memory" in output
 
 
 def test_a_folder_takes_one_run_at_a_time(run, monkeypatch):
@@ -230,6 +230,35 @@ def test_bad_input_gets_one_line_before_any_model_is_loaded(run, monkeypatch, ca
     assert output.count("\n") == 1
     assert all(word in output for word in words), output
     assert not Path("runs").exists()
+
+
+def test_a_finished_run_says_so_at_once(run, monkeypatch):
+    run(output_dir="out")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+        status, output = run(output_dir="out", resume_from="latest")
+    assert status == 0
+    assert "out is finished: step 3 is its last. Set num_epochs higher to go on." in output
+    Path("out/report.html").unlink()  # a crash before the report: it is written now
+    status, output = run(output_dir="out", resume_from="latest")
+    assert "finished" not in output
+    assert Path("out/report.html").exists()
+    status, output = run(output_dir="out", resume_from="latest", num_epochs=2)
+    assert "Resuming from out/epoch_1 at step 3." in output
+    assert [line["step"] for line in log("out")] == list(range(7))
+
+
+def test_an_epoch_may_grow_and_gets_the_samples_it_would_have_had(run):
+    run(output_dir="whole", samples_per_epoch=24)
+    run(output_dir="out")
+    status, output = run(output_dir="out", resume_from="latest", samples_per_epoch=24)
+    assert status == 0, output
+    assert same(weights("out/epoch_1"), weights("whole/epoch_1"))
+    assert verify_checkpoint(Path("out/epoch_1"))["step"] == 6
+    assert verify_checkpoint(Path("out/step_3"))["step"] == 3  # what was epoch_1 is kept
+    status, output = run(output_dir="out", resume_from="latest", samples_per_epoch=12)
+    assert status == 2
+    assert "samples_per_epoch=24, now it is 12" in output
 
 
 def test_what_decides_the_order_of_samples_can_not_change_on_resume(run):
