@@ -164,15 +164,15 @@ def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
         )
     else:
         ratio = line["likelihood_ratio"]
-        change = f"{ratio:.3g} times as"
-        if 0.5 <= ratio < 2:
-            change = f"{100 * abs(ratio - 1):.2g} % {'more' if ratio >= 1 else 'less'}"
         those = "that answer is" if run.config.batch_size == 1 else "those answers together are"
-        terminal.say(
-            f"Step {line['step']} took {line['seconds']:.2f} s and moved the policy by {line['step_kl']:.2g} nats per "
-            f"token: {those} now {change} likely.",
-            "dim",
-        )
+        effect = f"moved the policy by {line['step_kl']:.2g} nats per token: {those} now "
+        if not 0.5 <= ratio < 2:
+            effect += f"{ratio:.3g} times as likely"
+        elif run.config.dtype == "bfloat16":
+            effect = "changed the policy by less than bfloat16 can show on one answer"
+        else:
+            effect += f"{100 * abs(ratio - 1):.2g} % {'more' if ratio >= 1 else 'less'} likely"
+        terminal.say(f"Step {line['step']} took {line['seconds']:.2f} s and {effect}.", "dim")
 
 
 # ------------------------------------------------------------------------------------------------------- the session

@@ -68,7 +68,7 @@ def load_base(config: Settings):
     if four_bit and not on_cuda:
         raise ConfigError(f"load_in_4bit=true needs CUDA, and device is {config.device}: set load_in_4bit=false")
     if config.dtype == "auto":
-        config.dtype = "bfloat16" if on_cuda else "float32"
+        config.dtype = "bfloat16" if on_cuda and (four_bit or not is_bundled(config.model_name)) else "float32"
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if four_bit:
         from transformers import BitsAndBytesConfig

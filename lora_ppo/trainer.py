@@ -225,7 +225,7 @@ class Training:
                     remove_folder(folder)
             except (OSError, SafetensorError) as error:
                 self.say(f"Could not save {name} ({error}). The run goes on.")
-        self.accelerator.wait_for_everyone()
+        total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
 
     def checkpoint_name(self) -> str:
         epoch, rest = divmod(self.policy.step, self.steps_per_epoch)
@@ -325,7 +325,7 @@ class Training:
                 self.say(f"{self.result()} The report is {path}.")
             except OSError as error:
                 self.say(f"{self.result()} The report could not be written ({error}).")
-        self.accelerator.wait_for_everyone()
+        total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
 
 
 def training_stats(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -64,6 +64,15 @@ def test_anything_else_asks_again_and_s_skips(play):
     assert not Path("logs/run.log").exists()
 
 
+def test_what_16_bits_can_not_show_is_not_told(play):
+    _, output, run = play(turns(2), dtype="bfloat16", learning_rate=1e-6)
+    assert run.policy.step == 2
+    assert output.count("changed the policy by less than bfloat16 can show on one answer.") == 2
+    assert "likely" not in output
+    _, output, _ = play(turns(1), resume="none", learning_rate=1e-6)
+    assert "% more likely." in output or "% less likely." in output
+
+
 def test_quit_at_the_quiz_leaves_without_a_step(play):
     status, output, run = play(["even", "/quit", "A"])
     assert status == 0

@@ -212,7 +212,7 @@ def test_samples_come_in_whole_shuffled_passes(llama, accelerator):
         ({"optimizer": "sgd"}, ("optimizer=sgd", "paged_adamw_8bit")),
         ({"test_share": 1.5}, ("test_share=1.5", "0.999")),
         ({"learnin_rate": 1}, ("learnin_rate", "learning_rate")),
-        ({"batch_size": "many"}, ("batch_size='many'", "int")),
+        ({"batch_size": "many"}, ("batch_size='many'", "a whole number")),
         ({"resume_from": "latest"}, ("resume_from=latest", "none at all")),
         ({"questions": "questions.txt"}, ("questions.txt", "line 17")),
         ({"questions": "nowhere.txt"}, ("nowhere.txt",)),

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from lora_ppo import training
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.episodes import Trajectory, play
-from lora_ppo.processes import everywhere, shard, sharded
+from lora_ppo.processes import everywhere, shard, sharded, total
 from support.echo import EchoTask
 from support.training import gradient, loaded, run_out_of_memory, same
 
@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
         result["base"] = sum(p.to_local().numel() for p in policy.model.parameters() if hasattr(p, "to_local"))
         if accelerator.is_main_process:
             save_checkpoint(folder / "step_1", policy, {}, "")
-        accelerator.wait_for_everyone()
+        total(accelerator, 0)
         load_checkpoint(folder / "step_1", policy)
         assert same(policy.tensors(), result["tensors"])
     else:
