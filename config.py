@@ -23,7 +23,7 @@ class Config(Settings):
     device: str = setting("auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
     dtype: str = setting(
         "auto",
-        "auto (bfloat16 on CUDA for any but the bundled model, else float32), float32 or bfloat16: precision of the base",
+        "precision of the base: auto (float32; on CUDA bfloat16 for any but the bundled model), float32, bfloat16",
     )
     lora_r: int = setting(16, "rank of the LoRA adapters")
     lora_alpha: int = setting(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
