@@ -9,7 +9,7 @@ run: $(VENV)/.run
 	@$(BIN)/python lora_ppo_demo.py $(ARGS)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -245,15 +245,16 @@ def banner(policy: Policy, config: Config, run: Run) -> str:
     adapters, whole = policy.model.get_nb_trainable_parameters()  # counts what is packed in 4 bits, too
     total = whole - adapters
     precision = "4-bit NF4" if config.load_in_4bit == "true" else config.dtype
-    questions = "What is the capital of Norway?", "What is the opposite of early?"
-    questions += ("What is 7 + 5?" if is_bundled(config.model_name) else "Which planet is the largest?",)
+    third = "What is 7 + 5?" if is_bundled(config.model_name) else "Which planet is the largest?"
     return "\n".join(
         [
             f"model    {base_name(config)} ({total / 1e6:,.1f} M parameters, {precision}, on {config.device})",
             f"adapter  LoRA rank {config.lora_r} on {len(policy.targets)} layer types, {size / 1e6:.2f} M trainable",
             f"step     {policy.step}, saved every {config.save_every} steps in {run.folder}",
             f"log      {run.log.path}",
-            f"ask      {'  '.join(questions)}",
+            "ask      What is the capital of Norway?",
+            "         What is the opposite of early?",
+            f"         {third}",
             "help     /help lists the commands; Ctrl-D leaves",
         ]
     )

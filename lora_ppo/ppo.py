@@ -92,6 +92,7 @@ def compute_rewards(
     Ziegler et al. 2019, equation 2 (https://arxiv.org/abs/1909.08593).
     """
     rewards = (-kl_coef * (logprobs - ref_logprobs)).masked_fill(~response_mask, 0.0)
+    # argmax gives the first of equal maxima, and positions differ: the last token that the policy chose.
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = (positions * response_mask).argmax(-1)  # (B,)
     return rewards.scatter_add(1, last.unsqueeze(1), scores.to(rewards).unsqueeze(1))
@@ -109,6 +110,7 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
         advantage = next_value = 0.0  # of the successor
         for t in reversed(range(len(reward))):  # in plain numbers: tensor operations take ten times as long
             if chosen[t]:
+                # delta_t = r_t + gamma V(s_t+1) - V(s_t); A_t = delta_t + gamma lam A_t+1
                 delta = reward[t] + gamma * next_value - value[t]
                 advantage, next_value = delta + gamma * lam * advantage, value[t]
                 row[t] = advantage
@@ -131,7 +133,8 @@ def policy_loss(
 
     Schulman et al. 2017, equation 7 (https://arxiv.org/abs/1707.06347): -min(r A, clip(r, 1 - e, 1 + e) A).
     """
-    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~response_mask, 0.0))
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~response_mask, 0.0))  # r = new / old probability, (B, T)
+    # The larger loss of the two: a clipped ratio has no gradient, so nothing is gained by moving further that way.
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
     clip_fraction = masked_mean((clipped > unclipped).float(), response_mask)
@@ -146,6 +149,7 @@ def value_loss(
     As in the PPO of OpenAI's baselines: 0.5 * max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2).
     """
     values, returns = (x.masked_fill(~response_mask, 0.0) for x in (values, returns))
+    # A value is free within cliprange_value of the rollout's; further away only the way back has a gradient.
     near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     clip_fraction = masked_mean((clipped > plain).float(), response_mask)

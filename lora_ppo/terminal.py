@@ -86,7 +86,7 @@ class Terminal:
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(clean(text), style=style, soft_wrap=not self.interactive)  # in a pipe no line is broken
-        self.column = 0
+        self.column, self.word = 0, ""
 
     def write(self, text: str) -> None:
         """Text without a line's end, shown at once."""
@@ -114,7 +114,6 @@ class Terminal:
         if self.interactive:
             self.stream(" ")  # the last word is whole
         self.say(text)
-        self.word = ""
 
     def ask(self, prompt: str, remember: bool = True) -> str:
         """A line from the person. Raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C."""
