@@ -31,7 +31,7 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"device={config.device} can't be used ({reason}): try device=auto") from None
     on_cuda = config.device.startswith("cuda")
-    chosen, four_bit = config.model_name, config.load_in_4bit
+    chosen, four_bit, dtype = config.model_name, config.load_in_4bit, config.dtype
     if chosen == "auto":
         config.model_name = GPU_MODEL if on_cuda else str(BUNDLED_MODEL)
     try:
@@ -40,7 +40,7 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
         if chosen != "auto" or not on_cuda:
             raise
         notice(f"{str(error).partition(': check')[0]}. Going on with the bundled model.")
-        config.model_name, config.load_in_4bit = str(BUNDLED_MODEL), four_bit  # as asked: `auto` is resolved anew
+        config.model_name, config.load_in_4bit, config.dtype = str(BUNDLED_MODEL), four_bit, dtype  # as they were asked
         model, tokenizer = load_base(config)
     if config.learning_rate is None:
         config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
