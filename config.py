@@ -60,7 +60,15 @@ class Config(Settings):
         0.1, "trust region: a step that moves the policy further, in nats per token, is undone; 0: none"
     )
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    checkpoint_dir: str = setting("checkpoints", "where checkpoints and the journal are kept", group="session")
+    user: str = setting(
+        "", "who learns: each name has adapters, journal and log of its own, over one base model", "session"
+    )
+    pretest: bool = setting(
+        False, "quiz before the answer, too: a reward only where the answer turned a wrong choice into a right one"
+    )
+    reward_right: float = setting(1.0, "reward of an answer after which the choice is right")
+    reward_wrong: float = setting(-1.0, "reward of an answer after which the choice is wrong")
+    checkpoint_dir: str = setting("checkpoints", "where checkpoints and the journal are kept")
     log_dir: str = setting("logs", "where run.log is written")
     save_every: int = setting(10, "steps between checkpoints")
     keep_checkpoints: int = setting(5, "checkpoints that are kept, at least 2")

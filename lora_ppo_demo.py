@@ -8,8 +8,8 @@ The loop, numbered as in `take_turn` below:
     1. You ask a question.
     2. The policy, a language model with LoRA adapters, answers it.
     3. The base model, its adapters off, writes a quiz from the question alone, and must confirm its own key.
-    4. You choose one of four options.
-    5. Right is a reward of +1, wrong of -1.
+    4. You choose one of four options. (With `pretest=true` also before the answer: what you knew earns nothing.)
+    5. Right is a reward of +1, wrong of -1 (`reward_right`, `reward_wrong`).
     6. One PPO step on that one answer trains the adapters and the value head.
     7. The turn is on disk before you see its result: in the journal, and in the log.
     8. Every `save_every` steps the adapters are saved, in the form in which PEFT and vLLM load them.
@@ -24,7 +24,6 @@ import os
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from config import Config
@@ -33,8 +32,8 @@ from lora_ppo.generate import Request, replies
 from lora_ppo.journal import turn_seed
 from lora_ppo.loading import base_name, is_bundled, load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import LETTERS, make_quiz, quiz_request, quiz_text
-from lora_ppo.run import Run, Turn
+from lora_ppo.quiz import LETTERS, Quiz, make_quiz, quiz_request, quiz_text, reshuffled
+from lora_ppo.run import Run, Turn, is_right, users_folder
 from lora_ppo.settings import ConfigError, from_command_line
 from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_step
 from lora_ppo.terminal import (
@@ -82,16 +81,18 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         # 2. The policy answers, at `temperature`. A turn draws from a seed of its own, so that a session that was
         #    stopped goes on as if it had not been. Beside the answer, unseen, the quizmaster writes a first quiz.
         torch.manual_seed(turn_seed(config.seed, number))
+        quiz, guess, knew = pretest(question, policy, terminal) if config.pretest else (None, None, False)
         terminal.write("Tutor: ")
         answering = Request(prompt, config.temperature, on_text=terminal.stream)
-        response, written = replies(policy, [answering, quiz_request(policy, question)])
+        response, *written = replies(policy, [answering, *([] if config.pretest else [quiz_request(policy, question)])])
         answer = tokenizer.decode(response, skip_special_tokens=True)
         terminal.end_stream("" if answer.strip() else "(no answer)")
 
         # 3. The quiz knows the question, never the answer, and is written by the base model: the policy can't learn to
         #    make it easy. The base model, blind to the key, must pick it in most orders of the options.
-        with terminal.busy("making a quiz"):
-            quiz = make_quiz(policy, question, written)
+        if not config.pretest:
+            with terminal.busy("making a quiz"):
+                quiz = make_quiz(policy, question, *written)
         if quiz is None:
             terminal.say("I couldn't write a reliable quiz for that, so nothing was learned.", "yellow")
             return
@@ -108,8 +109,13 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
             return
 
         # 5. The reward. The key is compared here and stays here: it is in no prompt, log or checkpoint.
-        turn.reward = 1.0 if choice == quiz.key else -1.0
+        right = choice == quiz.key
+        if knew and right:
+            terminal.say("Right, and you knew it before: the answer taught you nothing, so no reward and no step.")
+            return
+        turn.reward = config.reward_right if right else config.reward_wrong
         line = {"question": question, "answer": answer, "quiz_id": f"quiz-{number}", "user_answer": LETTERS[choice]}
+        line |= {"right": right} | ({"pretest_answer": guess} if config.pretest else {})
 
         with interrupts_deferred():  # a Ctrl-C waits until the turn is whole
             # 6. One PPO step, as soon as batch_size answers wait for it: by default on this one alone.
@@ -128,13 +134,27 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
             foresight = None
             line = run.finish_turn(turn, line)
             show_outcome(line, run, terminal)
-            if config.reveal and choice != quiz.key:
+            if config.reveal and not right:
                 terminal.say(f"The right answer is {LETTERS[quiz.key]}) {quiz.options[quiz.key]}.")
     finally:
         with interrupts_deferred():
             if foresight:
                 foresight.discard()
             run.abandon(number)
+
+
+def pretest(question: str, policy: Policy, terminal: Terminal) -> tuple[Quiz | None, str, bool]:
+    """The quiz before the answer: what to take after it, its options in another order; the guess; whether it is right.
+
+    So an answer is rewarded only where it turned a wrong choice into a right one.
+    """
+    with terminal.busy("making a quiz"):
+        quiz = make_quiz(policy, question)
+    if quiz is None:
+        return None, "", False
+    terminal.say(f"Before I answer: {quiz_text(quiz.question, quiz.options)}", "bold")
+    guess = terminal.choose(quiz, "", "Your guess (A-D, s: I don't know): ")
+    return reshuffled(quiz), guess if guess == "skip" else LETTERS[guess], guess == quiz.key
 
 
 def fits(question: str, prompt: list[int], policy: Policy, terminal: Terminal) -> bool:
@@ -150,7 +170,7 @@ def fits(question: str, prompt: list[int], policy: Policy, terminal: Terminal) -
 
 def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
     """Right or wrong, and what the step did."""
-    right = line["reward"] > 0
+    right = line["right"]
     terminal.say(f"{'Right' if right else 'Wrong'}. Reward {line['reward']:+g}.", "green" if right else "red")
     if line["outcome"] == "pending":
         terminal.say(f"{len(run.pending)} of {run.config.batch_size} answers for the next step.")
@@ -216,7 +236,8 @@ def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
     if name == "/help":
         terminal.say(COMMANDS)
     elif name == "/progress":
-        terminal.say(progress_chart([line["reward"] for line in run.history()]))
+        lines = run.history()
+        terminal.say(progress_chart([is_right(line) for line in lines], [line["reward"] for line in lines]))
     elif name == "/undo":
         step = policy.step
         with interrupts_deferred():
@@ -266,7 +287,7 @@ def main() -> int:
     try:
         config = from_command_line(Config, USAGE)
         questions = read_questions(config.questions) if config.learner == "simulated" else []
-        terminal = Terminal(Path(config.log_dir) / "history")
+        terminal = Terminal(users_folder(config.log_dir, config.user) / "history")
 
         def notice(text: str) -> None:
             terminal.say(text, "yellow")

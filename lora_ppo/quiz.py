@@ -185,6 +185,12 @@ def shuffle_quiz(question: str, correct: str, wrong: Sequence[str]) -> Quiz:
     return Quiz(question, tuple(options[i] for i in order), order.index(0))
 
 
+def reshuffled(quiz: Quiz) -> Quiz:
+    """The same quiz, its options in a new order."""
+    wrong = [option for i, option in enumerate(quiz.options) if i != quiz.key]
+    return shuffle_quiz(quiz.question, quiz.options[quiz.key], wrong)
+
+
 def survives(policy: Policy, quiz: Quiz) -> bool:
     """Whether the base model, blind to the key, picks it in more than half of the four rotations of the options."""
     n = len(quiz.options)

@@ -17,6 +17,16 @@ from lora_ppo.settings import ConfigError, Settings, save_yaml
 from lora_ppo.step import Foresight, StepSkipped, out_of_memory, ppo_step
 
 
+def is_right(line: dict[str, Any]) -> bool:
+    """Whether a log line is of a right choice. Lines of earlier versions say it by the reward's sign alone."""
+    return line.get("right", line["reward"] > 0)
+
+
+def users_folder(folder: str, user: str) -> Path:
+    """Where a person's files are: `folder` itself, or with a name one of their own in it."""
+    return Path(folder) / "users" / user if user else Path(folder)
+
+
 @dataclass
 class Turn:
     """A finished turn: what was said, and the reward it earned."""
@@ -44,8 +54,8 @@ class Run:
 
     def __init__(self, policy: Policy, config: Settings, notice: Callable[[str], None]):
         self.policy, self.config, self.notice = policy, config, notice
-        self.root = Path(config.checkpoint_dir)
-        self.log = LineFile(Path(config.log_dir) / "run.log")
+        self.root = users_folder(config.checkpoint_dir, config.user)
+        self.log = LineFile(users_folder(config.log_dir, config.user) / "run.log")
         self.turn = 0  # the number of the turn to come
         self.pending: list[Turn] = []  # answered, waiting for batch_size of them
         self.undo_snapshot: Snapshot | None = None
@@ -190,7 +200,8 @@ class Run:
         if not config.precompute or config.lora_dropout or len(self.pending) + 1 < config.batch_size:
             return None
         try:
-            return Foresight(self.policy, self.batch([*self.pending, turn]), [turn.reward for turn in self.pending])
+            earlier, rewards = [turn.reward for turn in self.pending], (config.reward_right, config.reward_wrong)
+            return Foresight(self.policy, self.batch([*self.pending, turn]), earlier, rewards)
         except (MemoryError, RuntimeError):  # no memory for it: the plain step will do
             return None
 
@@ -298,9 +309,8 @@ class Run:
 
     def result(self) -> str:
         """How the run went, in a sentence, for the model card."""
-        rewards = [line["reward"] for line in self.history()]
-        right = sum(reward > 0 for reward in rewards)
-        return f"{right} of {len(rewards)} quizzes were answered right." if rewards else "No quiz was answered yet."
+        right = [is_right(line) for line in self.history()]
+        return f"{sum(right)} of {len(right)} quizzes were answered right." if right else "No quiz was answered yet."
 
     def history(self) -> list[dict[str, Any]]:
         """The log lines of this run's turns, in order, without those undone."""

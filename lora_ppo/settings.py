@@ -6,6 +6,7 @@ object as an argument and never imports one.
 """
 
 import difflib
+import re
 import sys
 import textwrap
 import tomllib
@@ -57,6 +58,8 @@ RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "kl_horizon": (1, 1e12, True),
     "target_kl": (0, 1e6, True),
     "max_grad_norm": (0, 1e9, False),
+    "reward_right": (0, 100, True),
+    "reward_wrong": (-100, 0, True),
     "save_every": (1, 1_000_000, True),
     "keep_checkpoints": (2, 1_000_000, True),
     "steps": (1, 1e9, True),
@@ -89,6 +92,11 @@ def check(config: Settings) -> Settings:
     for name, allowed in CHOICES.items():
         if getattr(config, name, allowed[0]) not in allowed:
             raise ConfigError(f"{name}={getattr(config, name)!r} is unknown: expected one of {', '.join(allowed)}")
+    if getattr(config, "reward_right", 1.0) == getattr(config, "reward_wrong", -1.0):
+        raise ConfigError("reward_right=0 and reward_wrong=0: nothing would be learned, set one of them")
+    user = getattr(config, "user", "")
+    if user and not re.fullmatch(r"\w[\w .-]*", user):
+        raise ConfigError(f"user={user!r} is no name for a folder: use letters, digits, spaces, dots and hyphens")
     if getattr(config, "learner", "") == "simulated" and not config.questions:
         raise ConfigError("learner=simulated needs questions=FILE, a text file with one question a line")
     for name in ("model_name", "device", "checkpoint_dir", "log_dir", "resume"):

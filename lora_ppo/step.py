@@ -167,14 +167,14 @@ class Foresight:
     leave it as the plain step would, bit for bit, or as it was.
     """
 
-    REWARDS = (1.0, -1.0)
-
-    def __init__(self, policy: Policy, batch: Batch, earlier: Sequence[float] = ()):
-        self.policy, self.batch, self.earlier = policy, batch, earlier
+    def __init__(
+        self, policy: Policy, batch: Batch, earlier: Sequence[float] = (), rewards: Sequence[float] = (1.0, -1.0)
+    ):
+        self.policy, self.batch, self.earlier, self.rewards = policy, batch, earlier, rewards
         self.before = policy.snapshot()
         self.outcomes: dict[float, tuple[dict[str, Any], Snapshot]] = {}
         self.seconds: dict[float, float] = {}  # that an outcome took to compute
-        self.wanted = set(self.REWARDS)
+        self.wanted = set(rewards)
         self.thread = threading.Thread(target=self.work, name="foresight", daemon=True)
         self.thread.start()
 
@@ -184,7 +184,7 @@ class Foresight:
 
     def work(self) -> None:
         try:
-            for reward in self.REWARDS:
+            for reward in self.rewards:
                 if reward in self.wanted:
                     started = time.perf_counter()
                     metrics = ppo_step(self.policy, self.batch, self.scores(reward), self.before)

@@ -131,10 +131,10 @@ class Terminal:
 
         return ask_once(prompt, **self.keys).strip()
 
-    def choose(self, quiz: Quiz, answer: str) -> int | str:
+    def choose(self, quiz: Quiz, answer: str, prompt: str = "Your choice (A-D, s skips): ") -> int | str:
         """The person's choice: an option's index, or "skip". Raises EOFError where they leave."""
         while True:
-            text = self.ask("Your choice (A-D, s skips): ", remember=False)
+            text = self.ask(prompt, remember=False)
             choice = parse_choice(text, quiz.options)
             if choice is not None:
                 return choice
@@ -192,8 +192,9 @@ class SimulatedLearner(Terminal):
         self.say(f"{prompt}{question}")
         return question
 
-    def choose(self, quiz: Quiz, answer: str) -> int:
-        (choice,) = learner_choices(*learner_probabilities(self.policy, [answer], [quiz]))
+    def choose(self, quiz: Quiz, answer: str, prompt: str = "") -> int:
+        read, unread = learner_probabilities(self.policy, [answer], [quiz])
+        choice = learner_choices(read, unread)[0] if answer else unread[0].argmax().item()  # before the answer: a guess
         self.say(f"The learner chooses {LETTERS[choice]}.")
         self.chosen += 1
         return choice
@@ -243,11 +244,12 @@ def interrupts_deferred() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def progress_chart(rewards: Sequence[float], columns: int = 60, rows: int = 5, window: int = 10) -> str:
+def progress_chart(
+    right: Sequence[bool], rewards: Sequence[float], columns: int = 60, rows: int = 5, window: int = 10
+) -> str:
     """Accuracy over the last `window` quizzes, drawn over all of them, and the totals."""
     if not rewards:
         return "No quiz was answered yet."
-    right = [float(reward > 0) for reward in rewards]
     means = [sum(right[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(right))]
     width = min(columns, len(means))
     points = [means[(i + 1) * len(means) // width - 1] for i in range(width)]
@@ -256,14 +258,14 @@ def progress_chart(rewards: Sequence[float], columns: int = 60, rows: int = 5, w
         least = 0 if row else 1  # a share of 0 is to be seen too
         cells = [" ▁▂▃▄▅▆▇█"[max(round(min(max(p * rows - row, 0.0), 1.0) * 8), least)] for p in points]
         share = (row + 1) / rows
-        lines.append(f"{100 * share:>4.0f} % {2 * share - 1:+5.1f} {''.join(cells)}".rstrip())
+        lines.append(f"{100 * share:>4.0f} % {''.join(cells)}".rstrip())
     mean_reward = sum(rewards) / len(rewards)
     last = rewards[-window:]
     return "\n".join(
         [
-            f"right answers and mean reward, running over {window} quizzes",
+            f"right choices, running over {window} quizzes",
             *lines,
-            "             1" + (f"{len(rewards):>{width - 1}}" if width > 4 else ""),
+            "       1" + (f"{len(rewards):>{width - 1}}" if width > 4 else ""),
             f"accuracy {sum(right) / len(right):.0%} of {len(right)}, mean reward {mean_reward:+.2f}; "
             f"last {len(last)}: {sum(right[-window:]) / len(last):.0%}, {sum(last) / len(last):+.2f}",
         ]

@@ -88,6 +88,70 @@ def test_the_right_option_is_shown_after_a_wrong_choice_where_that_is_wanted(pla
     assert "The right answer" not in output
 
 
+@pytest.mark.parametrize(
+    ("guess", "choice", "reward"),
+    [
+        ("beta", "alpha", 1.0),  # the answer taught it
+        ("s", "alpha", 1.0),  # so did it here
+        ("alpha", "beta", -1.0),
+        ("beta", "gamma", -1.0),
+        ("alpha", "alpha", None),  # known before
+    ],
+)
+def test_with_a_pretest_only_what_an_answer_taught_is_rewarded(play, guess, choice, reward):
+    _, output, run = play(["even", guess, choice], pretest=True)  # len("even") % 4 == 0: the key is alpha
+    assert output.index("Before I answer") < output.index("Tutor: ") < output.index("\nQuiz: ")
+    assert run.policy.step == (reward is not None)
+    assert run.turn == 1
+    if reward is None:
+        assert "you knew it before" in output
+        assert not Path("logs/run.log").exists()
+    else:
+        line = log_lines()[0]
+        assert (line["reward"], line["right"]) == (reward, reward > 0)
+        assert line["pretest_answer"] == ("skip" if guess == "s" else "ABCD"[OPTIONS.index(guess)])
+
+
+def test_the_options_of_a_pretest_come_back_in_another_order(play):
+    orders = set()
+    for seed in range(6):
+        _, output, _ = play(["even", "s", "s"], pretest=True, resume="none", seed=seed)
+        first, second = (output.split(words)[1].split("\n")[1:5] for words in ("Before I answer", "\nQuiz: "))
+        assert sorted(line[3:] for line in first) == sorted(line[3:] for line in second)
+        orders.add(tuple(second))
+    assert len(orders) > 1
+
+
+def test_a_session_with_a_pretest_that_was_stopped_goes_on_as_if_it_had_not_been(play):
+    lines = ["even", "beta", "alpha", "odd ones", "s", "gamma"]
+    _, _, whole = play(lines, pretest=True, checkpoint_dir="a", log_dir="a")
+    play(lines[:3], pretest=True, checkpoint_dir="b", log_dir="b")
+    _, _, run = play(lines[3:], pretest=True, checkpoint_dir="b", log_dir="b")
+    assert same(weights(run), weights(whole))
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_rewards_are_settings_and_the_chart_still_knows_right_from_wrong(play, precompute):
+    lines = ["even", "A", "even", "B", "/progress"]
+    _, output, run = play(lines, reward_right=0.5, reward_wrong=0.0, precompute=precompute)
+    assert [line["reward"] for line in log_lines()] == [0.5, 0.0]
+    assert "accuracy 50% of 2, mean reward +0.25" in output
+    assert run.result() == "1 of 2 quizzes were answered right."
+
+
+def test_each_person_has_a_run_of_their_own(play):
+    _, _, anna = play(turns(2), user="anna")
+    _, output, ben = play(turns(1), user="ben")
+    assert "step     0" in output
+    assert (anna.folder, ben.folder) == (Path("checkpoints/users/anna"), Path("checkpoints/users/ben"))
+    assert len(Path("logs/users/anna/run.log").read_text().splitlines()) == 2
+    assert ben.policy.step == 1
+    assert not Path("checkpoints/journal.jsonl").exists()
+    _, output, again = play([], user="anna")
+    assert "step     2" in output
+    assert same(weights(again), weights(anna))
+
+
 def test_commands(play):
     lines = ["/help", "/nonsense", "/progress", "/undo", "even", "A", "/progress", "/config", "/save", "/quit", "lost"]
     status, output, _ = play(lines)

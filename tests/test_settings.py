@@ -60,6 +60,10 @@ OTHER = {
     "save_every": ("3", 3),
     "keep_checkpoints": ("2", 2),
     "precompute": ("off", False),
+    "user": ("anna", "anna"),
+    "pretest": ("true", True),
+    "reward_right": ("0.5", 0.5),
+    "reward_wrong": ("-2", -2.0),
     "reveal": ("true", True),
     "resume": ("none", "none"),
     "seed": ("42", 42),
@@ -258,6 +262,18 @@ def test_a_value_of_the_wrong_type_is_refused(argument, shown, expected):
 )
 def test_a_value_of_the_wrong_type_in_yaml_is_refused(text, message, tmp_path):
     assert refusal("--config", yaml_file(tmp_path, text + "\n")) == message
+
+
+def test_rewards_that_teach_nothing_are_refused():
+    expected = "reward_right=0 and reward_wrong=0: nothing would be learned, set one of them"
+    assert refusal("reward_right=0", "reward_wrong=0") == expected
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".", "-x", "~", "a/../b", " "])
+def test_a_user_is_a_plain_name(name):
+    assert refusal(f"user={name}") == (
+        f"user={name!r} is no name for a folder: use letters, digits, spaces, dots and hyphens"
+    )
 
 
 def test_no_target_modules_are_refused():
