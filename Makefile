@@ -1,15 +1,19 @@
 # make run    the tutor            make test   the tests
 # make lint   ruff, check and format            make clean  removes the environment
+# make smollm2  fetches a small pretrained model for model_name=smollm2
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 
-.PHONY: run test lint clean
+.PHONY: run test lint clean smollm2
 run: $(VENV)/.run
 	@$(BIN)/python lora_ppo_demo.py $(ARGS)
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n auto $(ARGS)
+
+smollm2: $(VENV)/.run
+	@$(BIN)/python tools/fetch_smollm2.py
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

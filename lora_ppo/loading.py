@@ -1,13 +1,24 @@
 """Loads the base model that the settings name, in the precision and on the device that they name, as a policy."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_ppo.gguf import unpacked
 from lora_ppo.policy import Policy
-from lora_ppo.settings import BUNDLED_LEARNING_RATE, BUNDLED_MODEL, GPU_MODEL, LEARNING_RATE, ConfigError, Settings
+from lora_ppo.settings import (
+    BUNDLED_LEARNING_RATE,
+    BUNDLED_MODEL,
+    GPU_MODEL,
+    LEARNING_RATE,
+    SMOLLM2,
+    SMOLLM2_FOLDER,
+    ConfigError,
+    Settings,
+)
 
 
 def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: None) -> tuple[Policy, Settings]:
@@ -21,7 +32,7 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
     from lora_ppo.layers import copy_weights
 
     silence_libraries()
-    config = replace(config)
+    config = replace(config, model_name=os.path.expanduser(config.model_name))
     if config.device == "auto":
         mps = torch.backends.mps.is_available()
         config.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -68,7 +79,8 @@ def load_base(config: Settings):
     if four_bit and not on_cuda:
         raise ConfigError(f"load_in_4bit=true needs CUDA, and device is {config.device}: set load_in_4bit=false")
     if config.dtype == "auto":
-        config.dtype = "bfloat16" if on_cuda and (four_bit or not is_bundled(config.model_name)) else "float32"
+        halved = on_cuda or (config.device.startswith("cpu") and multiplies_bfloat16())
+        config.dtype = "bfloat16" if four_bit or (halved and not is_bundled(config.model_name)) else "float32"
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if four_bit:
         from transformers import BitsAndBytesConfig
@@ -80,12 +92,13 @@ def load_base(config: Settings):
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         options["device_map"] = {"": config.device}
-    if config.model_name.startswith((".", "/", "~")) and not Path(config.model_name).is_dir():
-        raise ConfigError(f"model_name={config.model_name}: there is no such folder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.model_name, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
-        return (model if four_bit else model.to(config.device)), tokenizer
+        with source(config) as name:
+            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            return (model if four_bit else model.to(config.device)), tokenizer
+    except ConfigError:
+        raise
     except Exception as error:  # hub, files, architecture: the libraries raise anything from OSError to KeyError
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
@@ -94,13 +107,42 @@ def load_base(config: Settings):
         ) from error
 
 
+@contextlib.contextmanager
+def source(config: Settings) -> Iterator[str]:
+    """The folder, or the name on the hub, from which transformers loads the model. Raises ConfigError."""
+    name, path = config.model_name, Path(config.model_name)
+    if base_name(config) == SMOLLM2:
+        if not SMOLLM2_FOLDER.is_dir():
+            raise ConfigError(f"model_name={name}: SmolLM2 is not here yet; fetch it with `make smollm2`")
+        yield str(SMOLLM2_FOLDER)
+    elif path.is_file():
+        with unpacked(path, config.dtype) as folder:
+            yield str(folder)
+    elif path.is_dir():
+        yield str(path)
+    elif path.suffix == ".gguf" or name.startswith((".", "/")):
+        kind = "file" if path.suffix == ".gguf" else "folder"
+        raise ConfigError(f"model_name={name}: there is no such {kind}")
+    else:
+        yield name
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions of its own for products in bfloat16; without them float32 is quicker."""
+    import torch
+
+    abilities = torch.cpu.get_capabilities()
+    return any(abilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+
+
 def is_bundled(model_name: str) -> bool:
     return Path(model_name).resolve() == BUNDLED_MODEL
 
 
 def base_name(config: Settings) -> str:
     """What a checkpoint calls its base model: the same wherever this program is installed."""
-    return f"bundled:{BUNDLED_MODEL.name}" if is_bundled(config.model_name) else config.model_name
+    known = {BUNDLED_MODEL: f"bundled:{BUNDLED_MODEL.name}", SMOLLM2_FOLDER: SMOLLM2}
+    return known.get(Path(config.model_name).resolve(), config.model_name)
 
 
 def silence_libraries() -> None:

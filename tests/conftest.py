@@ -30,6 +30,16 @@ def llama(tiny_folder) -> Path:
 
 
 @pytest.fixture
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct; tests that need it are left out where it was not fetched."""
+    from lora_ppo.settings import SMOLLM2_FOLDER
+
+    if not SMOLLM2_FOLDER.is_dir():
+        pytest.skip("SmolLM2 is not here: `make smollm2` fetches it")
+    return SMOLLM2_FOLDER
+
+
+@pytest.fixture
 def llama_policy(tiny_folder):
     """A fresh policy on the tiny Llama, with a ChatML template."""
     from support.tiny import tiny_policy

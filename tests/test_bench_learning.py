@@ -83,7 +83,7 @@ def test_shuffled_rewards_are_those_the_base_earned(llama, monkeypatch):
         return found
 
     monkeypatch.setattr(tasks.quiz.QuizTask, "outcomes", outcomes)
-    config = Config(model_name=str(llama), device="cpu", max_new_tokens=4)
+    config = Config(model_name=str(llama), device="cpu", dtype="float32", max_new_tokens=4)
     material = bench_learning.prepare(config, "reader", 24, 4, control=True)
     assert sorted(material.rewards) == sorted(seen[sample] for sample in material.train)
     assert not {sample.fact for sample in material.train} & {sample.fact for sample in material.test}
@@ -93,7 +93,7 @@ def test_settings_are_chosen_on_facts_of_the_training_split(llama, monkeypatch):
     from config import Config
 
     monkeypatch.setattr(tasks.quiz, "make_quiz", lambda policy, question, written: Quiz("Which?", tuple("abcd"), 0))
-    config = Config(model_name=str(llama), device="cpu", max_new_tokens=4)
+    config = Config(model_name=str(llama), device="cpu", dtype="float32", max_new_tokens=4)
     material = bench_learning.prepare(config, "reader", 24, 40, validation=True)
     held_out = {sample.fact for sample in material.task.samples("test")}
     assert not {sample.fact for sample in material.test} & held_out

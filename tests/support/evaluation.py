@@ -52,7 +52,7 @@ def run(llama, tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         settings = {"task": "letters", "model_name": llama, "device": "cpu", "temperature": 1.0, "top_p": 1.0}
-        settings |= {"max_new_tokens": 6, "num_samples": 10, "eval_batch_size": 4}
+        settings |= {"dtype": "float32", "max_new_tokens": 6, "num_samples": 10, "eval_batch_size": 4}
         words = [f"{name}={value}" for name, value in settings.items()]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words, *map(str, arguments)])
         status = evaluate.main()

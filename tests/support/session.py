@@ -39,7 +39,7 @@ def play(llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Run, "__init__", remember)
 
     def play(lines, **settings):
-        settings = SETTINGS | {"model_name": str(llama), "device": "cpu", "lora_r": 4} | settings
+        settings = SETTINGS | {"model_name": str(llama), "device": "cpu", "dtype": "float32", "lora_r": 4} | settings
         monkeypatch.setattr(sys, "argv", ["lora_ppo_demo.py", *(f"{k}={v}" for k, v in settings.items())])
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         status = demo.main()

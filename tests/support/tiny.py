@@ -110,6 +110,7 @@ def tiny_config(folder: Path, **settings) -> Config:
     """Settings under which a step on a tiny model is large, and is never undone."""
     defaults = {
         "device": "cpu",
+        "dtype": "float32",
         "lora_r": 4,
         "lora_alpha": 8,
         "max_new_tokens": 12,

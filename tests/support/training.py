@@ -15,6 +15,7 @@ from support.tiny import randomize_adapter
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {
     "device": "cpu",
+    "dtype": "float32",
     "lora_r": 4,
     "lora_alpha": 8,
     "max_new_tokens": 6,
