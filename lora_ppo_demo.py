@@ -76,12 +76,12 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
     prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, question))
     if not fits(question, prompt, policy, terminal):
         return
-    foresight = None
+    foresight, run.no_quiz = None, []
     try:
         # 2. The policy answers, at `temperature`. A turn draws from a seed of its own, so that a session that was
         #    stopped goes on as if it had not been. Beside the answer, unseen, the quizmaster writes a first quiz.
         torch.manual_seed(turn_seed(config.seed, number))
-        quiz, guess, knew = pretest(question, policy, terminal) if config.pretest else (None, None, False)
+        quiz, guess, knew = pretest(question, policy, run, terminal) if config.pretest else (None, None, False)
         terminal.write("Tutor: ")
         answering = Request(prompt, config.temperature, on_text=terminal.stream)
         response, *written = replies(policy, [answering, *([] if config.pretest else [quiz_request(policy, question)])])
@@ -92,9 +92,11 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         #    make it easy. The base model, blind to the key, must pick it in most orders of the options.
         if not config.pretest:
             with terminal.busy("making a quiz"):
-                quiz = make_quiz(policy, question, *written)
+                quiz = make_quiz(policy, question, *written, why=run.no_quiz)
         if quiz is None:
-            terminal.say("I couldn't write a reliable quiz for that, so nothing was learned.", "yellow")
+            terminal.say(
+                "I couldn't write a reliable quiz for that, so nothing was learned (/quiz says why).", "yellow"
+            )
             return
         terminal.say(f"\nQuiz: {quiz_text(quiz.question, quiz.options)}", "bold")
 
@@ -143,13 +145,13 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
             run.abandon(number)
 
 
-def pretest(question: str, policy: Policy, terminal: Terminal) -> tuple[Quiz | None, str, bool]:
+def pretest(question: str, policy: Policy, run: Run, terminal: Terminal) -> tuple[Quiz | None, str, bool]:
     """The quiz before the answer: what to take after it, its options in another order; the guess; whether it is right.
 
     So an answer is rewarded only where it turned a wrong choice into a right one.
     """
     with terminal.busy("making a quiz"):
-        quiz = make_quiz(policy, question)
+        quiz = make_quiz(policy, question, why=run.no_quiz)
     if quiz is None:
         return None, "", False
     terminal.say(f"Before I answer: {quiz_text(quiz.question, quiz.options)}", "bold")
@@ -238,6 +240,9 @@ def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
     elif name == "/progress":
         lines = run.history()
         terminal.say(progress_chart([is_right(line) for line in lines], [line["reward"] for line in lines]))
+    elif name == "/quiz":
+        tries = [f"try {i}: {reason}" for i, reason in enumerate(run.no_quiz, 1)]
+        terminal.say("\n".join(tries) or "The last question got its quiz at once, or none was asked yet.")
     elif name == "/undo":
         step = policy.step
         with interrupts_deferred():

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -64,6 +65,11 @@ QUIZ_SCHEMA = {
         {"type": "null"},
     ]
 }
+PLACEHOLDER = re.compile(  # of an option's words
+    r"(none|all) of (the )?(these|those|them|above)|(correct|wrong|right|other|another) (answer|option|choice)|"
+    r"(option|answer|choice|wrong|correct)( (answer|option))? (\w|\d+)|not (given|available)|placeholder|tbd|etc"
+)
+ACCENTED = ("LATIN", "GREEK", "CYRILLIC")  # scripts in which a mark on a letter is an accent
 JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
@@ -138,14 +144,49 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def parse_quiz(text: str) -> tuple[str, str, list[str]] | None:
-    """(question, correct, wrong) from the quizmaster's JSON; None for `null`, broken JSON or options that repeat."""
+def bare(text: str) -> str:
+    """`text` without case, punctuation, articles and accents: what is equal here, a person takes for the same."""
+    letters: list[str] = []
+    for c in unicodedata.normalize("NFKD", text).casefold():
+        accent = letters and unicodedata.combining(c) and unicodedata.name(letters[-1], "").startswith(ACCENTED)
+        letters += [] if accent else [c]
+    words = re.findall(r"-?\d+(?:[.,:/]\d+)*|\w+", unicodedata.normalize("NFC", "".join(letters)).replace("_", " "))
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
+
+
+def flaw(question: str, options: Sequence[str]) -> str:
+    """What makes a quiz worthless, whatever its key, in words; "" for one that has nothing of the kind."""
+    bares, asked = [bare(option) for option in options], f" {bare(question)} "
+    for option, text in zip(options, bares, strict=True):
+        if not text:
+            return f"the option {option!r} has no letters or digits"
+        words = " ".join(re.findall(r"\w+", option.casefold()))
+        if PLACEHOLDER.fullmatch(words) or re.fullmatch(r"[<[{].*[>\]}]|n/a", option.casefold()):
+            return f"the option {option!r} is a placeholder"
+        if f" {text} " in asked and not text.isdecimal():  # 2 + 4 = 6 may have 4 for a wrong option
+            return f"the option {option!r} stands in the question"
+    if len(set(bares)) < len(bares):
+        return "two options say the same"
+    *_, second, longest = sorted(map(len, options))
+    if longest > 3 * max(second, 12):
+        return "one option is several times as long as the others"
+    return "" if asked.strip() else "its question has no words"
+
+
+def parse_quiz(text: str, why: list[str] | None = None) -> tuple[str, str, list[str]] | None:
+    """(question, correct, wrong) from the quizmaster's JSON. None for broken JSON and for a worthless quiz.
+
+    The reason is added to `why`.
+    """
+    why = [] if why is None else why
     try:
         quiz = json.loads(text)
         question, *options = (one_line(part) for part in (quiz["question"], quiz["correct"], *quiz["wrong"]))
     except (ValueError, TypeError, KeyError, AttributeError):
+        why.append("the quizmaster's reply was cut short")
         return None
-    if len({option.casefold() for option in options}) != len(LETTERS) or not all((question, *options)):
+    if len(options) != len(LETTERS) or (problem := flaw(question, options)):
+        why.append(problem if len(options) == len(LETTERS) else f"it has {len(options)} options")
         return None
     return question, options[0], options[1:]
 
@@ -160,19 +201,25 @@ def quiz_request(policy: Policy, question: str) -> Request:
     return Request(prompt, policy.config.quiz_temperature, adapter=False, grammar=grammar)
 
 
-def make_quiz(policy: Policy, question: str, written: list[int] | None = None) -> Quiz | None:
+def make_quiz(
+    policy: Policy, question: str, written: list[int] | None = None, why: list[str] | None = None
+) -> Quiz | None:
     """A quiz on `question` whose key the base model confirms; None if there is nothing to quiz, or none survives.
 
-    `written` is the quizmaster's reply where it was written already, beside the answer: then it is the first try.
+    `written` is the quizmaster's reply where it was written already, beside the answer: then it is the first try. To
+    `why` is added what was wrong with each try that failed.
     """
+    why = [] if why is None else why
     for _ in range(policy.config.quiz_tries):
         ids = written or replies(policy, [quiz_request(policy, question)])[0]
         text, written = policy.tokenizer.decode(ids, skip_special_tokens=True), None
         if text == "null":
+            why.append("the quizmaster found nothing to ask")
             return None
-        parts = parse_quiz(text)
-        if parts and survives(policy, quiz := shuffle_quiz(*parts)):
-            return quiz
+        if parts := parse_quiz(text, why):
+            if survives(policy, quiz := shuffle_quiz(*parts)):
+                return quiz
+            why.append("the base model, asked without the key, did not agree with it")
     return None
 
 

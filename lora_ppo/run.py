@@ -61,6 +61,7 @@ class Run:
         self.undo_snapshot: Snapshot | None = None
         self.taken_turns = 0  # by the step that the snapshot precedes
         self.saved_step = -1
+        self.no_quiz: list[str] = []  # why the tries at a quiz on the last question failed
         self.covered = 0  # bytes of the journal that the policy's weights contain
         self.lock = None
         with self.surviving("open the checkpoint folder"):

@@ -18,6 +18,7 @@ COMMANDS = """\
                (no reward, no step); an empty line shows the options again
   /help        this text
   /progress    how the quizzes went so far
+  /quiz        why the last question got no quiz, or not at once
   /undo        undo the last step, exactly
   /save        write a checkpoint now
   /config      every setting as it is in force

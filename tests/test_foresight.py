@@ -162,7 +162,7 @@ def test_the_simulated_learner_has_the_policy_to_itself(llama, tmp_path, monkeyp
     config = tiny_config(llama, checkpoint_dir="c", log_dir="l", max_new_tokens=6)
     policy, config = load_policy(config)
     run = Run(policy, config, print)
-    monkeypatch.setattr(demo, "make_quiz", lambda *_: Quiz("Which?", tuple("abcd"), 0))
+    monkeypatch.setattr(demo, "make_quiz", lambda *_, **__: Quiz("Which?", tuple("abcd"), 0))
     demo.take_turn("What?", policy, run, SimulatedLearner(policy, ["What?"], 1))
     run.close()
     assert policy.step == 1

@@ -174,7 +174,7 @@ def test_escape_codes_of_a_model_do_not_reach_the_terminal(play, monkeypatch):
         return [policy.tokenizer.encode(text, add_special_tokens=False)] * len(requests)
 
     monkeypatch.setattr(demo, "replies", forged)
-    monkeypatch.setattr(demo, "make_quiz", lambda *_: Quiz("\x1b[2Jq", ("\x1b]0;x\x07a", "b", "c", "d"), 0))
+    monkeypatch.setattr(demo, "make_quiz", lambda *_, **__: Quiz("\x1b[2Jq", ("\x1b]0;x\x07a", "b", "c", "d"), 0))
     status, output, _ = play(["hi", "a"])
     assert status == 0
     assert not any(bad in output for bad in ("\x1b", "\x07", "\x9b", "\u202e"))
@@ -325,7 +325,7 @@ def test_nothing_that_is_shown_or_written_depends_on_the_key(play, monkeypatch, 
         folder = tmp_path / f"key_{key}"
         folder.mkdir()
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(demo, "make_quiz", lambda *_, key=key: Quiz("Which one?", OPTIONS, key))
+        monkeypatch.setattr(demo, "make_quiz", lambda *_, key=key, **__: Quiz("Which one?", OPTIONS, key))
         status, output, _ = play(["a question", "D", "/progress", "/config", "/save"])
         assert status == 0
         texts = {"": output} | {

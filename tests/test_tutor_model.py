@@ -215,7 +215,7 @@ def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, c
         monkeypatch.setattr(
             f"{module}.encode_chat", lambda t, messages: prompts.append(messages) or encode(t, messages)
         )
-    monkeypatch.setattr(demo, "make_quiz", lambda *args: quizzes.append(make(*args)) or quizzes[-1])
+    monkeypatch.setattr(demo, "make_quiz", lambda *args, **kw: quizzes.append(make(*args, **kw)) or quizzes[-1])
     config = Config(
         model_name=str(BUNDLED_MODEL), device="cpu", learning_rate=1e-4, checkpoint_dir=str(tmp_path / "c"),
         log_dir=str(tmp_path / "l"), dtype="float32", load_in_4bit="false",

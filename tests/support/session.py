@@ -19,7 +19,7 @@ OPTIONS = ("alpha", "beta", "gamma", "delta")
 SETTINGS = {"learning_rate": 1e-2, "save_every": 3, "max_new_tokens": 6, "temperature": 1.0, "target_kl": 1e6}
 
 
-def scripted_quiz(policy, question, written=None):
+def scripted_quiz(policy, question, written=None, why=None):
     """A quiz whose key follows from the question's length, so that a script knows it and no file needs to."""
     return Quiz(f"About {question}", OPTIONS, len(question) % 4)
 
