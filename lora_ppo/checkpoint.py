@@ -195,7 +195,7 @@ def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Pa
         except Damaged as error:
             reasons.append(f"{folder.name}: {error}")
             if latest:
-                notice(f"{folder.name} is not used ({error}); trying the one before it.")
+                notice(f"{folder.name} can't be used ({error}); trying the one before it.")
     else:
         raise ConfigError(
             f"resume_from={config.resume_from}: no whole checkpoint in {root if latest else config.resume_from} "

@@ -133,7 +133,7 @@ class Run:
                 break
             except Damaged as error:
                 reasons.append(f"{folder.name}: {error}")
-                self.notice(f"{folder.name} is not used ({error}); trying the one before it.")
+                self.notice(f"{folder.name} can't be used ({error}); trying the one before it.")
         else:
             raise ConfigError(
                 f"{self.folder} holds no whole checkpoint ({'; '.join(reasons) or 'none at all'}): "
@@ -145,7 +145,9 @@ class Run:
         size = self.journal.size
         records = self.journal.read(offset)
         if self.journal.size < max(size, offset):
-            self.notice("The journal's last line was half-written and is dropped: that turn had not been acknowledged.")
+            self.notice(
+                "The journal's last line was half-written and has been dropped; that turn had not been confirmed."
+            )
         if self.journal.size < offset:
             raise Damaged("the journal is shorter than the checkpoint says")
         self.pending.clear()

@@ -100,7 +100,7 @@ def check(config: Settings) -> Settings:
     if user and not re.fullmatch(r"\w[\w .-]*", user):
         raise ConfigError(f"user={user!r} is no name for a folder: use letters, digits, spaces, dots and hyphens")
     if getattr(config, "learner", "") == "simulated" and not config.questions:
-        raise ConfigError("learner=simulated needs questions=FILE, a text file with one question a line")
+        raise ConfigError("learner=simulated needs questions=FILE, a text file with one question per line")
     for name in ("model_name", "device", "checkpoint_dir", "log_dir", "resume"):
         if not getattr(config, name, True):
             raise ConfigError(f"{name} is empty: give it a value, or leave it out for its default")

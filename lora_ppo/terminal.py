@@ -217,7 +217,7 @@ def read_questions(path: str) -> list[str]:
             raise ConfigError(f"questions={path}: line {number} holds a control character")
     questions = [question for question in questions if question]
     if not questions:
-        raise ConfigError(f"questions={path} holds no question: write one a line")
+        raise ConfigError(f"questions={path} holds no question: write one per line")
     return questions
 
 

@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(play):
     data[-1] ^= 1
     path.write_bytes(data)
     _, output, run = play([])
-    assert "step_6 is not used (optimizer.safetensors is not what was written); trying the one before it." in output
+    assert "step_6 can't be used (optimizer.safetensors is not what was written); trying the one before it." in output
     assert same(weights(run), wanted)  # step_3, and three turns of the journal
 
 
@@ -161,7 +161,7 @@ def test_a_half_written_last_line_is_dropped_and_said_so(play):
     with Path("checkpoints/journal.jsonl").open("a") as file:
         file.write('{"type": "turn", "number": 2, "prom')
     _, output, run = play([])
-    assert "half-written and is dropped" in output
+    assert "half-written and has been dropped" in output
     assert same(weights(run), wanted)
 
 

@@ -140,7 +140,7 @@ def test_checkpoints_within_an_epoch_are_few_and_a_damaged_one_is_passed_over(ru
     os.truncate("out/epoch_1/adapter_model.safetensors", 10)
     status, output = run(output_dir="out", samples_per_epoch=24, resume_from="latest")
     assert status == 0
-    assert "epoch_1 is not used (adapter_model.safetensors has 10 bytes" in output
+    assert "epoch_1 can't be used (adapter_model.safetensors has 10 bytes" in output
     assert "Resuming from out/step_5" in output
     verify_checkpoint(Path("out/epoch_1"))
 
