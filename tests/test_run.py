@@ -70,7 +70,7 @@ def test_a_crash_between_an_undo_and_its_checkpoint_loses_neither(play, monkeypa
     with Path("checkpoints/journal.jsonl").open("a") as file:
         file.write('{"type": "undo"}\n')  # the last thing that reached the disk
     _, output, run = play([])
-    assert "step_3 is not used" in output
+    assert "step_3 can't be used" in output
     assert run.policy.step == 2
     assert same(weights(run), before)
 
