@@ -124,7 +124,7 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
             started, line["outcome"] = time.perf_counter(), "pending"
             if run.collect(turn, foresight.before if foresight else None):
                 try:
-                    metrics = foresight.take(turn.reward) if foresight else ppo_step(policy, *run.material())
+                    metrics = foresight.take(turn.reward) if foresight else ppo_step(policy, *run.step_inputs())
                     line["outcome"] = "undone" if metrics.pop("undone", False) else "taken"
                 except StepSkipped as skipped:
                     line["outcome"], metrics = "skipped", {"why": str(skipped)}

@@ -177,7 +177,7 @@ class Run:
         self.undo_snapshot = None if outcome == "skipped" else self.policy.snapshot()
         if outcome == "taken":
             try:
-                ppo_step(self.policy, *self.material())
+                ppo_step(self.policy, *self.step_inputs())
             except StepSkipped as skipped:
                 raise ConfigError(f"a step of {self.journal.path} can't be replayed: {skipped}") from None
         elif outcome == "undone":
@@ -225,7 +225,7 @@ class Run:
                 raise
         return True
 
-    def material(self) -> tuple[Batch, list[float], Snapshot | None]:
+    def step_inputs(self) -> tuple[Batch, list[float], Snapshot | None]:
         """What `ppo_step` takes: the waiting turns as a batch, their rewards, the snapshot. Seeds dropout's draws."""
         import torch
 
