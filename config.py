@@ -12,7 +12,10 @@ from lora_ppo.settings import BUNDLED_LEARNING_RATE, GPU_MODEL, LEARNING_RATE, S
 @dataclass
 class Config(Settings):
     model_name: str = setting(
-        "auto", "hub name or local folder; auto: the bundled model, with CUDA " + GPU_MODEL, group="model"
+        "auto",
+        "hub name, local folder, GGUF file, or smollm2 (see `make smollm2`); auto: the bundled model, with CUDA "
+        + GPU_MODEL,
+        group="model",
     )
     load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA, for any but the bundled model), true, false")
     bf16_copy: str = setting(
@@ -23,7 +26,8 @@ class Config(Settings):
     device: str = setting("auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
     dtype: str = setting(
         "auto",
-        "precision of the base: auto (float32; on CUDA bfloat16 for any but the bundled model), float32, bfloat16",
+        "precision of the base: auto (float32; for any but the bundled model bfloat16 on CUDA, and on a CPU that "
+        "multiplies it), float32, bfloat16",
     )
     lora_r: int = setting(16, "rank of the LoRA adapters")
     lora_alpha: int = setting(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r")

@@ -181,7 +181,7 @@ def test_both_merges_and_evaluates_and_the_merged_model_answers_as_the_adapter_d
 
 def test_a_base_in_4_bits_is_merged_in_bfloat16(run, adapter):
     folder = adapter("epoch_1", load_in_4bit="true")
-    status, output, _ = run("--mode=merge", "--adapter", folder, "--merged_model_path=merged")
+    status, output, _ = run("--mode=merge", "--adapter", folder, "--merged_model_path=merged", "dtype=auto")
     assert status == 0
     assert "wrote merged (bfloat16)" in output
     assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16

