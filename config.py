@@ -25,6 +25,9 @@ class Config(Settings):
         "auto",
         "precision of the base: auto (float32; on CUDA bfloat16 for any but the bundled model), float32, bfloat16",
     )
+    prompts: str = setting(
+        "", "YAML file of prompts, for all roles or some; else those of the model's folder, or prompts/default.yaml"
+    )
     lora_r: int = setting(16, "rank of the LoRA adapters")
     lora_alpha: int = setting(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
     lora_dropout: float = setting(0.0, "LoRA dropout, in the gradient pass alone")
