@@ -29,6 +29,9 @@ class Config(Settings):
         "precision of the base: auto (float32; for any but the bundled model bfloat16 on CUDA, and on a CPU that "
         "multiplies it), float32, bfloat16",
     )
+    prompts: str = setting(
+        "", "YAML file of prompts, for all roles or some; else those of the model's folder, or prompts/default.yaml"
+    )
     lora_r: int = setting(16, "rank of the LoRA adapters")
     lora_alpha: int = setting(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
     lora_dropout: float = setting(0.0, "LoRA dropout, in the gradient pass alone")

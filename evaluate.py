@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ppo.adapters import IN_FULL, attach, base_settings, check_empty, merge, read_adapter, suited
+from lora_ppo.checkpoint import other_prompts
 from lora_ppo.evaluation import METHODS, Answer, Result, answer_all, comparison, figures, held_out, write_json
 from lora_ppo.journal import now
 from lora_ppo.loading import load_policy
@@ -46,9 +47,9 @@ class EvaluateConfig(TrainConfig):
 
 # What evaluation uses. A config file may hold training's settings beside these; the command line may not.
 SETTINGS = (
-    "model_name load_in_4bit bf16_copy device dtype target_modules temperature quiz_temperature top_p max_new_tokens "
-    "quiz_tries questions seed mode task quiz_learner test_share adapter num_samples eval_batch_size merged_model_path "
-    "use_merged_model output_file"
+    "model_name load_in_4bit bf16_copy device dtype prompts target_modules temperature quiz_temperature top_p "
+    "max_new_tokens quiz_tries questions seed mode task quiz_learner test_share adapter num_samples eval_batch_size "
+    "merged_model_path use_merged_model output_file"
 ).split()
 MODES = ("evaluate", "merge", "both")
 USAGE = """usage: python evaluate.py [--config FILE] [--adapter DIR ...] [name=value ...]
@@ -133,9 +134,11 @@ def evaluate(config: EvaluateConfig, notice: Callable[[str], None]) -> tuple[lis
     folders = adapters(config)
     states = [read_adapter(folder) for folder in folders]
     build_task = TASKS[config.task](config)
-    policy, config = load_policy(base_settings(config, states), notice)
+    policy, config = load_policy(base_settings(config, folders, states, notice), notice)
     for folder, state in zip(folders, states, strict=True):
         suited(config, folder, state)
+        if line := other_prompts(folder, policy):
+            notice(line)
     task = build_task(policy)
     samples = held_out(task, config.num_samples, config.seed)
 

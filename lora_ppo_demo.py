@@ -27,7 +27,7 @@ from dataclasses import asdict
 from typing import Any
 
 from config import Config
-from lora_ppo.chat import QUIZMASTER_PROMPT, TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.chat import encode_chat
 from lora_ppo.generate import Request, replies
 from lora_ppo.journal import turn_seed
 from lora_ppo.loading import base_name, is_bundled, load_policy
@@ -73,7 +73,7 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
     config, tokenizer, number = run.config, policy.tokenizer, run.turn
 
     # 1. The question becomes a prompt. Whatever it spells, it stays text: it can't forge a chat turn.
-    prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, question))
+    prompt = encode_chat(tokenizer, policy.prompts.tutor.messages(question))
     if not fits(question, prompt, policy, terminal):
         return
     foresight, run.no_quiz = None, []
@@ -160,8 +160,14 @@ def pretest(question: str, policy: Policy, run: Run, terminal: Terminal) -> tupl
 
 
 def fits(question: str, prompt: list[int], policy: Policy, terminal: Terminal) -> bool:
-    """Whether the question leaves room in the model's context for an answer and for a quiz; if not, says so."""
-    longest = max(len(prompt), len(encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, question))))
+    """Whether the question leaves room in the model's context for an answer and for a quiz; if not, says so.
+
+    A quiz asks the question again: so whoever takes it is told at least as much.
+    """
+    others = [policy.prompts.quizmaster, policy.prompts.solver]
+    if policy.config.learner == "simulated":
+        others.append(policy.prompts.learner)
+    longest = max(len(prompt), *(len(encode_chat(policy.tokenizer, role.messages(question))) for role in others))
     room = policy.context - policy.config.max_new_tokens
     if longest > room:
         terminal.say(

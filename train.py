@@ -68,6 +68,7 @@ class TrainConfig(Settings):
     bf16_copy: str = shared("bf16_copy")
     device: str = shared("device")
     dtype: str = shared("dtype")
+    prompts: str = shared("prompts")
     lora_r: int = shared("lora_r")
     lora_alpha: int = shared("lora_alpha")
     lora_dropout: float = shared("lora_dropout")

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.chat import Prompts, encode_chat, load_prompts
 from lora_ppo.checkpoint import Damaged, prompt_note, verify_checkpoint
-from lora_ppo.loading import base_name, load_policy
+from lora_ppo.loading import base_name, find_prompts, load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.settings import BUNDLED_MODEL, ConfigError, Settings
+from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,11 +61,17 @@ def suited(config: Settings, folder: Path, state: dict[str, Any]) -> None:
             )
 
 
-def base_settings(config: Settings, states: Sequence[dict[str, Any]]) -> Settings:
-    """`config` with the base model that the first checkpoint names, where model_name=auto leaves it open."""
+def base_settings(
+    config: Settings, folders: Sequence[Path], states: Sequence[dict[str, Any]], notice: Callable[[str], None]
+) -> Settings:
+    """`config` with what the first checkpoint was trained on, where that is left open: base model and prompts."""
     name = next((state["base_model"] for state in states if state), None)
     if config.model_name == "auto" and name:
         config = replace(config, model_name=str(BUNDLED_MODEL) if name == f"bundled:{BUNDLED_MODEL.name}" else name)
+    told = next((folder / PROMPTS_FILE for folder in folders if (folder / PROMPTS_FILE).is_file()), None)
+    if told and not config.prompts and find_prompts(config).differing(load_prompts(told, DEFAULT_PROMPTS)):
+        notice(f"prompts={told}: the roles are told what they were told in training.")
+        config = replace(config, prompts=str(told))
     return replace(config, lora_r=1)  # the adapters come from their folders: the policy's own one is idle
 
 
@@ -95,7 +101,7 @@ def probe_logits(policy: Policy, adapter: bool) -> "Tensor":
     tokenizer = policy.tokenizer
     logits = []
     for question, text in PROBES:
-        prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, question))
+        prompt = encode_chat(tokenizer, policy.prompts.tutor.messages(question))
         ids = torch.tensor([[*prompt, *tokenizer.encode(text, add_special_tokens=False)]], device=policy.device)
         with torch.no_grad(), policy.adapter(adapter):
             logits.append(policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float())
@@ -113,7 +119,7 @@ def merge(config: Settings, notice: Callable[[str], None]) -> dict[str, float]:
     folder, out = Path(config.adapter[0]), Path(config.merged_model_path)
     state = read_adapter(folder)
     in_4bit = state.get("config", {}).get("load_in_4bit") == "true" or config.load_in_4bit == "true"
-    config = replace(base_settings(config, [state]), **IN_FULL)
+    config = replace(base_settings(config, [folder], [state], notice), **IN_FULL)
     if in_4bit and config.dtype == "auto":
         config.dtype = "bfloat16"
     policy, config = load_policy(config, notice)
@@ -127,7 +133,8 @@ def merge(config: Settings, notice: Callable[[str], None]) -> dict[str, float]:
         new.mkdir(parents=True)
         policy.model.merge_and_unload(adapter_names=["trained"]).save_pretrained(new)
         policy.tokenizer.save_pretrained(new)
-        (new / "README.md").write_text(merged_card(config, folder, state), encoding="utf-8")
+        (new / "README.md").write_text(merged_card(config, policy.prompts, folder, state), encoding="utf-8")
+        (new / PROMPTS_FILE).write_text(policy.prompts.as_yaml(), encoding="utf-8")
         del policy
         found = probe_logits(load_policy(replace(config, model_name=str(new)), notice)[0], adapter=False)
         difference, effect = (found - wanted).abs().max().item(), (wanted - base).abs().max().item()
@@ -153,7 +160,7 @@ def merge(config: Settings, notice: Callable[[str], None]) -> dict[str, float]:
     return {"difference": difference, "effect": effect}
 
 
-def merged_card(config: Settings, folder: Path, state: dict[str, Any]) -> str:
+def merged_card(config: Settings, prompts: Prompts, folder: Path, state: dict[str, Any]) -> str:
     """The README.md of a merged model."""
     algorithm = state.get("config", {}).get("algorithm", "ppo")
     steps = f" after {state['step']} {algorithm.upper()} steps" if "step" in state else ""
@@ -161,7 +168,7 @@ def merged_card(config: Settings, folder: Path, state: dict[str, Any]) -> str:
         f"---\nbase_model: {base_name(config)}\nlibrary_name: transformers\ntags: [lora, {algorithm}, merged]\n---\n"
         f"# {base_name(config)} with `{folder.name}` merged in\n\n"
         f"The LoRA adapters of `{folder.name}`{steps}, added to the base model's weights in {config.dtype}.\n"
-        f"{prompt_note(config)}"
+        f"{prompt_note(config, prompts)}"
     )
 
 

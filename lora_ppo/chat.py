@@ -1,25 +1,182 @@
 """Roles and their prompts, and chats as token ids. What people and models write stays text, whatever it spells."""
 
+import difflib
+import json
 import re
 import uuid
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from lora_ppo.settings import ConfigError
 
 Message = dict[str, str]
-TUTOR_PROMPT = "You are a tutor. Explain the answer in one or two clear sentences. If you do not know it, say so."
-QUIZMASTER_PROMPT = (
-    'Write a quiz about the question as JSON: {"question":"...","correct":"...","wrong":["...","...","..."]}. '
-    "Write null if it has no clear answer."
-)
-SOLVER_PROMPT = "Solve the quiz. Reply with the correct option."
-LEARNER_PROMPT = (
-    "Read the explanation, then solve the quiz with what it says alone. Reply with one option. "
-    "If it supports none, guess."
-)
+
+# ----------------------------------------------------------------------------------------------------------- prompts
 
 
-def chat(system: str, user: str) -> list[Message]:
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+@dataclass(frozen=True)
+class Role:
+    """What a model is told before it is asked: a system text, and example turns (what was asked, the reply)."""
+
+    system: str
+    examples: tuple[tuple[str, str], ...] = ()
+
+    def messages(self, text: str) -> list[Message]:
+        """The chat that asks this role `text`, which may be anybody's."""
+        turns = [
+            {"role": speaker, "content": said}
+            for example in self.examples
+            for speaker, said in zip(("user", "assistant"), example, strict=True)
+        ]
+        return [{"role": "system", "content": self.system}, *turns, {"role": "user", "content": text}]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The roles that a model plays here."""
+
+    tutor: Role
+    quizmaster: Role
+    solver: Role
+    learner: Role
+
+    def as_yaml(self) -> str:
+        """What `load_prompts` reads back."""
+        import yaml
+
+        roles = {}
+        for name, role in asdict(self).items():
+            examples = [{"user": asked, "assistant": reply} for asked, reply in role["examples"]]
+            roles[name] = {"system": role["system"]} | ({"examples": examples} if examples else {})
+        return yaml.safe_dump(roles, allow_unicode=True, sort_keys=False, width=120)
+
+    def differing(self, others: "Prompts") -> list[str]:
+        """The roles whose prompts are others."""
+        return [name for name in ROLES if getattr(self, name) != getattr(others, name)]
+
+
+ROLES = tuple(field.name for field in fields(Prompts))
+
+
+def load_prompts(*files: str | Path) -> Prompts:
+    """Each role's prompts from the first of the files that has them. Raises ConfigError, by file, line and role."""
+    roles: dict[str, Role] = {}
+    for file in files:
+        if len(roles) < len(ROLES):
+            roles = PromptsFile(file).roles() | roles
+    if missing := [name for name in ROLES if name not in roles]:
+        raise ConfigError(f"{files[-1]}: found no {', '.join(missing)}, expected all of {', '.join(ROLES)}")
+    return Prompts(**roles)
+
+
+class PromptsFile:
+    """A YAML file of prompts while it is read. Whatever YAML makes of a text (4, yes, null), here it is that text."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.role = path, ""
+
+    def error(self, line: int, found: str, expected: str) -> ConfigError:
+        place = f"line {line}, {self.role}" if self.role else f"line {line}"
+        return ConfigError(f"{self.path}, {place}: found {found}, expected {expected}")
+
+    def roles(self) -> dict[str, Role]:
+        """The roles in the file, one at least."""
+        roles = {}
+        for name, node in self.mapping(self.root(), ROLES, "a role").items():
+            self.role = name
+            parts = self.mapping(node, ("system", "examples"), "a field", needed=("system",))
+            system, turns = self.text(parts["system"]), parts.get("examples")
+            if turns and turns.id != "sequence":
+                expected = "a list of examples, each with user and assistant"
+                raise self.error(turns.start_mark.line + 1, called(turns), expected)
+            roles[name] = Role(system, tuple(self.example(turn) for turn in turns.value) if turns else ())
+            self.role = ""
+        return roles
+
+    def root(self):
+        """The file as YAML nodes, which know their lines."""
+        import yaml
+
+        try:
+            text = Path(self.path).read_bytes().decode("utf-8-sig")
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+        except OSError as error:
+            raise ConfigError(f"prompts={self.path}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise self.error(error.object[: error.start].count(b"\n") + 1, "bytes", "text in UTF-8") from None
+        except yaml.reader.ReaderError as error:
+            line = text[: error.position].count("\n") + 1
+            raise self.error(line, f"the control character {chr(error.character)!r}", "text") from None
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1
+            above = re.findall(rf"^({'|'.join(ROLES)})\s*:", "\n".join(text.split("\n")[:line]), re.MULTILINE)
+            self.role = above[-1] if above else ""
+            raise self.error(line, f"broken YAML ({error.problem})", "YAML; texts with a colon need quotes") from None
+        except RecursionError:
+            raise self.error(1, "lists in lists without end", "a mapping of roles") from None
+        if root is None or not root.value:
+            raise self.error(1, "nothing", f"roles: {', '.join(ROLES)}")
+        return root
+
+    def mapping(self, node, names: tuple[str, ...], kind: str, needed: tuple[str, ...] = ()) -> dict:
+        """The nodes of a mapping by their names, each of `names` at most once, those `needed` at least."""
+        if node.id != "mapping":
+            raise self.error(node.start_mark.line + 1, called(node), f"a mapping with {' and '.join(needed or names)}")
+        found = {}
+        for key, value in node.value:
+            name, line = key.value if key.id == "scalar" else called(key), key.start_mark.line + 1
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                raise self.error(line, f"{kind} called {name!r}", repr(near[0]) if near else " or ".join(names))
+            if name in found:
+                raise self.error(line, f"{name} a second time", "it once")
+            found[name] = value
+        for name in needed:
+            if name not in found:
+                raise self.error(node.start_mark.line + 1, f"no {name}", f"a mapping with {' and '.join(needed)}")
+        return found
+
+    def text(self, node) -> str:
+        """A text that is not blank. Unquoted JSON is YAML's own syntax: the quizmaster's replies need quotes."""
+        line = node.start_mark.line + 1
+        if node.id != "scalar":
+            hint = " (put JSON in single quotes)" if node.flow_style else ""
+            raise self.error(line, called(node), f"text{hint}")
+        if not node.value.strip():
+            raise self.error(line, "an empty text", "what is said")
+        if re.search("[\ud800-\udfff]", node.value):
+            raise self.error(line, "half a character (a lone surrogate)", "text")
+        return node.value.strip()
+
+    def example(self, node) -> tuple[str, str]:
+        """What is asked and the reply. A quizmaster's that the grammar does not allow would mislead the model."""
+        sides = ("user", "assistant")
+        parts = self.mapping(node, sides, "a side", needed=sides)
+        asked, reply = (self.text(parts[side]) for side in sides)
+        if self.role == "quizmaster" and not is_quiz(reply):
+            quiz = '{"question":"...","correct":"...","wrong":["...","...","..."]}, with no spaces between its parts'
+            raise self.error(parts["assistant"].start_mark.line + 1, called(parts["assistant"]), f"null or {quiz}")
+        return asked, reply
+
+
+def called(node) -> str:
+    """What a person would call this part of a YAML file."""
+    if node.id != "scalar":
+        return "a mapping" if node.id == "mapping" else "a list"
+    return repr(node.value[:60]) if node.value else "nothing"
+
+
+def is_quiz(reply: str) -> bool:
+    """Whether a quizmaster may reply so: with null, or a quiz in JSON that has no spaces between its parts."""
+    try:
+        quiz = json.loads(reply)
+    except (ValueError, RecursionError):
+        return False
+    whole = isinstance(quiz, dict) and list(quiz) == ["question", "correct", "wrong"]
+    return (whole or quiz is None) and reply == json.dumps(quiz, ensure_ascii=False, separators=(",", ":"))
+
+
+# ------------------------------------------------------------------------------------------------------------- tokens
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -36,36 +193,60 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
     """Token ids of a chat, up to where the assistant's reply begins. What stands in the messages is untrusted.
 
     Where it spells no special token the chat is encoded whole, as the model was trained. A template without a system
-    role, or that drops it, gets the system prompt at the head of the user's message. Raises ConfigError if the template
-    renders something else than the messages.
+    role, or that drops it, gets the system prompt at the head of the first user message. Raises ConfigError if the
+    template renders something else than the messages.
     """
-    from jinja2 import TemplateError
-
-    def render(contents: list[str]) -> str:
-        rows = [message | {"content": content} for message, content in zip(messages, contents, strict=True)]
-        if tokenizer.chat_template is None:
-            return "".join(f"{row['content']}\n\n" for row in rows)
-        return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-
+    if tokenizer.chat_template is None:
+        messages = indented(messages)
     contents = [message["content"] for message in messages]
     places = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in messages]
-    try:
-        rendered = render(places)
-    except TemplateError:
-        rendered = ""
+    rendered = render(tokenizer, messages, places)
     if any(place not in rendered for place in places):
         if messages[0]["role"] != "system" or len(messages) < 2:
-            raise ConfigError("this model's chat template does not render the messages: try another model_name")
+            raise ConfigError(
+                "this model's chat template does not render the messages: try prompts=FILE without examples, or "
+                "another model_name"
+            )
         merged = [{"role": messages[1]["role"], "content": f"{contents[0]}\n\n{contents[1]}"}, *messages[2:]]
         return encode_chat(tokenizer, merged)
+    # Some templates open a thought, whatever they are told. Closed at once, it leaves the reply its place.
+    closing = "\n</think>\n\n" if rendered.rstrip().endswith("<think>") else ""
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     if not any(token in content for content in contents for token in added):
-        return tokenizer(render(contents), add_special_tokens=False).input_ids
+        return tokenizer(render(tokenizer, messages, contents) + closing, add_special_tokens=False).input_ids
     by_place = dict(zip(places, contents, strict=True))
     ids: list[int] = []
-    for part in re.split("(" + "|".join(places) + ")", rendered):
+    for part in re.split("(" + "|".join(places) + ")", rendered + closing):
         untrusted = part in by_place
         ids += (
             encode_text(tokenizer, by_place[part]) if untrusted else tokenizer(part, add_special_tokens=False).input_ids
         )
     return ids
+
+
+def render(tokenizer, messages: list[Message], contents: list[str]) -> str:
+    """The chat as text, with these contents; "" where the template refuses it.
+
+    Without a template it is the contents between empty lines; where there are replies among them, with who speaks.
+    """
+    from jinja2 import TemplateError
+
+    rows = [message | {"content": content} for message, content in zip(messages, contents, strict=True)]
+    if tokenizer.chat_template is None:
+        user = "Question: {}\nAnswer:\n" if has_replies(messages) else "{}\n\n"
+        return "".join((user if row["role"] == "user" else "{}\n\n").format(row["content"]) for row in rows)
+    try:
+        return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    except TemplateError:
+        return ""
+
+
+def has_replies(messages: list[Message]) -> bool:
+    return any(message["role"] == "assistant" for message in messages)
+
+
+def indented(messages: list[Message]) -> list[Message]:
+    """For a plain transcript: every line of a turn but its first is indented, so that no text can forge a turn."""
+    if not has_replies(messages):
+        return messages
+    return [m | {"content": "\n  ".join(m["content"].splitlines())} for m in messages]

@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
-from lora_ppo.chat import TUTOR_PROMPT
+from lora_ppo.chat import Prompts, load_prompts
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
-from lora_ppo.settings import ConfigError, Settings
+from lora_ppo.settings import DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
 
 CHECKPOINT_FILES = {"adapter_model.safetensors", "value_head.safetensors", "optimizer.safetensors", "state.json"}
 
@@ -46,7 +47,8 @@ def save_checkpoint(
         kept = {"step": policy.step, "kl_coef": policy.kl_coef, "base_model": base_name(config)}
         kept |= {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
         state = kept | {"target_modules": policy.targets, "config": asdict(config)} | state
-        texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)} | (extra or {})
+        texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)}
+        texts |= {PROMPTS_FILE: policy.prompts.as_yaml()} | (extra or {})
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
         files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(new.iterdir())}
@@ -74,15 +76,34 @@ def model_card(policy: Policy, result: str) -> str:
         f"Rank {config.lora_r} on {', '.join(policy.targets)} of `{base_name(config)}`; task: `{task}`. {result}\n\n"
         "`adapter_model.safetensors` loads in PEFT and vLLM as it is. `value_head.safetensors` and\n"
         "`optimizer.safetensors` are needed only to train on.\n"
-        f"{prompt_note(config)}"
+        f"{prompt_note(config, policy.prompts)}"
     )
 
 
-def prompt_note(config: Settings) -> str:
-    """What a model card says of the prompt: adapters of the quiz talk nonsense under another."""
+def prompt_note(config: Settings, prompts: Prompts) -> str:
+    """What a model card says of the tutor's prompts: adapters of the quiz talk nonsense under others."""
     if getattr(config, "task", "quiz") != "quiz":
         return ""
-    return f"\nThey were trained under this system message; use it, or expect nonsense:\n\n    {TUTOR_PROMPT}\n"
+    system, *turns = prompts.tutor.messages("")[:-1]
+    note = "\nThey were trained under this system message; use it, or expect nonsense:\n\n"
+    note += indent(f"{system['content']}\n", "    ")
+    if turns:
+        note += "\nAfter it came these messages, and then the question:\n\n"
+        note += "".join(indent(f"{turn['role']}: {turn['content']}\n", "    ") for turn in turns)
+    return f"{note}\n`{PROMPTS_FILE}` holds what every role was told.\n"
+
+
+def other_prompts(folder: Path, policy: Policy) -> str:
+    """A line for whoever goes on from a checkpoint under other prompts than those that it was trained under, or ""."""
+    if not (folder / PROMPTS_FILE).is_file():
+        return ""
+    differing = policy.prompts.differing(load_prompts(folder / PROMPTS_FILE, DEFAULT_PROMPTS))
+    if not differing:
+        return ""
+    return (
+        f"{folder} was trained under other prompts of {', '.join(differing)}: set prompts={folder / PROMPTS_FILE} to "
+        "keep to them."
+    )
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -105,7 +126,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         raise Damaged(f"unreadable: {error}") from None
 
 
-def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
+def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Verifies a checkpoint, puts it into `policy`, and returns its state.
 
     Raises Damaged, or ConfigError where it belongs to another base model, rank or set of layers.
@@ -133,6 +154,8 @@ def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
     for name, tensor in own.items():
         tensor.copy_(slots[name])
     policy.step, policy.kl_coef = state["step"], state["kl_coef"]
+    if line := other_prompts(folder, policy):
+        notice(line)
     return state
 
 

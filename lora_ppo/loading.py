@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_ppo.chat import Prompts, load_prompts
 from lora_ppo.gguf import unpacked
 from lora_ppo.policy import Policy
 from lora_ppo.settings import (
     BUNDLED_LEARNING_RATE,
     BUNDLED_MODEL,
+    DEFAULT_PROMPTS,
     GPU_MODEL,
     LEARNING_RATE,
+    PROMPTS_FILE,
     SMOLLM2,
     SMOLLM2_FOLDER,
     ConfigError,
@@ -25,7 +28,7 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
     """Loads the base model named by `config` and puts fresh adapters on it.
 
     Returns the policy and the configuration with every `auto` resolved. `notice` is told what a person should know.
-    Raises ConfigError with one line if the model can't be loaded.
+    Raises ConfigError with one line if the model, or the prompts, can't be loaded.
     """
     import torch
 
@@ -45,6 +48,7 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
     chosen, four_bit, dtype = config.model_name, config.load_in_4bit, config.dtype
     if chosen == "auto":
         config.model_name = GPU_MODEL if on_cuda else str(BUNDLED_MODEL)
+    prompts = find_prompts(config)
     try:
         model, tokenizer = load_base(config)
     except ConfigError as error:
@@ -52,10 +56,11 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
             raise
         notice(f"{str(error).partition(': check')[0]}. Going on with the bundled model.")
         config.model_name, config.load_in_4bit, config.dtype = str(BUNDLED_MODEL), four_bit, dtype  # as they were asked
+        prompts = find_prompts(config)
         model, tokenizer = load_base(config)
     if config.learning_rate is None:
         config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
-    policy = Policy(model, tokenizer, config)
+    policy = Policy(model, tokenizer, config, prompts)
     copied = copy_weights(model, config.bf16_copy)
     if config.bf16_copy == "true" and not copied:
         notice("bf16_copy=true changes nothing: the weights are not in 4 bits.")
@@ -133,6 +138,16 @@ def multiplies_bfloat16() -> bool:
 
     abilities = torch.cpu.get_capabilities()
     return any(abilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+
+
+def find_prompts(config: Settings) -> Prompts:
+    """Each role's prompts, from the first of these that has them: the setting, the model folder's own, the default."""
+    files = [config.prompts] if config.prompts else []
+    folder = SMOLLM2_FOLDER if base_name(config) == SMOLLM2 else config.model_name
+    own = os.path.join(folder, PROMPTS_FILE)
+    if os.path.isfile(own):
+        files.append(own)
+    return load_prompts(*files, DEFAULT_PROMPTS)
 
 
 def is_bundled(model_name: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.chat import LEARNER_PROMPT, QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.chat import ROLES, Prompts, encode_chat
 from lora_ppo.settings import ConfigError, Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import: it is imported where it is used
@@ -26,10 +26,11 @@ VALUE_STEP = 0.02
 class Policy:
     """Base model, LoRA adapters, float32 value head, and the AdamW that trains the last two.
 
-    `tensors()` is everything that training changes, except the two numbers `step` and `kl_coef`.
+    `prompts` is what the model is told in each role. `tensors()` is everything that training changes, except the two
+    numbers `step` and `kl_coef`.
     """
 
-    def __init__(self, model, tokenizer, config: Settings):
+    def __init__(self, model, tokenizer, config: Settings, prompts: Prompts):
         import torch
         from peft import LoraConfig, get_peft_model
 
@@ -49,7 +50,7 @@ class Policy:
         speed_up_products(model)
         spare_activations(model)
         self.model = get_peft_model(model, lora).eval()
-        self.tokenizer, self.config, self.targets = tokenizer, config, targets
+        self.tokenizer, self.config, self.prompts, self.targets = tokenizer, config, prompts, targets
         self.head = model.get_output_embeddings()
         self.device = self.head.weight.device
         self.value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(self.device)
@@ -142,10 +143,9 @@ class Policy:
 
         if not steady(self.model.config.get_text_config()) or self.model.dtype != torch.float32:
             return {}
-        roles = TUTOR_PROMPT, QUIZMASTER_PROMPT, SOLVER_PROMPT, LEARNER_PROMPT
         begins: dict[tuple[int, ...], list[Tensor]] = {}
-        for role in roles:
-            first, second = (encode_chat(self.tokenizer, chat(role, text)) for text in "AB")
+        for role in (getattr(self.prompts, name) for name in ROLES):
+            first, second = (encode_chat(self.tokenizer, role.messages(text)) for text in "AB")
             same = next(i for i, ids in enumerate(zip(first, second, strict=False)) if ids[0] != ids[1])
             begins[tuple(first[:same])] = []
         return begins

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_ppo.chat import LEARNER_PROMPT, QUIZMASTER_PROMPT, SOLVER_PROMPT, Message, chat, encode_chat, encode_text
+from lora_ppo.chat import Message, encode_chat, encode_text
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import Request, replies
 from lora_ppo.policy import Policy
@@ -196,7 +196,7 @@ def quiz_request(policy: Policy, question: str) -> Request:
 
     It is the base model and sees the question alone: the policy can't learn to make easy quizzes.
     """
-    prompt = encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, question))
+    prompt = encode_chat(policy.tokenizer, policy.prompts.quizmaster.messages(question))
     grammar = QuizGrammar(policy, len(prompt))
     return Request(prompt, policy.config.quiz_temperature, adapter=False, grammar=grammar)
 
@@ -242,7 +242,7 @@ def survives(policy: Policy, quiz: Quiz) -> bool:
     """Whether the base model, blind to the key, picks it in more than half of the four rotations of the options."""
     n = len(quiz.options)
     rotations = [[quiz.options[(i + shift) % n] for i in range(n)] for shift in range(n)]
-    chats = [chat(SOLVER_PROMPT, quiz_text(quiz.question, options)) for options in rotations]
+    chats = [policy.prompts.solver.messages(quiz_text(quiz.question, options)) for options in rotations]
     picks = option_probabilities(policy, chats, rotations).argmax(-1).tolist()
     right = sum((pick + shift) % n == quiz.key for shift, pick in enumerate(picks))
     return right > n // 2
@@ -269,7 +269,8 @@ def learner_probabilities(policy: Policy, answers: Sequence[str], quizzes: Seque
     """How probable each option is to a learner who has read the answer, and to one who has read none; both (B, 4)."""
     answers, quizzes = [*answers, *[""] * len(quizzes)], [*quizzes, *quizzes]
     pairs = zip(answers, quizzes, strict=True)
-    chats = [chat(LEARNER_PROMPT, learner_text(answer, quiz.question, quiz.options)) for answer, quiz in pairs]
+    texts = [learner_text(answer, quiz.question, quiz.options) for answer, quiz in pairs]
+    chats = [policy.prompts.learner.messages(text) for text in texts]
     read, unread = option_probabilities(policy, chats, [quiz.options for quiz in quizzes]).chunk(2)
     return read, unread
 

@@ -103,7 +103,7 @@ class Run:
         else:
             if self.config.resume != "none":
                 try:
-                    self.turn = load_checkpoint(Path(self.config.resume), self.policy).get("turn", 0)
+                    self.turn = load_checkpoint(Path(self.config.resume), self.policy, self.notice).get("turn", 0)
                 except Damaged as error:
                     expected = "expected auto, none, or the folder of a whole checkpoint"
                     raise ConfigError(f"resume={self.config.resume}: {error}; {expected}") from None
@@ -124,7 +124,7 @@ class Run:
         reasons = []
         for folder in checkpoints(self.folder):
             try:
-                state = load_checkpoint(folder, self.policy)
+                state = load_checkpoint(folder, self.policy, self.notice)
                 self.turn, self.covered = state["turn"], state["journal_offset"]
                 self.saved_step = self.policy.step
                 then = {name: value for name, value in state["config"].items() if name in STEP_SETTINGS}

@@ -100,7 +100,7 @@ class Training:
     def resume(self, folder: Path, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint; the log's lines of later steps are dropped, as these steps are taken again."""
         try:
-            load_checkpoint(folder, self.policy)
+            load_checkpoint(folder, self.policy, self.say)
         except Damaged as error:
             raise ConfigError(f"resume_from={folder}: {error}") from None
         self.policy.configure(self.policy.config)

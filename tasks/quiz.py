@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from lora_ppo.chat import TUTOR_PROMPT, Message, chat
+from lora_ppo.chat import Message
 from lora_ppo.episodes import Outcome
 from lora_ppo.generate import replies
 from lora_ppo.policy import Policy
@@ -179,7 +179,7 @@ class QuizEpisode:
         self.task, self.sample, self.answer = task, sample, ""
 
     def reset(self) -> list[Message]:
-        return chat(TUTOR_PROMPT, self.sample.question)
+        return self.task.policy.prompts.tutor.messages(self.sample.question)
 
     def step(self, reply: str) -> None:
         self.answer = reply

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.tiny import ARCHITECTURES, randomize_adapter, save_tiny, tiny_config, tiny_policy
 from transformers import AutoModelForCausalLM
 
-from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import generate
@@ -35,7 +35,7 @@ def folder(request, tiny_folder):
 
 
 def prompt_of(policy, question: str = QUESTION) -> list[int]:
-    return encode_chat(policy.tokenizer, chat(TUTOR_PROMPT, question))
+    return encode_chat(policy.tokenizer, policy.prompts.tutor.messages(question))
 
 
 def base_logits(folder, ids: list[int]) -> torch.Tensor:
@@ -206,7 +206,7 @@ def test_what_the_adapter_off_writes_does_not_depend_on_the_adapter(folder):
 def test_a_quiz_written_under_the_grammar_is_json(folder):
     """Left free, random weights write null or a quiz; begun as an object, always a quiz."""
     policy = tiny_policy(folder, max_new_tokens=700)
-    prompt = encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, QUESTION))
+    prompt = encode_chat(policy.tokenizer, policy.prompts.quizmaster.messages(QUESTION))
     for begun in ("", '{"question":"'):
         beginning = policy.tokenizer.encode(begun, add_special_tokens=False)
         torch.manual_seed(1)
@@ -228,7 +228,7 @@ def test_a_quiz_written_under_the_grammar_is_json(folder):
 def test_a_quiz_that_is_cut_short_is_the_beginning_of_one(folder):
     """At max_new_tokens a quiz may be unfinished; what there is, a fresh grammar accepts, and it parses as none."""
     policy = tiny_policy(folder, max_new_tokens=12)
-    prompt = encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, QUESTION))
+    prompt = encode_chat(policy.tokenizer, policy.prompts.quizmaster.messages(QUESTION))
     beginning = policy.tokenizer.encode('{"question":"', add_special_tokens=False)
     torch.manual_seed(0)
     ids = generate(policy, prompt + beginning, 1.0, adapter=False, grammar=QuizGrammar(policy, len(prompt)))
@@ -243,7 +243,7 @@ def test_option_probabilities_are_the_base_models(folder):
     policy = tiny_policy(folder, temperature=0.3)
     randomize_adapter(policy)
     options = [("Paris", "Rome", "Madrid", "Berlin"), ("4", "42", "a longer option", "5")]
-    chats = [chat(SOLVER_PROMPT, quiz_text(QUESTION, four)) for four in options]
+    chats = [policy.prompts.solver.messages(quiz_text(QUESTION, four)) for four in options]
     probabilities = option_probabilities(policy, chats, options)
     assert probabilities.shape == (2, 4)
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2))
@@ -267,7 +267,7 @@ def test_an_option_ends_as_the_template_ends_a_reply_and_its_special_tokens_stay
     seen, real = [], collate
     monkeypatch.setattr("lora_ppo.quiz.collate", lambda *given: seen.append(given[1]) or real(*given))
     options = ("Paris", "Ro<|im_end|>me", "Madrid", "Berlin")
-    option_probabilities(policy, [chat(SOLVER_PROMPT, quiz_text(QUESTION, options))], [options])
+    option_probabilities(policy, [policy.prompts.solver.messages(quiz_text(QUESTION, options))], [options])
     for reply, option in zip(seen[0], options, strict=True):
         assert reply[-1] == end
         assert end not in reply[:-1]

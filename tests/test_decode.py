@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.decoding import prompts
-from support.tiny import CHATML, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
+from support.tiny import CHATML, PROMPTS, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from lora_ppo import decode
@@ -156,6 +156,6 @@ class Unwilling(LlamaForCausalLM):
 def test_a_model_that_the_loop_cannot_take_goes_through_generate(tmp_path):
     folder = save_tiny("llama", tmp_path / "model")
     model = Unwilling.from_pretrained(folder)
-    policy = Policy(model, tiny_tokenizer(CHATML), tiny_config(folder))
+    policy = Policy(model, tiny_tokenizer(CHATML), tiny_config(folder), PROMPTS)
     assert not takes(policy)
     assert generate(policy, prompts(policy)[0], 1.0)

@@ -10,7 +10,7 @@ from support.tiny import CHATML, randomize_adapter, tiny_config, tiny_model, tin
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_ppo import decode, layers
-from lora_ppo.chat import QUIZMASTER_PROMPT, chat, encode_chat
+from lora_ppo.chat import encode_chat
 from lora_ppo.forward import collate
 from lora_ppo.generate import Request
 from lora_ppo.layers import MANY, copy_weights
@@ -104,7 +104,7 @@ def test_a_turn_in_4_bits_is_that_of_the_same_model_in_16(model, folder, memory,
         policy = loaded(base, monkeypatch, tiny_config(folder, ppo_epochs=2, kl_coef=0.1, bf16_copy=copy))
         randomize_adapter(policy)
         policy.recorder.pays = 0
-        prompt = encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, "What is the capital of France?"))
+        prompt = encode_chat(policy.tokenizer, policy.prompts.quizmaster.messages("What is the capital of France?"))
         answer, quiz = decode.decode(policy, [Request(prompt, 1.0), Request(prompt, 1.0, adapter=False)], [1, 2])
         metrics = ppo_step(policy, collate([prompt], [answer.ids], policy.pad_id, policy.device), [1.0])
         outcomes.append((answer, quiz, metrics, policy.tensors()))

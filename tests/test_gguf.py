@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 import lora_ppo.gguf
 from config import Config
-from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.chat import Role, encode_chat
 from lora_ppo.generate import generate
 from lora_ppo.loading import base_name, load_base, load_policy
 from lora_ppo.settings import ConfigError
@@ -170,7 +170,8 @@ def test_template_and_tokens_are_the_files_own(file, tokenizer, tmp_path):
     assert policy.tokenizer.chat_template == CHATML
     assert policy.stop_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert policy.tokenizer(TEXT).input_ids == tokenizer(TEXT).input_ids
-    assert encode_chat(policy.tokenizer, chat(TUTOR_PROMPT, TEXT)) == encode_chat(tokenizer, chat(TUTOR_PROMPT, TEXT))
+    asked = policy.prompts.tutor.messages(TEXT)
+    assert encode_chat(policy.tokenizer, asked) == encode_chat(tokenizer, asked)
     assert len(policy.tokenizer) == policy.head.weight.shape[0]  # no token without an embedding
     special = {t.content for t in policy.tokenizer.added_tokens_decoder.values() if t.special}
     assert special == {"<|im_start|>", "<|im_end|>", "<|pad|>"}
@@ -188,7 +189,7 @@ def test_every_end_token_stops_a_reply(eos, changes, model, tokenizer, tmp_path)
 def test_a_file_without_a_template_is_a_base_model(model, tokenizer, tmp_path):
     policy = tiny_policy(save_gguf(tmp_path / "tiny.gguf", model, tokenizer, template=""))
     assert policy.tokenizer.chat_template is None
-    assert policy.tokenizer.decode(encode_chat(policy.tokenizer, chat("a", "b"))) == "a\n\nb\n\n"
+    assert policy.tokenizer.decode(encode_chat(policy.tokenizer, Role("a").messages("b"))) == "a\n\nb\n\n"
 
 
 def test_digits_stand_apart_where_the_file_says_so(tokenizer, tmp_path):
@@ -429,7 +430,7 @@ def test_smollm2_has_all_that_it_needs_and_the_tokens_that_it_was_trained_on(smo
     assert "Apache License" in (smollm2 / "LICENSE").read_text("utf-8")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.tokenize("In 1999,") == ["In", "Ġ", "1", "9", "9", "9", ","]
-    rendered = tokenizer.decode(encode_chat(tokenizer, chat("Be brief.", "Why?")))
+    rendered = tokenizer.decode(encode_chat(tokenizer, Role("Be brief.").messages("Why?")))
     assert (
         rendered == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     )

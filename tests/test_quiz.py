@@ -5,12 +5,13 @@ import re
 import unicodedata
 from collections import Counter
 from itertools import permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny import SPECIAL_TOKENS, drive
+from support.tiny import PROMPTS, SPECIAL_TOKENS, drive
 
 from lora_ppo.quiz import JSON_STRING, Quiz, QuizGrammar, flaw, parse_quiz, quiz_json, quiz_text, shuffle_quiz, survives
 from tasks.facts import arithmetic_facts, table_facts
@@ -200,6 +201,7 @@ def test_no_whitespace_outside_strings(llama_policy):
     assert JSON_STRING.sub("", text) == "{:,:,:[,,]}"
 
 
+POLICY = SimpleNamespace(prompts=PROMPTS)
 QUIZ = Quiz("Which city?", ("Rome", "Madrid", "Paris", "Berlin"), 2)
 
 
@@ -218,7 +220,7 @@ def test_a_quiz_survives_a_solver_that_knows(monkeypatch):
     """And it is asked four times, with the key behind each letter once."""
     calls: list[list[str]] = []
     monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(lambda four: find(four, "Paris"), calls))
-    assert survives(None, QUIZ) is True
+    assert survives(POLICY, QUIZ) is True
     assert sorted(find(four, "Paris") for four in calls) == [0, 1, 2, 3]
     assert all(sorted(line[3:] for line in four) == sorted(QUIZ.options) for four in calls)
     assert all([line[:3] for line in four] == ["A) ", "B) ", "C) ", "D) "] for four in calls)
@@ -231,7 +233,7 @@ def find(lines: list[str], option: str) -> int:
 @pytest.mark.parametrize("letter", range(4))
 def test_a_quiz_does_not_survive_a_solver_that_always_picks_one_letter(monkeypatch, letter):
     monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(lambda four: letter, []))
-    assert survives(None, QUIZ) is False
+    assert survives(POLICY, QUIZ) is False
 
 
 @pytest.mark.parametrize(("known", "expected"), [(4, True), (3, True), (2, False), (0, False)])
@@ -242,7 +244,7 @@ def test_a_quiz_needs_more_than_half_of_its_four_trials(monkeypatch, known, expe
         return find(four, "Paris" if next(answers) else "Rome")
 
     monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(pick, []))
-    assert survives(None, QUIZ) is expected
+    assert survives(POLICY, QUIZ) is expected
 
 
 @pytest.mark.parametrize("key", range(4))
@@ -250,7 +252,7 @@ def test_a_wrong_key_does_not_survive(monkeypatch, key):
     """The solver knows the answer; the quiz claims another option."""
     monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(lambda four: find(four, "Paris"), []))
     quiz = Quiz(QUIZ.question, QUIZ.options, key)
-    assert survives(None, quiz) is (key == QUIZ.key)
+    assert survives(POLICY, quiz) is (key == QUIZ.key)
 
 
 def test_the_solver_sees_the_options_and_no_key():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.decoding import prompts
-from support.tiny import CHATML, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
+from support.tiny import CHATML, PROMPTS, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 from lora_ppo import decode, recording
@@ -254,7 +254,7 @@ class Untraceable(LlamaForCausalLM):
 
 def test_a_model_that_cannot_be_recorded_goes_on_without(tmp_path):
     folder = save_tiny("llama", tmp_path / "model")
-    policy = Policy(LlamaForCausalLM.from_pretrained(folder), tiny_tokenizer(CHATML), tiny_config(folder))
+    policy = Policy(LlamaForCausalLM.from_pretrained(folder), tiny_tokenizer(CHATML), tiny_config(folder), PROMPTS)
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
     plain = decode.decode(policy, requests, [1, 2, 3])
     policy.model.get_base_model().__class__ = Untraceable

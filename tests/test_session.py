@@ -16,7 +16,7 @@ from support.session import OPTIONS, log_lines, same, turns, weights
 from support.tiny import tiny_config
 
 import lora_ppo_demo as demo
-from lora_ppo.chat import chat, encode_chat
+from lora_ppo.chat import Role, encode_chat
 from lora_ppo.checkpoint import checkpoints
 from lora_ppo.generate import replies
 from lora_ppo.journal import LineFile
@@ -195,7 +195,7 @@ def test_an_empty_question_asks_again_and_special_tokens_stay_text(play):
     assert status == 0
     journal = LineFile(Path("checkpoints/journal.jsonl")).read()
     ids = next(record for record in journal if record["type"] == "turn")["prompt_ids"]
-    plain = encode_chat(tokenizer := load_policy(tiny_config(Path(run_model())))[0].tokenizer, chat("s", "u"))
+    plain = encode_chat(tokenizer := load_policy(tiny_config(Path(run_model())))[0].tokenizer, Role("s").messages("u"))
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert ids.count(start) == plain.count(start)
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_ppo_demo as demo
 from config import Config
-from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, chat, encode_chat
+from lora_ppo.chat import encode_chat
 from lora_ppo.loading import load_policy
 from lora_ppo.quiz import (
     LETTERS,
@@ -29,7 +29,7 @@ from lora_ppo.quiz import (
     shuffle_quiz,
 )
 from lora_ppo.run import Run
-from lora_ppo.settings import BUNDLED_MODEL
+from lora_ppo.settings import BUNDLED_MODEL, PROMPTS_FILE
 from lora_ppo.terminal import Terminal
 from tasks.facts import arithmetic_facts, in_words, subjects, table_facts
 from tasks.quiz import QuizTask, split_samples
@@ -185,7 +185,7 @@ def test_the_solver_can_do_sums(policy):
     facts = rng.sample(arithmetic_facts(), 60)
     options = [rng.sample(fact.options, 4) for fact in facts]
     quizzes = [quiz_text(fact.quiz_question, o) for fact, o in zip(facts, options, strict=True)]
-    chats = [chat(SOLVER_PROMPT, quiz) for quiz in quizzes]
+    chats = [policy.prompts.solver.messages(quiz) for quiz in quizzes]
     picks = option_probabilities(policy, chats, options).argmax(-1).tolist()
     right = sum(o[pick] == fact.answer for fact, o, pick in zip(facts, options, picks, strict=True))
     assert right / len(facts) >= 0.95
@@ -230,13 +230,16 @@ def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, c
     policy.restore(before)
     assert len({quiz.key for quiz in quizzes}) > 1
     for messages in prompts:
-        if messages[0]["content"] != QUIZMASTER_PROMPT:
+        if messages[0]["content"] != policy.prompts.quizmaster.system:
             assert not any('"correct"' in message["content"] for message in messages)
-    solver = [messages[1]["content"] for messages in prompts if messages[0]["content"] == SOLVER_PROMPT]
+    told = policy.prompts.solver.system
+    solver = [m[1]["content"] for m in prompts if m[0]["content"] == told and m[1]["content"].count("\n") == 4]
+    assert solver
     for i in range(0, len(solver), 4):  # four rotations: every option stands at every letter once
         for letter in LETTERS:
             assert len({line for text in solver[i : i + 4] for line in text.splitlines() if line[0] == letter}) == 4
-    written = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != PROMPTS_FILE]
+    written = "".join(path.read_text(errors="replace") for path in files)
     shown = capsys.readouterr().out
     assert '"correct"' not in written + shown
     assert '"key"' not in written

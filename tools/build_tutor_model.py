@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from lora_ppo.settings import BUNDLED_MODEL, PROMPTS_FILE  # noqa: E402
 from tools.corpus import drill, example  # noqa: E402
 
 ROW_TOKENS = 256
@@ -342,10 +344,9 @@ def train(args) -> None:
 
 def held_out_batches(tokenizer, seed: int = 1, facts: int = 256):
     """Fixed conversations in held-out phrasings, by role, for the curve in the log."""
-    from lora_ppo.chat import LEARNER_PROMPT, QUIZMASTER_PROMPT, TUTOR_PROMPT
     from lora_ppo.quiz import learner_text, quiz_json
     from tools.corpus import solver, tutor
-    from tools.corpus.base import Example, any_fact, shuffled
+    from tools.corpus.base import Example, any_fact, prompts, shuffled
 
     rng = random.Random(seed)
     packer = Packer(tokenizer, seed)
@@ -354,14 +355,16 @@ def held_out_batches(tokenizer, seed: int = 1, facts: int = 256):
         fact = any_fact(rng)
         question = fact.question(rng.choice(fact.subject.held_out))
         options = shuffled(fact.options, rng)
-        by_role["clear"].append(Example(TUTOR_PROMPT, question, fact.statement))
+        by_role["clear"].append(Example(prompts().tutor.system, question, fact.statement))
         kind = "quiz_arithmetic" if fact.subject.key == "arithmetic" else "quiz"
         by_role[kind].append(
-            Example(QUIZMASTER_PROMPT, question, quiz_json(fact.quiz_question, fact.answer, fact.wrong))
+            Example(prompts().quizmaster.system, question, quiz_json(fact.quiz_question, fact.answer, fact.wrong))
         )
         by_role["solver"].append(solver.solving(fact.quiz_question, fact.answer, fact.wrong, rng))
         for role, text in (("reader", tutor.clear(fact.statement, rng)), ("evasive", tutor.evasive(rng))):
-            by_role[role].append(Example(LEARNER_PROMPT, learner_text(text, fact.quiz_question, options), fact.answer))
+            by_role[role].append(
+                Example(prompts().learner.system, learner_text(text, fact.quiz_question, options), fact.answer)
+            )
     batches = {}
     for role, items in by_role.items():
         encoded = [packer.encoded(item) for item in items]
@@ -406,11 +409,13 @@ def write_model(model, tokenizer, output: Path) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    if output.resolve() != BUNDLED_MODEL:
+        shutil.copy(BUNDLED_MODEL / PROMPTS_FILE, output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default=str(ROOT / "models" / "tutor-tiny"), help="where the model is written")
+    parser.add_argument("--output", default=str(BUNDLED_MODEL), help="where the model is written")
     parser.add_argument("--work", default=str(ROOT / "build" / "tutor-tiny"), help="state and log of the run")
     parser.add_argument("--tokens", type=float, default=34.2e6, help="length of the training, in tokens")
     parser.add_argument("--seed", type=int, default=0)

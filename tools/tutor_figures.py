@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import Config
-from lora_ppo.chat import SOLVER_PROMPT, TUTOR_PROMPT, chat, encode_chat
+from lora_ppo.chat import encode_chat
 from lora_ppo.generate import Request, replies
 from lora_ppo.loading import load_policy
 from lora_ppo.quiz import (
@@ -72,7 +72,8 @@ def measure(policy, facts: list[Fact], rng: random.Random) -> dict[str, tuple[in
             if passed:
                 count("quiz key right after the gate", right)
         options = shuffled(fact.options, rng)
-        pick = option_probabilities(policy, [chat(SOLVER_PROMPT, quiz_text(fact.quiz_question, options))], [options])
+        asked = policy.prompts.solver.messages(quiz_text(fact.quiz_question, options))
+        pick = option_probabilities(policy, [asked], [options])
         count("solver right", options[int(pick.argmax())] == fact.answer)
         quiz = Quiz(fact.quiz_question, tuple(options), options.index(fact.answer))
         texts = tutor.clear(fact.statement, rng), tutor.evasive(rng)
@@ -91,7 +92,7 @@ def answers_and_quizzes(policy, questions: list[str], at_once: int = 20) -> Iter
 
     for start in track(range(0, len(questions), at_once), description="asking"):
         some = questions[start : start + at_once]
-        prompts = [encode_chat(policy.tokenizer, chat(TUTOR_PROMPT, question)) for question in some]
+        prompts = [encode_chat(policy.tokenizer, policy.prompts.tutor.messages(question)) for question in some]
         requests = [Request(prompt, policy.config.temperature, adapter=False) for prompt in prompts]
         requests += [quiz_request(policy, question) for question in some]
         texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies(policy, requests)]

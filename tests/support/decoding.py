@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_ppo.chat import QUIZMASTER_PROMPT, chat, encode_chat
+from lora_ppo.chat import encode_chat
 from lora_ppo.loading import load_policy
 from support.tiny import ARCHITECTURES, randomize_adapter, tiny_config
 
@@ -18,4 +18,4 @@ def policy(request, tiny_folder):
 
 
 def prompts(policy) -> list[list[int]]:
-    return [encode_chat(policy.tokenizer, chat(QUIZMASTER_PROMPT, question)) for question in QUESTIONS]
+    return [encode_chat(policy.tokenizer, policy.prompts.quizmaster.messages(question)) for question in QUESTIONS]

@@ -9,7 +9,6 @@ import torch
 
 import evaluate
 import train
-from lora_ppo.chat import TUTOR_PROMPT, chat
 from lora_ppo.episodes import Outcome
 
 
@@ -33,7 +32,7 @@ class LettersEpisode:
         self.task, self.sample, self.replies = task, sample, []
 
     def reset(self):
-        return chat(TUTOR_PROMPT, self.sample)
+        return self.task.policy.prompts.tutor.messages(self.sample)
 
     def step(self, reply):
         self.replies.append(reply)

@@ -9,6 +9,7 @@ import torch
 from config import Config
 from lora_ppo.forward import collate
 from lora_ppo.policy import Policy
+from support.tiny import PROMPTS as ROLE_PROMPTS
 
 NAN = math.nan
 PAD, EOS = 0, 1
@@ -32,7 +33,7 @@ def make_policy(**overrides):
     untouched = copy.deepcopy(base)
     options = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "temperature": 0.7, "target_kl": 100.0}
     tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
-    policy = Policy(base, tokenizer, Config(**(options | overrides)))
+    policy = Policy(base, tokenizer, Config(**(options | overrides)), ROLE_PROMPTS)
     policy.untouched = untouched
     policy.beginnings = {}  # no tokenizer, no roles
     g = torch.Generator().manual_seed(11)

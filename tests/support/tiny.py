@@ -11,17 +11,19 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import Config
-from lora_ppo.chat import QUIZMASTER_PROMPT, SOLVER_PROMPT, TUTOR_PROMPT
+from lora_ppo.chat import load_prompts
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import quiz_json
+from lora_ppo.settings import BUNDLED_MODEL, PROMPTS_FILE
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma3", "phi3", "smollm3")
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
+PROMPTS = load_prompts(BUNDLED_MODEL / PROMPTS_FILE)  # short ones, without examples
 CORPUS = (
-    TUTOR_PROMPT,
-    QUIZMASTER_PROMPT,
-    SOLVER_PROMPT,
+    PROMPTS.tutor.system,
+    PROMPTS.quizmaster.system,
+    PROMPTS.solver.system,
     "system\nuser\nassistant\n",
     "What is the capital of France? Paris is the capital of France. Which city is the capital of Italy? Rome.",
     quiz_json("What is the capital of France?", "Paris", ["Rome", "Madrid", "Berlin"]),
@@ -99,10 +101,11 @@ def tiny_model(architecture: str, tokenizer, seed: int = 0, **sizes: int) -> tra
 
 
 def save_tiny(architecture: str, folder: Path) -> Path:
-    """Writes model and tokenizer to `folder`, which `load_policy` then takes as `model_name`."""
+    """Writes model, tokenizer and prompts to `folder`, which `load_policy` then takes as `model_name`."""
     tokenizer = tiny_tokenizer(TEMPLATES.get(architecture, CHATML))
     tiny_model(architecture, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / PROMPTS_FILE).write_text(PROMPTS.as_yaml(), encoding="utf-8")
     return folder
 
 

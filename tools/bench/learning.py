@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
 from evaluate import percent  # noqa: E402
-from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat  # noqa: E402
+from lora_ppo.chat import encode_chat  # noqa: E402
 from lora_ppo.evaluation import answer_all, write_json  # noqa: E402
 from lora_ppo.forward import collate  # noqa: E402
 from lora_ppo.generate import generate  # noqa: E402
@@ -206,7 +206,7 @@ def train(trainer: Ours | Trl, material: Material, seed: int, every: int) -> lis
     points = [measure(trainer, material, seed, 0, seconds)]
     for number, sample in enumerate(material.train):
         torch.manual_seed(turn_seed(seed, number))
-        prompt = encode_chat(tokenizer, chat(TUTOR_PROMPT, sample.question))
+        prompt = encode_chat(tokenizer, trainer.policy.prompts.tutor.messages(sample.question))
         with timed(seconds, "sampling"):
             response = trainer.answer(prompt)
         with timed(seconds, "judging"):

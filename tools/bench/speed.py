@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lora_ppo.chat import TUTOR_PROMPT, chat, encode_chat  # noqa: E402
+from lora_ppo.chat import encode_chat  # noqa: E402
 from lora_ppo.evaluation import write_json  # noqa: E402
 from lora_ppo.forward import collate  # noqa: E402
 from lora_ppo.generate import Request, generate, plain_reply, replies  # noqa: E402
@@ -304,7 +304,7 @@ def measure_quiz(bench: Bench, table: Table, name: str) -> None:
     def ask(question: str, write: Callable[[list[Request]], list[list[int]]]) -> dict[str, float]:
         torch.manual_seed(0)
         times = [time.perf_counter()]
-        prompt = encode_chat(policy.tokenizer, chat(TUTOR_PROMPT, question))
+        prompt = encode_chat(policy.tokenizer, policy.prompts.tutor.messages(question))
         stream = lambda text: times.append(time.perf_counter())  # noqa: E731
         answer = Request(prompt, policy.config.temperature, on_text=stream)
         written = write([answer, quiz_request(policy, question)])

@@ -3,7 +3,10 @@
 import random
 import re
 from dataclasses import dataclass
+from functools import cache
 
+from lora_ppo.chat import Prompts, load_prompts
+from lora_ppo.settings import BUNDLED_MODEL, PROMPTS_FILE
 from tasks.facts import Fact, Subject, arithmetic_facts, in_words, table_facts
 
 ARITHMETIC_SHARE = 0.25
@@ -30,6 +33,12 @@ class Example:
     user: str
     reply: str
     weight: float = 1.0
+
+
+@cache
+def prompts() -> Prompts:
+    """What the bundled model is told in each role; they stand in its folder."""
+    return load_prompts(BUNDLED_MODEL / PROMPTS_FILE)
 
 
 def any_fact(rng: random.Random) -> Fact:

@@ -9,10 +9,9 @@ sums of small numbers are what those of large ones are made of.
 import random
 from functools import cache
 
-from lora_ppo.chat import TUTOR_PROMPT
 from tasks.facts import Fact, arithmetic_facts
 from tools.corpus import learner, solver
-from tools.corpus.base import Example
+from tools.corpus.base import Example, prompts
 
 SHARE = 0.25  # of the rows
 LINES_SHARE = 0.4  # of the drills
@@ -45,7 +44,7 @@ def roles(rng: random.Random, count: int) -> list[Example]:
 
 def conversation(packer) -> tuple[list[int], list[int], list[float]]:
     """One row of lines, as `Packer` packs it."""
-    system = [packer.system, *packer.encode(TUTOR_PROMPT), packer.end]
+    system = [packer.system, *packer.encode(prompts().tutor.system), packer.end]
     tokens, weights = [packer.user, packer.end, packer.assistant], [0.0] * 3
     for before, result, after in lines(packer.rng, 24):
         for text, weight in ((before, 0.0), (result, WEIGHT), (after, 0.0)):

@@ -8,10 +8,9 @@ of the cases. It leans towards option A, as people do, which keeps a trace of me
 import random
 from dataclasses import replace
 
-from lora_ppo.chat import LEARNER_PROMPT
 from lora_ppo.quiz import LETTERS, learner_text
 from tasks.facts import Fact
-from tools.corpus.base import Example, any_fact, shuffled
+from tools.corpus.base import Example, any_fact, prompts, shuffled
 from tools.corpus.solver import OPTION_WEIGHT
 from tools.corpus.tutor import clear, evasive
 from tools.corpus.unknown import DONT_KNOW
@@ -53,7 +52,7 @@ def guessing(fact: Fact, options: list[str], rng: random.Random) -> Example:
 
 def reading(explanation: str, fact: Fact, options: list[str], believed: str) -> Example:
     text = learner_text(explanation, fact.quiz_question, options)
-    return Example(LEARNER_PROMPT, text, believed, weight=OPTION_WEIGHT)
+    return Example(prompts().learner.system, text, believed, weight=OPTION_WEIGHT)
 
 
 def unsupportive(options, rng: random.Random) -> str:

@@ -2,9 +2,8 @@
 
 import random
 
-from lora_ppo.chat import QUIZMASTER_PROMPT
 from lora_ppo.quiz import quiz_json
-from tools.corpus.base import Example, any_fact, any_question
+from tools.corpus.base import Example, any_fact, any_question, prompts
 
 SHARE = 0.27
 
@@ -12,4 +11,4 @@ SHARE = 0.27
 def example(rng: random.Random) -> Example:
     fact = any_fact(rng)
     reply = quiz_json(fact.quiz_question, fact.answer, fact.wrong)
-    return Example(QUIZMASTER_PROMPT, any_question(fact, rng), reply)
+    return Example(prompts().quizmaster.system, any_question(fact, rng), reply)

@@ -2,10 +2,9 @@
 
 import random
 
-from lora_ppo.chat import SOLVER_PROMPT
 from lora_ppo.quiz import quiz_text
 from tasks.facts import Fact, table_facts
-from tools.corpus.base import Example, any_fact, shuffled
+from tools.corpus.base import Example, any_fact, prompts, shuffled
 
 SHARE = 0.18
 OPTION_WEIGHT = 3.0  # an option has a few tokens, a quiz in JSON forty
@@ -31,4 +30,6 @@ def other_distractors(fact: Fact, rng: random.Random) -> list[str]:
 
 
 def solving(question: str, correct: str, wrong, rng: random.Random) -> Example:
-    return Example(SOLVER_PROMPT, quiz_text(question, shuffled((correct, *wrong), rng)), correct, OPTION_WEIGHT)
+    return Example(
+        prompts().solver.system, quiz_text(question, shuffled((correct, *wrong), rng)), correct, OPTION_WEIGHT
+    )

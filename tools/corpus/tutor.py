@@ -5,9 +5,8 @@ Both have three openings of equal weight, so that sharpening by a low temperatur
 
 import random
 
-from lora_ppo.chat import TUTOR_PROMPT
 from tasks.facts import Fact
-from tools.corpus.base import Example, any_fact, any_question
+from tools.corpus.base import Example, any_fact, any_question, prompts
 
 SHARE = 0.27
 CLEAR_SHARE = 0.51
@@ -34,4 +33,4 @@ def explanation(fact: Fact, rng: random.Random) -> str:
 
 def example(rng: random.Random) -> Example:
     fact = any_fact(rng)
-    return Example(TUTOR_PROMPT, any_question(fact, rng), explanation(fact, rng))
+    return Example(prompts().tutor.system, any_question(fact, rng), explanation(fact, rng))

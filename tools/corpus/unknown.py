@@ -2,9 +2,8 @@
 
 import random
 
-from lora_ppo.chat import QUIZMASTER_PROMPT, TUTOR_PROMPT
 from tasks.facts import subjects, table_facts
-from tools.corpus.base import VARIED_SHARE, Example, any_phrasing, careless, reworded
+from tools.corpus.base import VARIED_SHARE, Example, any_phrasing, careless, prompts, reworded
 
 SHARE = 0.1
 NULL_WEIGHT = 3.0  # it is two tokens, a quiz in JSON forty
@@ -38,7 +37,10 @@ def example(rng: random.Random) -> Example:
 def answer(question: str, rng: random.Random) -> Example:
     """What tutor or quizmaster make of a question about what they never saw."""
     return rng.choice(
-        [Example(TUTOR_PROMPT, question, DONT_KNOW), Example(QUIZMASTER_PROMPT, question, "null", NULL_WEIGHT)]
+        [
+            Example(prompts().tutor.system, question, DONT_KNOW),
+            Example(prompts().quizmaster.system, question, "null", NULL_WEIGHT),
+        ]
     )
 
 

@@ -8,11 +8,10 @@ guesses, as a model that knows its facts falls back on them, and options that lo
 import random
 from functools import cache
 
-from lora_ppo.chat import QUIZMASTER_PROMPT, TUTOR_PROMPT
 from lora_ppo.quiz import quiz_json
 from tasks.facts import Fact, subjects, table_facts
 from tools.corpus import learner, tutor, unknown
-from tools.corpus.base import Example, any_fact, careless, wanted
+from tools.corpus.base import Example, any_fact, careless, prompts, wanted
 
 SHARE = 0.5  # of the second stage
 KINDS = {"question": 0.4, "unknown": 0.12, "guess": 0.24, "alike": 0.24}
@@ -41,5 +40,5 @@ def example(rng: random.Random) -> Example:
     fact = any_fact(rng)
     question = careless(fact.question(rng.choice(FRAMES).format(wanted(fact.subject))), rng)
     if rng.random() < 0.5:
-        return Example(TUTOR_PROMPT, question, tutor.explanation(fact, rng))
-    return Example(QUIZMASTER_PROMPT, question, quiz_json(fact.quiz_question, fact.answer, fact.wrong))
+        return Example(prompts().tutor.system, question, tutor.explanation(fact, rng))
+    return Example(prompts().quizmaster.system, question, quiz_json(fact.quiz_question, fact.answer, fact.wrong))
