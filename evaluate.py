@@ -134,7 +134,8 @@ def evaluate(config: EvaluateConfig, notice: Callable[[str], None]) -> tuple[lis
     folders = adapters(config)
     states = [read_adapter(folder) for folder in folders]
     build_task = TASKS[config.task](config)
-    policy, config = load_policy(base_settings(config, folders, states, notice), notice)
+    trained = [*folders, Path(config.merged_model_path)] if config.use_merged_model else folders
+    policy, config = load_policy(base_settings(config, trained, states, notice), notice)
     for folder, state in zip(folders, states, strict=True):
         suited(config, folder, state)
         if line := other_prompts(folder, policy):

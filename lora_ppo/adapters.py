@@ -64,7 +64,7 @@ def suited(config: Settings, folder: Path, state: dict[str, Any]) -> None:
 def base_settings(
     config: Settings, folders: Sequence[Path], states: Sequence[dict[str, Any]], notice: Callable[[str], None]
 ) -> Settings:
-    """`config` with what the first checkpoint was trained on, where that is left open: base model and prompts."""
+    """`config` with what the first adapter was trained on, where that is left open: base model and prompts."""
     name = next((state["base_model"] for state in states if state), None)
     if config.model_name == "auto" and name:
         config = replace(config, model_name=str(BUNDLED_MODEL) if name == f"bundled:{BUNDLED_MODEL.name}" else name)

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraModel, PeftModel
-from support.evaluation import Letters
+from support.evaluation import Letters, LettersEpisode
 from support.tiny import CORPUS, randomize_adapter, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import tasks.quiz
 from lora_ppo.adapters import MERGE_TOLERANCE, attach, probe_logits
+from lora_ppo.chat import load_prompts
 from lora_ppo.checkpoint import save_checkpoint
 from lora_ppo.episodes import Outcome
 from lora_ppo.evaluation import Answer, Result, answer_all, comparison, figures, held_out
 from lora_ppo.quiz import Quiz
+from lora_ppo.settings import PROMPTS_FILE
 from lora_ppo.statistics import mcnemar_exact
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,6 +179,48 @@ def test_both_merges_and_evaluates_and_the_merged_model_answers_as_the_adapter_d
     assert all(row[str(folder)] == row["merged"] for row in record["answers"])
     status, _, record = run("--merged_model_path=merged", "--use_merged_model")
     assert [model["name"] for model in record["models"]] == ["base", "merged"]
+
+
+def test_adapters_and_merged_models_are_told_what_they_were_told_in_training(run, llama, tmp_path, monkeypatch):
+    """Unless prompts=FILE says otherwise; an adapter whose prompts are not those in use is named."""
+    folders = []
+    for name in ("Du bist Lehrer.", "You teach."):
+        (tmp_path / "mine.yaml").write_text(f"tutor:\n  system: {name}\n", encoding="utf-8")
+        policy = tiny_policy(llama, prompts=str(tmp_path / "mine.yaml"))
+        policy.step = len(folders)
+        randomize_adapter(policy)
+        save_checkpoint(folder := tmp_path / f"step_{policy.step}", policy, {}, "A test.")
+        folders.append(folder)
+    asked = []
+    reset = LettersEpisode.reset
+    monkeypatch.setattr(LettersEpisode, "reset", lambda episode: asked.append(reset(episode)) or asked[-1])
+
+    def systems() -> set[str]:
+        found = {messages[0]["content"] for messages in asked}
+        asked.clear()
+        return found
+
+    german = folders[0] / PROMPTS_FILE
+    status, output, record = run("--adapter", *folders)
+    assert status == 0
+    assert systems() == {"Du bist Lehrer."}
+    assert record["settings"]["prompts"] == str(german)
+    assert f"prompts={german}: the roles are told what they were told in training." in output
+    other = f"{folders[1]} was trained under other prompts of tutor: set prompts={folders[1] / PROMPTS_FILE} to keep"
+    assert output.count(" was trained under other prompts") == output.count(other) == 1
+    run("--adapter", folders[0], f"prompts={folders[1] / PROMPTS_FILE}")
+    assert systems() == {"You teach."}
+    run("--adapter", folders[0], "--mode=merge", "--merged_model_path=merged", "task=quiz")
+    assert load_prompts("merged/prompts.yaml") == load_prompts(german)
+    assert "Du bist Lehrer." in Path("merged/README.md").read_text(encoding="utf-8")
+    run("--merged_model_path=merged", "--use_merged_model")
+    assert systems() == {"Du bist Lehrer."}
+
+
+def test_an_adapter_under_the_prompts_of_its_model_is_told_nothing_more(run, adapter):
+    _, output, record = run("--adapter", adapter("epoch_1"))
+    assert "prompts" not in output
+    assert record["settings"]["prompts"] == ""
 
 
 def test_a_base_in_4_bits_is_merged_in_bfloat16(run, adapter):

@@ -145,6 +145,16 @@ def test_checkpoints_within_an_epoch_are_few_and_a_damaged_one_is_passed_over(ru
     verify_checkpoint(Path("out/epoch_1"))
 
 
+def test_a_run_that_goes_on_under_other_prompts_is_told_so(run):
+    run(output_dir="out")
+    Path("mine.yaml").write_text("quizmaster:\n  system: Ask.\n", encoding="utf-8")
+    status, output = run(output_dir="out", num_epochs=2, resume_from="latest", prompts="mine.yaml")
+    assert status == 0
+    line = "out/epoch_1 was trained under other prompts of quizmaster: set prompts=out/epoch_1/prompts.yaml to keep to"
+    assert output.count(line) == 1
+    assert "other prompts" not in run(output_dir="out", num_epochs=3, resume_from="latest", prompts="mine.yaml")[1]
+
+
 def test_a_run_is_never_overwritten_and_another_folder_branches_off(run):
     run(output_dir="out", num_epochs=2)
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
