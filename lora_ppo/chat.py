@@ -48,7 +48,9 @@ class Prompts:
         for name, role in asdict(self).items():
             examples = [{"user": asked, "assistant": reply} for asked, reply in role["examples"]]
             roles[name] = {"system": role["system"]} | ({"examples": examples} if examples else {})
-        return yaml.safe_dump(roles, allow_unicode=True, sort_keys=False, width=120)
+        # Letters stay readable, unless there are characters that YAML takes for line breaks: then all are escaped.
+        readable = not re.search("[\x85\u2028\u2029\ufeff]", json.dumps(roles, ensure_ascii=False))
+        return yaml.safe_dump(roles, allow_unicode=readable, sort_keys=False, width=120)
 
     def differing(self, others: "Prompts") -> list[str]:
         """The roles whose prompts are others."""
