@@ -48,9 +48,9 @@ class Prompts:
         for name, role in asdict(self).items():
             examples = [{"user": asked, "assistant": reply} for asked, reply in role["examples"]]
             roles[name] = {"system": role["system"]} | ({"examples": examples} if examples else {})
-        # Three rare characters are line breaks to YAML: outside of double quotes they come back as spaces.
-        quotes = '"' if re.search("[\x85\u2028\u2029]", json.dumps(roles, ensure_ascii=False)) else None
-        return yaml.safe_dump(roles, allow_unicode=True, sort_keys=False, width=120, default_style=quotes)
+        # Letters stay readable, unless there are characters that YAML takes for line breaks: then all are escaped.
+        readable = not re.search("[\x85\u2028\u2029\ufeff]", json.dumps(roles, ensure_ascii=False))
+        return yaml.safe_dump(roles, allow_unicode=readable, sort_keys=False, width=120)
 
     def differing(self, others: "Prompts") -> list[str]:
         """The roles whose prompts are others."""
