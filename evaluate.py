@@ -2,6 +2,7 @@
 
     python evaluate.py --config configs/quiz.yaml --adapter runs/quiz/epoch_*                   a learning curve
     python evaluate.py --mode merge --adapter runs/quiz/epoch_3 --merged_model_path merged      a standalone model
+    python evaluate.py --mode quizmaster model_name=smollm2                                     what quizzes are worth
     python evaluate.py --help                                                                   every setting
 
 Base model and adapters answer the same held-out samples under the same seeds. Accuracies come with Wilson intervals;
@@ -25,7 +26,9 @@ from lora_ppo.evaluation import METHODS, Answer, Result, answer_all, comparison,
 from lora_ppo.journal import now
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
+from lora_ppo.quizmaster import ANSWERS
 from lora_ppo.settings import ConfigError, help_text, known_name, parse, setting, split_arguments, version
+from lora_ppo.statistics import wilson_interval
 from lora_ppo.terminal import clean
 from train import CHOICES, TASKS, TrainConfig
 
@@ -36,7 +39,11 @@ from train import CHOICES, TASKS, TrainConfig
 class EvaluateConfig(TrainConfig):
     """Training's settings, so that one file serves both, and evaluation's own."""
 
-    mode: str = setting("evaluate", "evaluate, merge, or both: merge, then evaluate", group="evaluation")
+    mode: str = setting(
+        "evaluate",
+        "evaluate, merge, or both: merge, then evaluate; quizmaster: measure what the base model's quizzes are worth",
+        group="evaluation",
+    )
     adapter: list[str] = setting(["none"], "adapter folders, several give a learning curve; none: the base alone")
     num_samples: int = setting(200, "held-out samples to answer")
     eval_batch_size: int = setting(32, "samples answered at a time")
@@ -51,7 +58,7 @@ SETTINGS = (
     "max_new_tokens quiz_tries questions seed mode task quiz_learner test_share adapter num_samples eval_batch_size "
     "merged_model_path use_merged_model output_file"
 ).split()
-MODES = ("evaluate", "merge", "both")
+MODES = ("evaluate", "merge", "both", "quizmaster")
 USAGE = """usage: python evaluate.py [--config FILE] [--adapter DIR ...] [name=value ...]
 
 Accuracy of base model, adapters and merged model on held-out samples; merging
@@ -98,6 +105,10 @@ def check_settings(config: EvaluateConfig) -> EvaluateConfig:
             raise ConfigError(f"{name}={getattr(config, name)} is out of range: expected at least 1")
     if not 0 < config.test_share < 1:
         raise ConfigError(f"test_share={config.test_share:g} is out of range: expected above 0 and below 1")
+    if config.mode == "quizmaster":
+        if folders or config.use_merged_model:
+            raise ConfigError("mode=quizmaster measures the base model: it takes no adapter and no merged model")
+        return config
     if (config.mode != "evaluate" or config.use_merged_model) and not config.merged_model_path:
         what = "use_merged_model=true" if config.mode == "evaluate" else f"mode={config.mode}"
         raise ConfigError(f"{what} needs merged_model_path=DIR")
@@ -115,15 +126,6 @@ def check_settings(config: EvaluateConfig) -> EvaluateConfig:
 def adapters(config: EvaluateConfig) -> list[Path]:
     """The adapter folders that are named; none for `none`."""
     return [Path(name) for name in config.adapter if name != "none"]
-
-
-# -------------------------------------------------------------------------------------------------------- statistics
-
-
-# --------------------------------------------------------------------------------------------------------- answering
-
-
-# ---------------------------------------------------------------------------------------------------------- adapters
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -201,6 +203,23 @@ def progress(text: str, count: int, notice: Callable[[str], None]) -> Iterator[C
         yield lambda done: bar.update(item, completed=done)
 
 
+def measure_quizzes(config: EvaluateConfig, notice: Callable[[str], None]) -> None:
+    """Measures what the base model's quizzes are worth, and keeps it for the tutor. Raises ConfigError."""
+    from tasks.quiz_gate import QUESTIONS, measure
+
+    policy, config = load_policy(config, notice)
+    with progress(f"{config.model_name} is asked {QUESTIONS} questions", QUESTIONS, notice) as show:
+        gate = measure(policy, show)
+    notice(f"quizzes: {gate.worth()}")
+    if gate.signal:
+        interval = percent(gate.right / gate.shown, wilson_interval(gate.right, gate.shown))
+        notice(f"{gate.shown} of {gate.asked} questions got a quiz; sound: {gate.right}, {interval}")
+    if gate.signal == "agreement":
+        notice(f"gate: {gate.agreement} of {ANSWERS} short answers agree, likelier by {gate.lead:g} nats than others")
+    elif gate.signal:
+        notice("gate: the model, shown the options, picks the key in most of their orders")
+
+
 def points(difference: float | None, interval: Sequence[float]) -> str:
     """`+12.5 points (8.1 to 16.9)`; a dash where nothing was counted."""
     if difference is None:
@@ -252,9 +271,6 @@ def show(record: dict[str, Any]) -> None:
     console.print(table)
 
 
-# ----------------------------------------------------------------------------------------------------------- merging
-
-
 def main() -> int:
     """The program. Exit status: 0; 1 if the results can't be written; 2 for bad settings; 130 after Ctrl-C."""
     arguments = sys.argv[1:]
@@ -270,9 +286,11 @@ def main() -> int:
 
     try:
         config = settings_from(arguments)
-        if config.mode != "evaluate":
+        if config.mode == "quizmaster":
+            measure_quizzes(config, notice)
+        if config.mode in ("merge", "both"):
             merge(config, notice)
-        if config.mode != "merge":
+        if config.mode in ("evaluate", "both"):
             results, resolved = evaluate(config, notice)
             record = report(resolved, results)
             show(record)

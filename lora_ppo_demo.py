@@ -32,7 +32,8 @@ from lora_ppo.generate import Request, replies
 from lora_ppo.journal import turn_seed
 from lora_ppo.loading import base_name, is_bundled, load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import LETTERS, Quiz, make_quiz, quiz_request, quiz_text, reshuffled
+from lora_ppo.quiz import LETTERS, Quiz, quiz_text, reshuffled
+from lora_ppo.quizmaster import first_requests, make_quiz
 from lora_ppo.run import Run, Turn, is_right, users_folder
 from lora_ppo.settings import ConfigError, from_command_line
 from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_step
@@ -46,6 +47,7 @@ from lora_ppo.terminal import (
     progress_chart,
     read_questions,
 )
+from tasks.quiz_gate import QUESTIONS, ensure_gate
 
 USAGE = f"""usage: python lora_ppo_demo.py [--config FILE] [name=value ...]
 
@@ -84,15 +86,16 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         quiz, guess, knew = pretest(question, policy, run, terminal) if config.pretest else (None, None, False)
         terminal.write("Tutor: ")
         answering = Request(prompt, config.temperature, on_text=terminal.stream)
-        response, *written = replies(policy, [answering, *([] if config.pretest else [quiz_request(policy, question)])])
+        beside = [] if config.pretest else first_requests(policy, question)
+        response, *written = replies(policy, [answering, *beside])
         answer = tokenizer.decode(response, skip_special_tokens=True)
         terminal.end_stream("" if answer.strip() else "(no answer)")
 
         # 3. The quiz knows the question, never the answer, and is written by the base model: the policy can't learn to
-        #    make it easy. The base model, blind to the key, must pick it in most orders of the options.
+        #    make it easy. Its key must be what the base model says again and again, blind to the options.
         if not config.pretest:
             with terminal.busy("making a quiz"):
-                quiz = make_quiz(policy, question, *written, why=run.no_quiz)
+                quiz = make_quiz(policy, question, written, why=run.no_quiz)
         if quiz is None:
             terminal.say(
                 "I couldn't write a reliable quiz for that, so nothing was learned (/quiz says why).", "yellow"
@@ -247,8 +250,7 @@ def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
         lines = run.history()
         terminal.say(progress_chart([is_right(line) for line in lines], [line["reward"] for line in lines]))
     elif name == "/quiz":
-        tries = [f"try {i}: {reason}" for i, reason in enumerate(run.no_quiz, 1)]
-        terminal.say("\n".join(tries) or "The last question got its quiz at once, or none was asked yet.")
+        terminal.say("\n".join(run.no_quiz) or "The last question got its quiz at once, or none was asked yet.")
     elif name == "/undo":
         step = policy.step
         with interrupts_deferred():
@@ -282,6 +284,7 @@ def banner(policy: Policy, config: Config, run: Run) -> str:
         [
             f"model    {base_name(config)} ({total / 1e6:,.1f} M parameters, {precision}, on {config.device})",
             f"adapter  LoRA rank {config.lora_r} on {len(policy.targets)} layer types, {size / 1e6:.2f} M trainable",
+            f"quizzes  {policy.quiz_gate.worth()}",
             f"step     {policy.step}, saved every {config.save_every} steps in {run.folder}",
             f"log      {run.log.path}",
             "ask      What is the capital of Norway?",
@@ -309,6 +312,8 @@ def main() -> int:
             with terminal.busy("Loading the model ..."):
                 policy, config = load_policy(config, notice)
                 run = Run(policy, config, notice)
+            with terminal.busy("Measuring ...") as show:
+                ensure_gate(policy, notice, lambda count: show(f"Measuring: {count} of {QUESTIONS} questions"))
             if questions:
                 terminal = SimulatedLearner(policy, questions, config.steps)
             terminal.say(banner(policy, config, run), "cyan")

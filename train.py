@@ -163,10 +163,12 @@ def check(config: TrainConfig, processes: int = 1) -> None:
 def quiz_task(config: TrainConfig) -> Callable[[Policy], Task]:
     """Checks the questions now, before any model is loaded; what it returns builds the task."""
     from tasks.quiz import QuizTask, split_samples
+    from tasks.quiz_gate import ensure_gate
 
     split_samples("train", config.seed, config.questions, config.test_share)
 
     def build(policy: Policy) -> Task:
+        ensure_gate(policy, lambda text: print(text, file=sys.stderr, flush=True))
         default = "reader" if is_bundled(policy.config.model_name) else "gain"
         learner = default if config.quiz_learner == "auto" else config.quiz_learner
         return QuizTask(policy, config.seed, learner, config.questions, config.test_share)

@@ -7,9 +7,10 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     chat                        roles and their prompts; chats as token ids
     layers, recording           layers that are quicker or keep less; passes recorded and played
     policy, loading, gguf       base model, gated LoRA adapters, value head, optimizer; how they are loaded; GGUF files
+    gate                        what a model's quizzes are worth, as measured
     checkpoint, adapters        folders written whole or not at all; adapters from elsewhere, merging
     decode, generate, forward   replies, token by token; one pass over prompts and responses
-    quiz, episodes              the quiz; what a task is, and its episodes played
+    quiz, quizmaster, episodes  the quiz; how it is written, or not; what a task is, and its episodes played
     step                        one PPO update on sampled answers, and both outcomes of a turn ahead of time
     processes, training         several processes; a batch of episodes becomes one step, by PPO or GRPO
     journal, run, terminal      durable lines; the tutor's run on disk; what a person types and sees

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ppo.chat import Prompts, encode_chat, load_prompts
 from lora_ppo.checkpoint import Damaged, prompt_note, verify_checkpoint
+from lora_ppo.gate import write_gate
 from lora_ppo.loading import base_name, find_prompts, load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
+from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, GATE_FILE, PROMPTS_FILE, ConfigError, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,6 +136,8 @@ def merge(config: Settings, notice: Callable[[str], None]) -> dict[str, float]:
         policy.tokenizer.save_pretrained(new)
         (new / "README.md").write_text(merged_card(config, policy.prompts, folder, state), encoding="utf-8")
         (new / PROMPTS_FILE).write_text(policy.prompts.as_yaml(), encoding="utf-8")
+        if policy.quiz_gate.signal == "options":  # trained to write and to solve quizzes, as its prompts have it
+            write_gate(new / GATE_FILE, policy.quiz_gate)
         del policy
         found = probe_logits(load_policy(replace(config, model_name=str(new)), notice)[0], adapter=False)
         difference, effect = (found - wanted).abs().max().item(), (wanted - base).abs().max().item()

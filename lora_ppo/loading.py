@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ppo.chat import Prompts, load_prompts
+from lora_ppo.gate import read_gate
 from lora_ppo.gguf import unpacked
 from lora_ppo.policy import Policy
 from lora_ppo.settings import (
@@ -61,6 +62,7 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
     if config.learning_rate is None:
         config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
     policy = Policy(model, tokenizer, config, prompts)
+    policy.quiz_gate = read_gate(own_folder(config), policy)
     copied = copy_weights(model, config.bf16_copy)
     if config.bf16_copy == "true" and not copied:
         notice("bf16_copy=true changes nothing: the weights are not in 4 bits.")
@@ -143,11 +145,15 @@ def multiplies_bfloat16() -> bool:
 def find_prompts(config: Settings) -> Prompts:
     """Each role's prompts, from the first of these that has them: the setting, the model folder's own, the default."""
     files = [config.prompts] if config.prompts else []
-    folder = SMOLLM2_FOLDER if base_name(config) == SMOLLM2 else config.model_name
-    own = os.path.join(folder, PROMPTS_FILE)
+    own = os.path.join(own_folder(config), PROMPTS_FILE)
     if os.path.isfile(own):
         files.append(own)
     return load_prompts(*files, DEFAULT_PROMPTS)
+
+
+def own_folder(config: Settings) -> str:
+    """The folder in which files of this program may lie beside the model's."""
+    return str(SMOLLM2_FOLDER) if base_name(config) == SMOLLM2 else config.model_name
 
 
 def is_bundled(model_name: str) -> bool:

@@ -20,6 +20,7 @@ BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tutor-tiny"
 SMOLLM2, SMOLLM2_FOLDER = "smollm2", BUNDLED_MODEL.with_name("smollm2-135m")
 DEFAULT_PROMPTS = Path(__file__).resolve().parent.parent / "prompts" / "default.yaml"
 PROMPTS_FILE = "prompts.yaml"  # in a model's folder, and in every checkpoint
+GATE_FILE = "quiz_gate.json"  # in a model's folder: what its quizzes are worth
 GPU_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 # What `learning_rate=auto` means: the first is right for 3 to 7 billion parameters, the second for the bundled model.
 LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 8e-5

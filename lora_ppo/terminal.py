@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +148,14 @@ class Terminal:
             else:
                 self.say("Please choose A, B, C or D, type the option's text, or s to skip.")
 
-    def busy(self, text: str):
-        """A context that shows `text` and a spinner at a terminal."""
-        return self.console.status(text) if self.interactive else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def busy(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Shows `text` and a spinner at a terminal; what it gives shows another text."""
+        if not self.interactive:
+            yield lambda text: None
+            return
+        with self.console.status(text) as status:
+            yield status.update
 
 
 def parse_choice(text: str, options: Sequence[str]) -> int | str | None:

@@ -10,13 +10,15 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Literal
 
 from lora_ppo.chat import Message
 from lora_ppo.episodes import Outcome
 from lora_ppo.generate import replies
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, make_quiz, quiz_request, shuffle_quiz
+from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, shuffle_quiz
+from lora_ppo.quizmaster import first_requests, make_quiz
 from lora_ppo.settings import ConfigError
 from lora_ppo.terminal import read_questions
 from tasks.facts import Fact, table_facts
@@ -126,11 +128,13 @@ class QuizTask:
         for some in [new[i : i + QUIZZES_PER_PASS] for i in range(0, len(new), QUIZZES_PER_PASS)]:
             digests = [hashlib.sha256(f"{self.seed}/{question}".encode()).digest()[:6] for question in some]
             seeds = [int.from_bytes(digest, "big") for digest in digests]
-            first_tries = replies(self.policy, [quiz_request(self.policy, question) for question in some], seeds)
-            for question, seed, written in zip(some, seeds, first_tries, strict=True):
+            requests = [first_requests(self.policy, question) for question in some]
+            numbers = [seed + i for seed, own in zip(seeds, requests, strict=True) for i in range(len(own))]
+            first_replies = iter(replies(self.policy, list(chain(*requests)), numbers) if numbers else [])
+            for question, seed, own in zip(some, seeds, requests, strict=True):
                 with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                     torch.manual_seed(seed)
-                    quiz = make_quiz(self.policy, question, written)
+                    quiz = make_quiz(self.policy, question, [next(first_replies) for _ in own])
                 self.written[question] = None
                 if quiz:
                     correct = quiz.options[quiz.key]

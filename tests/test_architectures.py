@@ -17,7 +17,8 @@ from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import generate
 from lora_ppo.loading import load_policy
-from lora_ppo.quiz import QuizGrammar, one_line, option_probabilities, parse_quiz, quiz_text
+from lora_ppo.quiz import one_line, option_probabilities, parse_quiz, quiz_text
+from lora_ppo.quizmaster import QuizGrammar
 from lora_ppo.settings import ConfigError
 from lora_ppo.step import ppo_step
 

@@ -11,7 +11,7 @@ from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import Request, generate, plain_reply, replies
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import QuizGrammar
+from lora_ppo.quizmaster import QuizGrammar
 from lora_ppo.recording import takes
 
 

@@ -12,10 +12,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from config import Config
 from lora_ppo.chat import load_prompts
+from lora_ppo.gate import Gate, write_gate
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import quiz_json
-from lora_ppo.settings import BUNDLED_MODEL, PROMPTS_FILE
+from lora_ppo.settings import BUNDLED_MODEL, GATE_FILE, PROMPTS_FILE
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma3", "phi3", "smollm3")
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
@@ -106,6 +107,7 @@ def save_tiny(architecture: str, folder: Path) -> Path:
     tiny_model(architecture, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / PROMPTS_FILE).write_text(PROMPTS.as_yaml(), encoding="utf-8")
+    write_gate(folder / GATE_FILE, Gate("options", right=1, shown=1, asked=1))
     return folder
 
 
