@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 ANSWERS = 16  # short answers to a question, of which the most frequent is the key
 WRITINGS = 8  # times that the wrong options are asked for
 VARIETY = 0.7  # the sampling temperature of both: at a lower one, agreement says less
-CANDIDATES = 12  # wrong options that are compared with the key
-LONGEST = 3  # words of an option
+LONGEST, ANSWER_LENGTH = 3, 40  # words of an option; characters of a short answer, after which it is given up
 
 QUESTION_LENGTH, OPTION_LENGTH = 200, 80  # characters
 QUIZ_SCHEMA = {
@@ -89,7 +88,8 @@ class QuizGrammar:
         self.consumed = len(written)
         allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
         options = self.policy.tokenizer.decode(written).partition('"correct":')[2]
-        if self.matcher.is_stopped() or (self.asked and option_keys(options)):
+        answered = self.asked and (option_keys(options) or len(options) > ANSWER_LENGTH)
+        if self.matcher.is_stopped() or answered:
             allowed[self.policy.stop_ids] = True
         else:
             allowed |= self.next_tokens(scores.shape[-1])
@@ -226,10 +226,10 @@ def answer_request(policy: Policy, question: str) -> Request:
 
 def agree(policy: Policy, question: str, written: Sequence[list[int]]) -> Draft | None:
     """What most of the short answers say. Those that can't be a key, too long or from the question, are against it."""
-    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True).partition('"')[0] for ids in written]
+    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
     spellings: dict[str, Counter[str]] = {}
-    for text in map(one_line, texts):
-        if usable(text, question):
+    for text, end, _ in (text.partition('"') for text in texts):
+        if end and usable(text := one_line(text), question):
             spellings.setdefault(bare(text), Counter())[text] += 1
     if not spellings or len(question) > QUESTION_LENGTH:
         return None
@@ -249,11 +249,12 @@ def with_wrong_options(policy: Policy, draft: Draft) -> Draft:
         text = '"' + policy.tokenizer.decode(ids, skip_special_tokens=True)
         counts.update(one_line(json.loads(f'"{raw}"')) for raw in JSON_STRING.findall(text))
     found: list[str] = []
-    for option, _ in counts.most_common():
+    for option, count in counts.most_common():
         others = [draft.key, *(known for known, _ in draft.wrong), *found]
         if usable(option, draft.question) and not any(alike(option, other) for other in others):
+            if count == 1 and len(found) >= len(LETTERS) - 1:
+                break  # what was written once is often no word at all
             found.append(option)
-    found = found[:CANDIDATES]
     if not found:
         return draft
     key, *others = answer_logprobs(policy, draft.question, [draft.key, *found])

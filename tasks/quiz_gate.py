@@ -6,6 +6,7 @@ can still tell whether the choice was a good one.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from lora_ppo.gate import Gate, measured_file, write_gate
 from lora_ppo.generate import replies
@@ -28,8 +29,9 @@ QUESTIONS = 60
 AT_ONCE = 2  # questions, ANSWERS replies to each
 QUIZZES_AT_ONCE = 16
 LEAST = 5  # answers that agree, for a quiz to be worth writing
-LEADS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)  # nats
-SOUND = 0.85  # share of the quizzes that must be, by the rule of succession
+LEAD = 1.0  # nats between the key and a wrong option: what comes nearer may be right as well
+SOUND, FEWEST = 0.88, 5  # share of the quizzes that must be expected to be; of fewer nothing can be said
+PRIOR_SD = 10.0
 
 
 def says(text: str, fact: Fact) -> bool:
@@ -61,24 +63,39 @@ def drafts(
 
 
 def by_agreement(made: Sequence[Draft | None], facts: Sequence[Fact]) -> Gate:
-    """The agreement and lead that let most quizzes through; a gate that is shut if none keeps `good_enough` ones."""
-    best = Gate(asked=len(facts))
+    """The gate for quizzes whose key is agreed on: the lowest agreement from which SOUND of them may be expected.
+
+    So few questions say little about each agreement by itself; a logistic curve through all of them says more. The gate
+    is shut if no agreement is enough.
+    """
+    quizzes = [
+        (draft.agreement, sound(options, fact))
+        for draft, fact in zip(made, facts, strict=True)
+        if draft and len(options := draft.options(LEAD)) == len(LETTERS)
+    ]
+    expected = logistic_fit(quizzes)
     for agreement in range(LEAST, ANSWERS + 1):
-        for lead in LEADS:
-            shown = [
-                (options, fact)
-                for draft, fact in zip(made, facts, strict=True)
-                if draft and draft.agreement >= agreement and len(options := draft.options(lead)) == len(LETTERS)
-            ]
-            right = sum(sound(options, fact) for options, fact in shown)
-            if good_enough(right, len(shown)) and (len(shown), right) >= (best.shown, best.right):
-                best = Gate("agreement", agreement, lead, right, len(shown), len(facts))
-    return best
+        shown = [(agreed, right) for agreed, right in quizzes if agreed >= agreement]
+        if len(shown) >= FEWEST and fmean(expected(agreed) for agreed, _ in shown) >= SOUND:
+            return Gate("agreement", agreement, LEAD, sum(right for _, right in shown), len(shown), len(facts))
+    return Gate(asked=len(facts))
 
 
-def good_enough(right: int, shown: int) -> bool:
-    """Whether SOUND of the quizzes are right. A share of 1 is soon reached by chance: one of each kind is added."""
-    return (right + 1) / (shown + 2) >= SOUND
+def logistic_fit(pairs: Sequence[tuple[int, bool]]) -> Callable[[int], float]:
+    """P(sound | agreement), by logistic regression; a weak normal prior keeps it finite where all are of one kind."""
+    import numpy as np
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
+    x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
+    x = x / ANSWERS
+
+    def loss(weights):
+        score = weights[0] + weights[1] * x
+        return np.logaddexp(0, np.where(y > 0, -score, score)).sum() + (weights**2).sum() / (2 * PRIOR_SD**2)
+
+    weights = minimize(loss, np.zeros(2)).x
+    return lambda agreement: float(expit(weights[0] + weights[1] * agreement / ANSWERS))
 
 
 def by_options(policy: Policy, asked: Sequence[tuple[str, Fact]]) -> Gate:
@@ -90,7 +107,8 @@ def by_options(policy: Policy, asked: Sequence[tuple[str, Fact]]) -> Gate:
             if quiz := solved_quiz(policy, question, ids, why=[]):
                 wrong = [option for i, option in enumerate(quiz.options) if i != quiz.key]
                 shown, right = shown + 1, right + sound([quiz.options[quiz.key], *wrong], fact)
-    return Gate("options", 0, 0.0, right, shown, len(asked)) if good_enough(right, shown) else Gate(asked=len(asked))
+    enough = shown >= FEWEST and right >= SOUND * shown
+    return Gate("options", 0, 0.0, right, shown, len(asked)) if enough else Gate(asked=len(asked))
 
 
 def measure(policy: Policy, done: Callable[[int], None] = lambda count: None) -> Gate:

@@ -16,7 +16,7 @@ from lora_ppo.quizmaster import Draft
 from lora_ppo.settings import BUNDLED_MODEL, GATE_FILE, ConfigError
 from tasks.facts import table_facts
 from tasks.quiz import split_samples
-from tasks.quiz_gate import by_agreement, ensure_gate, measure, says, sound
+from tasks.quiz_gate import by_agreement, ensure_gate, logistic_fit, measure, says, sound
 
 GATE = Gate("agreement", agreement=11, lead=2.0, right=12, shown=13, asked=60)
 
@@ -131,15 +131,25 @@ def draft(i: int, agreement: int, right: bool, lead: float = 5.0, also_right: bo
 
 
 def test_the_gate_lets_most_quizzes_through_that_are_still_sound():
-    """Above 9 all are right, at 8 half of them."""
+    """Above 9 all are right, at 8 half of them, below none."""
     made = [draft(i, 12, True) for i in range(10)] + [draft(i, 9, True) for i in range(10, 16)]
-    made += [draft(i, 8, i % 2 == 0) for i in range(16, 30)] + [None] * 30
-    assert by_agreement(made, FACTS) == Gate("agreement", 9, 4.0, 16, 16, 60)
+    made += [draft(i, 8, i % 2 == 0) for i in range(16, 30)] + [draft(i, 6, False) for i in range(30, 40)]
+    assert by_agreement(made + [None] * 20, FACTS) == Gate("agreement", 9, 1.0, 16, 16, 60)
 
 
-def test_the_lead_counts_where_agreement_does_not():
-    made = [draft(i, 16, True, lead=5.0) for i in range(12)] + [draft(i, 16, False, lead=1.5) for i in range(12, 30)]
-    assert by_agreement(made, FACTS[:30]) == Gate("agreement", 16, 4.0, 12, 12, 30)
+def test_options_too_near_to_the_key_are_no_quiz():
+    made = [draft(i, 16, True) for i in range(12)] + [draft(i, 16, True, lead=0.9) for i in range(12, 30)]
+    assert by_agreement(made, FACTS[:30]) == Gate("agreement", 5, 1.0, 12, 12, 30)
+
+
+def test_the_curve_is_that_of_logistic_regression():
+    """Where agreement 4 is right in a quarter of many cases and 12 in three quarters: by hand, logit = +-log 3."""
+    pairs = [(4, i % 4 == 0) for i in range(4000)] + [(12, i % 4 != 0) for i in range(4000)]
+    expected = logistic_fit(pairs)
+    for agreement, probability in ((4, 0.25), (8, 0.5), (12, 0.75), (16, 0.9)):
+        assert expected(agreement) == pytest.approx(probability, abs=1e-3)
+    assert logistic_fit([])(8) == 0.5
+    assert logistic_fit([(16, True)] * 9)(16) < 1
 
 
 @pytest.mark.parametrize("share", [0, 0.25, 0.5, 0.75])
@@ -150,7 +160,7 @@ def test_a_model_that_cannot_be_told_from_chance_gets_no_gate(share):
 
 def test_a_few_right_ones_are_no_evidence():
     assert by_agreement([draft(i, 16, True) for i in range(4)], FACTS[:4]) == Gate(asked=4)
-    assert by_agreement([draft(i, 16, True) for i in range(5)], FACTS[:5]).shown == 5
+    assert by_agreement([draft(i, 16, True) for i in range(9)], FACTS[:9]).shown == 9
 
 
 def test_a_quiz_with_two_right_options_is_not_sound():
