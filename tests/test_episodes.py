@@ -102,7 +102,7 @@ def test_an_episode_that_outgrows_the_context_is_judged_and_learned_from(llama, 
         assert len(t.prompt) + len(t.response) <= policy.context
     counts = [len(t.replies) for t in trajectories]
     assert counts[2] == 1
-    assert min(counts[:2] + counts[3:]) > 3
+    assert min(counts[:2] + counts[3:]) > 1
     metrics = training.learn(policy, accelerator, config, trajectories)
     assert (metrics["outcome"], metrics["left_out"], metrics["answers"]) == ("taken", 0, 4)
     assert metrics["reward"] == pytest.approx(-2.5)

@@ -68,8 +68,8 @@ def play(llama, tmp_path, monkeypatch, capsys):
 def at_terminal(play, monkeypatch):
     """`at_terminal(script, **settings)` is `play` at a real terminal, with a person who follows the script.
 
-    Its lines are (what is awaited on the screen, what is done then): bytes that are typed, or something to call. Gives
-    exit status, screen, run, and the terminal's settings before and after.
+    Its lines are (what is awaited on the screen, what is done then): bytes that are typed, or something to call with
+    their end of the terminal. Gives exit status, screen, run, and the terminal's settings before and after.
     """
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")
@@ -84,11 +84,14 @@ def at_terminal(play, monkeypatch):
             for awaited, action in [*script, (None, None)]:
                 while awaited is None or awaited not in "".join(screen)[seen:]:
                     try:
-                        screen.append(os.read(master, 65536).decode("utf-8", "replace"))
-                    except OSError:  # the program's end of the line is closed
+                        written = os.read(master, 65536)
+                    except OSError:  # an end of the line is closed
                         return
+                    if not written:
+                        return
+                    screen.append(written.decode("utf-8", "replace"))
                 seen = len("".join(screen))
-                action() if callable(action) else os.write(master, action)
+                action(master) if callable(action) else os.write(master, action)
 
         with (
             os.fdopen(os.dup(slave), "r") as stdin,
