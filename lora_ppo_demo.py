@@ -20,7 +20,6 @@ reference policy is the same model with its adapters off), and training without 
 """
 
 import math
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -36,14 +35,20 @@ from lora_ppo.quiz import LETTERS, Quiz, quiz_text, reshuffled
 from lora_ppo.quizmaster import first_requests, make_quiz
 from lora_ppo.run import Run, Turn, is_right, users_folder
 from lora_ppo.settings import ConfigError, from_command_line
+from lora_ppo.signals import (
+    Leave,
+    SecondInterrupt,
+    asked_to_leave,
+    interrupts_deferred,
+    leave_on_signals,
+)
 from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_step
 from lora_ppo.terminal import (
     COMMANDS,
-    SecondInterrupt,
+    INPUT_CLOSED,
     SimulatedLearner,
     Terminal,
     clean,
-    interrupts_deferred,
     progress_chart,
     read_questions,
 )
@@ -212,11 +217,11 @@ def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
 def session(policy: Policy, run: Run, terminal: Terminal) -> int:
     """Turns and commands, until the person leaves. Returns the exit status."""
     interrupted = False
-    while True:
+    while not asked_to_leave:
         try:
             question = terminal.ask("\nYou: ")
             interrupted = False
-        except EOFError:
+        except (EOFError, Leave):
             return 0
         except KeyboardInterrupt:
             return 130 if interrupted else 0
@@ -226,7 +231,7 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
                     return 0
             elif question:
                 take_turn(question, policy, run, terminal)
-        except EOFError:
+        except (EOFError, Leave):
             return 0
         except SecondInterrupt:
             return 130
@@ -237,6 +242,7 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
             if not out_of_memory(error):
                 raise
             terminal.say(f"\nThe turn ended: {OUT_OF_MEMORY}", "yellow")
+    return 0
 
 
 def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
@@ -301,40 +307,45 @@ def main() -> int:
     try:
         config = from_command_line(Config, USAGE)
         questions = read_questions(config.questions) if config.learner == "simulated" else []
+        if INPUT_CLOSED and not questions:
+            raise ConfigError("standard input is closed: expected a terminal, a pipe or a file, or learner=simulated")
         terminal = Terminal(users_folder(config.log_dir, config.user) / "history")
 
         def notice(text: str) -> None:
             terminal.say(text, "yellow")
 
-        try:
-            # The base model (in 4 bits on a GPU), LoRA adapters on its linear layers, a float32 value head, AdamW; then
-            # the run on disk: the newest whole checkpoint, and the turns after it replayed from the journal.
-            with terminal.busy("Loading the model ..."):
-                policy, config = load_policy(config, notice)
-                run = Run(policy, config, notice)
-            with terminal.busy("Measuring ...") as show:
-                ensure_gate(policy, notice, lambda count: show(f"Measuring: {count} of {QUESTIONS} questions"))
-            if questions:
-                terminal = SimulatedLearner(policy, questions, config.steps)
-            terminal.say(banner(policy, config, run), "cyan")
-            with terminal.keys_kept():
-                status = session(policy, run, terminal)
-        except KeyboardInterrupt:  # while loading
-            terminal.say("\nInterrupted.")
-        # After a second Ctrl-C nothing is saved: the journal has every turn, and the weights may be half of a step.
-        if run and status == 0 and run.policy.step > run.saved_step and run.save():
-            terminal.say(f"Saved step {policy.step} in {run.folder}. Goodbye.")
-        if run and run.journal.unwritten:
-            terminal.say(f"{run.folder} could not be written to: what was learned since step {run.saved_step} is lost.")
+        with leave_on_signals():
+            try:
+                # The base model (in 4 bits on a GPU), LoRA adapters on its linear layers, a float32 value head, AdamW;
+                # then the run on disk: the newest whole checkpoint, and the turns after it replayed from the journal.
+                with terminal.busy("Loading the model ..."):
+                    policy, config = load_policy(config, notice)
+                    run = Run(policy, config, notice)
+                with terminal.busy("Measuring ...") as show:
+                    ensure_gate(policy, notice, lambda count: show(f"Measuring: {count} of {QUESTIONS} questions"))
+                if questions:
+                    terminal = SimulatedLearner(policy, questions, config.steps)
+                terminal.say(banner(policy, config, run), "cyan")
+                with terminal.keys_kept():
+                    status = session(policy, run, terminal)
+            except Leave:  # while loading
+                pass
+            except KeyboardInterrupt:
+                terminal.say("\nInterrupted.")
+            asked_to_leave.append(0)  # it is leaving: another signal changes nothing
+            # After a second Ctrl-C nothing is saved: the journal has every turn, and the weights may be half of a step.
+            if run and status == 0 and run.policy.step > run.saved_step and run.save():
+                terminal.say(f"Saved step {policy.step} in {run.folder}. Goodbye.")
+            if run and run.journal.unwritten:
+                terminal.say(
+                    f"{run.folder} could not be written to: what was learned since step {run.saved_step} is lost."
+                )
         return status
     except ConfigError as error:
         print(f"error: {clean(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read our output is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except KeyboardInterrupt as interrupt:
+        return 0 if isinstance(interrupt, Leave) else 130
     finally:
         if run:
             run.close()

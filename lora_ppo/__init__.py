@@ -13,7 +13,8 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     quiz, quizmaster, episodes  the quiz; how it is written, or not; what a task is, and its episodes played
     step                        one PPO update on sampled answers, and both outcomes of a turn ahead of time
     processes, training         several processes; a batch of episodes becomes one step, by PPO or GRPO
-    journal, run, terminal      durable lines; the tutor's run on disk; what a person types and sees
+    journal, run                durable lines; the tutor's run on disk
+    signals, terminal           when the program is interrupted, and how it leaves; what a person types and sees
     trainer, evaluation, report unattended runs, held-out samples, plots
 
 Imports go one way, downwards in tests/test_house.py's list. Importing this package imports nothing else: a room brings

@@ -5,6 +5,7 @@ import json
 import re
 import uuid
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 from lora_ppo.settings import ConfigError
@@ -181,20 +182,58 @@ def is_quiz(reply: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------- tokens
 
 
+@lru_cache(maxsize=8)
+def control_ids(tokenizer) -> frozenset[int]:
+    """Ids that no text may spell: special tokens, others that were added by name (`<think>`), and bytes (`<0x0A>`).
+
+    A run of spaces or a single character that was added for its own sake is text.
+    """
+    added = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special or len(t.content.strip()) > 1}
+    in_bytes = {i for token, i in tokenizer.get_vocab().items() if re.fullmatch("<0x[0-9A-F]{2}>", token)}
+    return frozenset({*added, *in_bytes, *tokenizer.all_special_ids})
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of trusted text."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@lru_cache(maxsize=1024)  # most of a prompt is the same every time
+def text_ids(tokenizer, text: str, trusted: bool = False) -> tuple[int, ...]:
+    """`encode_text`; of trusted text, `encode`."""
+    ids, control = encode(tokenizer, text), control_ids(tokenizer)
+    if trusted or control.isdisjoint(ids):
+        return tuple(ids)
+    steps = getattr(tokenizer, "backend_tokenizer", None)
+    if steps is None:  # a tokenizer written in Python
+        return tuple(i for i in ids if i not in control)
+
+    def encode_word(word: str) -> list[int]:
+        ids = [token.id for token in steps.model.tokenize(word)]
+        # Vocabularies hold the names of control tokens as words. An unknown character, or its bytes, is not their name.
+        if not any(steps.id_to_token(i) in word for i in control.intersection(ids)):
+            return ids
+        half = len(word) // 2
+        return encode_word(word[:half]) + encode_word(word[half:]) if half else []
+
+    # The tokenizer's own steps, less its search for added tokens.
+    normal = steps.normalizer.normalize_str(text) if steps.normalizer else text
+    words = steps.pre_tokenizer.pre_tokenize_str(normal) if steps.pre_tokenizer else [(normal, None)]
+    return tuple(i for word, _ in words for i in encode_word(word))
+
+
 def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of untrusted text: where it spells a special token (`<|im_start|>`), that stays text."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content) > 1]
-    spelt = [token for token in special if token in text]
-    pieces = [text]
-    if spelt:  # cut in two after its first character, a token is none
-        pieces = re.split("|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelt), text)
-    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]
+    """Token ids of untrusted text: what the tokenizer would make a special token of (`<|im_start|>`) stays text.
+
+    Its ids are looked at, not its spelling: a normalizer may make `<|im_start|>` of other characters.
+    """
+    return list(text_ids(tokenizer, text))
 
 
 def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
     """Token ids of a chat, up to where the assistant's reply begins. What stands in the messages is untrusted.
 
-    Where it spells no special token the chat is encoded whole, as the model was trained. A template without a system
+    Where it makes no special token the chat is encoded whole, as the model was trained. A template without a system
     role, or that drops it, gets the system prompt at the head of the first user message. Raises ConfigError if the
     template renders something else than the messages.
     """
@@ -213,17 +252,15 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
         return encode_chat(tokenizer, merged)
     # Some templates open a thought, whatever they are told. Closed at once, it leaves the reply its place.
     closing = "\n</think>\n\n" if rendered.rstrip().endswith("<think>") else ""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    if not any(token in content for content in contents for token in added):
-        return tokenizer(render(tokenizer, messages, contents) + closing, add_special_tokens=False).input_ids
+    whole, control = encode(tokenizer, render(tokenizer, messages, contents) + closing), control_ids(tokenizer)
     by_place = dict(zip(places, contents, strict=True))
-    ids: list[int] = []
-    for part in re.split("(" + "|".join(places) + ")", rendered + closing):
-        untrusted = part in by_place
-        ids += (
-            encode_text(tokenizer, by_place[part]) if untrusted else tokenizer(part, add_special_tokens=False).input_ids
-        )
-    return ids
+    pieces = re.split("(" + "|".join(places) + ")", rendered + closing)
+    parts = [text_ids(tokenizer, by_place.get(piece, piece), trusted=piece not in by_place) for piece in pieces]
+    piecewise = [i for ids in parts for i in ids]
+    text_only = all(text_ids(tokenizer, content) == text_ids(tokenizer, content, trusted=True) for content in contents)
+    if text_only and [i for i in whole if i in control] == [i for i in piecewise if i in control]:
+        return whole
+    return piecewise
 
 
 def render(tokenizer, messages: list[Message], contents: list[str]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -186,12 +187,13 @@ class Run:
         self.pending.clear()
 
     def complete_log(self, lines: list[dict[str, Any]]) -> None:
-        """Adds the lines that a crash kept from the log."""
+        """Adds the lines that a crash kept from the log. Not their time tells them apart: a clock may stand still."""
         with self.surviving("complete the log"):
-            there = {line.get("timestamp") for line in self.log.read()}
-            for line in lines:
-                if line["timestamp"] not in there:
-                    self.log.append(line)
+            there = Counter(map(json.dumps, self.log.read()))
+            for line in map(json.dumps, lines):
+                if not there[line]:
+                    self.log.append(json.loads(line))
+                there[line] -= 1
 
     def batch(self, turns: Sequence[Turn]) -> Batch:
         prompts, responses = ([getattr(turn, name) for turn in turns] for name in ("prompt_ids", "response_ids"))

@@ -1,6 +1,8 @@
 """What a person types and sees. Text of models and of files is shown as text, never as markup or control codes."""
 
 import contextlib
+import errno
+import os
 import re
 import signal
 import sys
@@ -24,12 +26,48 @@ COMMANDS = """\
   /config      every setting as it is in force
   /quit        save and leave (so do Ctrl-D and Ctrl-C); also at the quiz"""
 BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+BYTE_ORDER_MARK = "\ufeff"
+INPUT_CLOSED = sys.stdin is None  # as the program was started
 
 
 def clean(text: str) -> str:
     """Untrusted text as a terminal may show it: no control, escape or bidirectional-override characters."""
     keep = (c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in BIDI_CONTROLS))
     return "".join(keep)
+
+
+def as_typed(line: str) -> str:
+    """A line from a person without the marks that keyboards of right-to-left scripts put in, and editors before it."""
+    return "".join(c for c in line if c not in BIDI_CONTROLS and c != BYTE_ORDER_MARK).strip()
+
+
+class Output:
+    """Standard output. Once whoever read it is gone, what is still to come goes nowhere, and the program leaves."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with self.watched():
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with self.watched():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A reader or a terminal that is gone asks the program to leave, as a signal does: not within a turn."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            signal.raise_signal(signal.SIGTERM)
 
 
 class Terminal:
@@ -40,15 +78,11 @@ class Terminal:
     def __init__(self, history: Path | None):
         from rich.console import Console
 
-        class PlainConsole(Console):
-            def on_broken_pipe(self) -> None:
-                raise BrokenPipeError  # for `main`; rich would exit with status 1
-
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(encoding="utf-8", errors="replace")
-        self.console = PlainConsole(highlight=False, markup=False, emoji=False)
-        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.console = Console(file=Output(sys.stdout), highlight=False, markup=False, emoji=False)
+        self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
         self.prompter = None
         self.column, self.word = 0, ""  # where the line is that is being written; the word that is not whole yet
         if self.interactive and history:
@@ -65,6 +99,10 @@ class Terminal:
             self.keys = {"completer": WordCompleter(re.findall(r"/\w+", COMMANDS), sentence=True)}
             self.keys |= {"complete_while_typing": False, "enable_suspend": True}  # Tab; Ctrl-Z
             self.prompter = PromptSession(history=kept, **self.keys)
+            if hasattr(self.prompter.input, "stdin_reader"):  # bytes that are no UTF-8 are replaced, as in a pipe
+                from prompt_toolkit.input.posix_utils import PosixStdinReader
+
+                self.prompter.input.stdin_reader = PosixStdinReader(sys.stdin.fileno(), errors="replace")
 
     @contextlib.contextmanager
     def keys_kept(self) -> Iterator[None]:
@@ -83,7 +121,8 @@ class Terminal:
         try:
             yield
         finally:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+            with contextlib.suppress(termios.error):  # the terminal may be gone
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(clean(text), style=style, soft_wrap=not self.interactive)  # in a pipe no line is broken
@@ -120,17 +159,20 @@ class Terminal:
         """A line from the person. Raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C."""
         if self.prompter is None:
             self.write(prompt)
-            line = sys.stdin.readline()
+            line = ""
+            with contextlib.suppress(OSError):  # of an input that is no longer there
+                line = sys.stdin.readline()
             if not line:
                 self.say("")
                 raise EOFError
             self.say(line.strip())  # the pipe's text is part of the transcript
-            return line.strip()
-        if remember:
-            return self.prompter.prompt(prompt).strip()
+            return as_typed(line)
         from prompt_toolkit import prompt as ask_once
 
-        return ask_once(prompt, **self.keys).strip()
+        with self.console.file.watched():
+            line = self.prompter.prompt(prompt) if remember else ask_once(prompt, **self.keys)
+            return as_typed(line)
+        raise EOFError
 
     def choose(self, quiz: Quiz, answer: str, prompt: str = "Your choice (A-D, s skips): ") -> int | str:
         """The person's choice: an option's index, or "skip". Raises EOFError where they leave."""
@@ -160,18 +202,18 @@ class Terminal:
 
 def parse_choice(text: str, options: Sequence[str]) -> int | str | None:
     """The index of the chosen option, "skip", or None if `text` is no choice. Letters come before options' texts."""
-    text = text.strip().casefold()
+    text, *texts = (visible(each).casefold() for each in (text, *options))
     if text == "s":
         return "skip"
     letter = text.rstrip(").") if len(text) < 3 else text
     if len(letter) == 1 and letter in LETTERS.casefold():
         return LETTERS.casefold().index(letter)
-    texts = [option.strip().casefold() for option in options]
     return texts.index(text) if text in texts else None
 
 
-class SecondInterrupt(KeyboardInterrupt):
-    """Ctrl-C while the first one was still waiting: the program ends now."""
+def visible(text: str) -> str:
+    """`text` without formatting characters, which nobody sees (joiners, marks of direction, spaces of no width)."""
+    return "".join(c for c in text if unicodedata.category(c) != "Cf").strip()
 
 
 class SimulatedLearner(Terminal):
@@ -215,39 +257,15 @@ def read_questions(path: str) -> list[str]:
     questions = []
     for number, line in enumerate(lines, 1):
         try:
-            questions.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            questions.append(as_typed(line.decode("utf-8")))
         except UnicodeDecodeError:
             raise ConfigError(f"questions={path}: line {number} is not UTF-8 text") from None
-        if clean(questions[-1]) != questions[-1]:
-            raise ConfigError(f"questions={path}: line {number} holds a control character")
+        if control := [c for c in questions[-1] if c != "\t" and unicodedata.category(c) == "Cc"]:
+            raise ConfigError(f"questions={path}: line {number} holds the control character U+{ord(control[0]):04X}")
     questions = [question for question in questions if question]
     if not questions:
         raise ConfigError(f"questions={path} holds no question: write one per line")
     return questions
-
-
-@contextlib.contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """A Ctrl-C in here takes effect at the end; a second one, also after one that is on its way, ends the program."""
-    seen: list[int] = []
-    another = isinstance(sys.exception(), KeyboardInterrupt)
-
-    def note(number: int, frame: Any) -> None:
-        if seen or another:
-            raise SecondInterrupt
-        seen.append(number)
-
-    try:
-        previous = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: no signal arrives here
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if seen:
-        raise KeyboardInterrupt
 
 
 def progress_chart(

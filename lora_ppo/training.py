@@ -276,7 +276,7 @@ def losses(policy: Policy, config: Settings, piece: Experience) -> dict[str, "Te
         if policy.kl_coef:
             # Divergence is priced in the loss, by an estimate that is never negative (Shao et al. 2024, equation 4).
             difference = (piece.ref_logprobs - logprobs).masked_fill(~mask, 0.0)
-            parts["loss"] += policy.kl_coef * ppo.masked_mean(difference.exp() - difference - 1.0, mask)
+            parts["loss"] += policy.kl_coef * ppo.masked_mean(difference.expm1() - difference, mask)
     return parts
 
 

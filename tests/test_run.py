@@ -53,6 +53,31 @@ def test_an_undo_that_a_crash_kept_from_the_log_comes_back(play):
     assert Path("logs/run.log").read_text() == "".join(lines)
 
 
+def clock(*times: str):
+    """A clock that shows these times, and the last one for ever."""
+    left = list(times)
+    return lambda: left.pop(0) if len(left) > 1 else left[0]
+
+
+NOON, BEFORE = "2026-01-01T12:00:00+00:00", "2025-12-31T23:00:00+00:00"
+
+
+@pytest.mark.parametrize("times", [[NOON], [NOON, BEFORE], [NOON, NOON, BEFORE, NOON]])
+@pytest.mark.parametrize("kept", [0, 1, 3, 5])
+def test_lines_of_the_log_come_back_whatever_the_clock_shows(play, monkeypatch, times, kept):
+    """Several turns in the same microsecond, or a clock that was set back."""
+    monkeypatch.setattr("lora_ppo.run.now", clock(*times))
+    play([*turns(2), "/undo", *turns(1), "/undo", *turns(1, first=5)], save_every=100)
+    lines = Path("logs/run.log").read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    Path("logs/run.log").write_text("".join(lines[:kept]))
+    for folder in checkpoints(Path("checkpoints"))[:-1]:
+        shutil.rmtree(folder)
+    _, _, run = play([], save_every=100)
+    assert Path("logs/run.log").read_text() == "".join(lines)
+    assert [line["turn"] for line in run.history()] == [0, 3]
+
+
 def test_undo_of_a_step_that_a_checkpoint_holds_survives_a_restart(play):
     _, _, run = play(turns(2))
     before = weights(run)

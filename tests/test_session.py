@@ -23,8 +23,9 @@ from lora_ppo.journal import LineFile
 from lora_ppo.loading import load_policy
 from lora_ppo.quiz import Quiz
 from lora_ppo.run import Run
+from lora_ppo.signals import SecondInterrupt, interrupts_deferred
 from lora_ppo.step import ppo_step
-from lora_ppo.terminal import SecondInterrupt, Terminal, interrupts_deferred, read_questions
+from lora_ppo.terminal import Terminal, read_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -305,7 +306,7 @@ def test_questions_are_read_line_by_line(tmp_path):
     path.write_bytes("\ufeffWhat is a quark?\r\n\n  Who wrote Hamlet? \n".encode())
     assert read_questions(str(path)) == ["What is a quark?", "Who wrote Hamlet?"]
     path.write_bytes(b"one\n" * 16 + b"What is \x1b[31m it?\n")
-    with pytest.raises(demo.ConfigError, match=r"line 17 holds a control character"):
+    with pytest.raises(demo.ConfigError, match=r"line 17 holds the control character U\+001B"):
         read_questions(str(path))
 
 

@@ -231,6 +231,23 @@ def test_the_grpo_gradient_is_that_of_the_formula(llama, accelerator):
     assert all(not found[name].any() for name in found if name.startswith("value_head"))
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_the_price_of_a_small_divergence_is_not_lost_in_rounding(llama, size):
+    """k3 is about half the square of the difference: e^d - d - 1, each rounded to float32, leaves nothing of it."""
+    policy, config = loaded(llama, algorithm="grpo", group_size=2)
+    batch = batch_of(policy, answered(policy, [1.0, 0.0]))
+    with torch.no_grad():
+        logprobs, values, _ = token_logprobs_and_values(policy, batch)
+    ref_logprobs = logprobs + size * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)
+    nothing = torch.zeros_like(logprobs)
+    policy.kl_coef = 1.0
+    piece = training.Experience(batch, logprobs, ref_logprobs, values, nothing, nothing)
+    found = training.losses(policy, config, piece)["loss"].item()
+    difference = (ref_logprobs.double() - logprobs.double())[batch.response_mask]
+    wanted = (difference**2 / 2 + difference**3 / 6 + difference**4 / 24).mean().item()
+    assert found == pytest.approx(wanted, rel=1e-6 / size)
+
+
 def test_with_kl_coef_0_no_divergence_is_too_large(llama, accelerator):
     """The estimate grows with its exponential, and 0 times infinity is no number."""
     policy, config = loaded(llama, algorithm="grpo", group_size=2, kl_coef=0.0)
