@@ -7,6 +7,7 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     chat                        roles and their prompts; chats as token ids
     layers, recording           layers that are quicker or keep less; passes recorded and played
     policy, loading, gguf       base model, gated LoRA adapters, value head, optimizer; how they are loaded; GGUF files
+    checks                      whether what was loaded is whole, and can do what a session asks
     checkpoint, adapters        folders written whole or not at all; adapters from elsewhere, merging
     decode, generate, forward   replies, token by token; one pass over prompts and responses
     quiz, episodes              the quiz; what a task is, and its episodes played
