@@ -74,11 +74,11 @@ def base_settings(
     return replace(config, lora_r=1)  # the adapters come from their folders: the policy's own one is idle
 
 
-def attach(policy: Policy, folder: Path, name: str) -> None:
+def attach(policy: Policy, folder: Path, name: str) -> "Tensor":
     """Puts the adapter of `folder` beside the policy's own and makes it the active one. Raises ConfigError.
 
     What is accepted is proved on the probes: with the adapter on, the logits are those that PEFT computes itself, and
-    with it off those of the base model, to the bit.
+    with it off those of the base model, to the bit. Returns the latter (N, V).
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -97,6 +97,7 @@ def attach(policy: Policy, folder: Path, name: str) -> None:
                 raise ConfigError(f"adapter={folder} {what} {len(keys)} tensors, such as {keys[0]}")
         layers = policy.use_adapter(name)
         prove(policy, folder, base, layers)
+        return base
     except ConfigError as error:
         detach(policy, name)
         raise ConfigError(f"adapter={folder}: {error}" if str(folder) not in str(error) else str(error)) from None
@@ -141,8 +142,7 @@ def attached(policy: Policy, folder: Path, name: str) -> Iterator[None]:
     """In here the adapter of `folder` is the active one. Raises ConfigError if it can't be, or leaves a trace."""
     import torch
 
-    base = probe_logits(policy, adapter=False)
-    attach(policy, folder, name)
+    base = attach(policy, folder, name)
     try:
         yield
     finally:
@@ -181,8 +181,7 @@ def merge(config: Settings, notice: Callable[[str], None]) -> dict[str, float]:
         config.dtype = "bfloat16"
     policy, config = load_policy(config, notice)
     suited(policy, folder, state)
-    base = probe_logits(policy, adapter=False)
-    attach(policy, folder, "trained")
+    base = attach(policy, folder, "trained")
     wanted = probe_logits(policy, adapter=True)
     new = out.with_name(f".{out.name}.new")
     try:
