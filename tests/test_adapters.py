@@ -177,7 +177,7 @@ def test_an_adapter_with_other_tensors_than_it_says_is_refused(change, named, ll
     [
         {"modules_to_save": ["embed_tokens"]},
         {"modules_to_save": ["lm_head"]},
-        {"bias": "all"},
+        {"lora_bias": True},
         {"use_dora": True},
         {"target_modules": ["embed_tokens"]},
         {"trainable_token_indices": [1]},
