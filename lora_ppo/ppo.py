@@ -12,6 +12,7 @@ from torch import Tensor
 
 PIECE = {"cpu": 2**17, "cuda": 2**24}  # elements of a tensor as wide as the vocabulary that are worked on at a time
 LEAST_LOGP = -60.0  # e^-60 counts for nothing, and is above float32's subnormals, which take a CPU ten times as long
+NEVER = -1e4  # below it are tokens that a vocabulary is padded with, by logits of -inf or the lowest number there is
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def exact_kl(logits: Tensor, other_logits: Tensor, temperature: float = 1.0) -> 
     def of_rows(logits: Tensor, other_logits: Tensor) -> Tensor:
         p, q = log_softmax(logits, temperature), log_softmax(other_logits, temperature)
         # What p never writes adds nothing, whatever q says of it. Left at -inf, 0 * inf would be NaN, its gradient too.
-        return (probabilities(p) * (p - q).masked_fill(p < LEAST_LOGP, 0.0)).sum(-1).clamp(min=0.0)
+        return (probabilities(p) * (p - q).masked_fill(p < NEVER, 0.0)).sum(-1).clamp(min=0.0)
 
     return by_pieces(of_rows, logits, other_logits)
 
@@ -163,8 +164,8 @@ def entropy(logits: Tensor, response_mask: Tensor, temperature: float = 1.0) -> 
     """Mean entropy, in nats, of softmax(logits / temperature) at response positions; logits (B, T, V)."""
 
     def of_rows(logits: Tensor, real: Tensor) -> Tensor:
-        logp = log_softmax(logits.masked_fill(~real, 0.0), temperature).clamp(min=LEAST_LOGP)  # 0 log 0 is 0, no NaN
-        return -(logp.softmax(-1) * logp).sum(-1)
+        logp = log_softmax(logits.masked_fill(~real, 0.0), temperature).clamp(min=NEVER)  # 0 log 0 is 0, and no NaN
+        return -(probabilities(logp) * logp).sum(-1)
 
     return masked_mean(by_pieces(of_rows, logits, response_mask), response_mask)
 
