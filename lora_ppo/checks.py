@@ -3,6 +3,7 @@
 What can't be done is one line at the start, a ConfigError, instead of noise or a traceback at the first question.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,14 +35,18 @@ def check_loaded(found: Mapping[str, Any], name: str) -> None:
 
 
 def check_weights(model, name: str) -> None:
-    """Raises ConfigError if a weight is NaN or infinite. A head's bias may be -inf, where it pads the vocabulary."""
+    """Raises ConfigError if a weight is NaN or infinite.
+
+    -inf is right in the bias of a head, where it pads the vocabulary, and in a buffer, which may be a mask.
+    """
     import torch
 
-    padded = getattr(model.get_output_embeddings(), "bias", None)
-    for key, weight in model.named_parameters():
+    padding = getattr(model.get_output_embeddings(), "bias", None)
+    masks = {id(x) for x in (padding, *model.buffers())}
+    for key, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
         # A sum that is finite has finite parts, and takes less time than to look at each.
         if weight.is_floating_point() and not weight.detach().sum(dtype=torch.float32).isfinite():
-            broken = weight[~weight.isfinite() if weight is not padded else ~(weight < math.inf)]
+            broken = weight[~(weight < math.inf) if id(weight) in masks else ~weight.isfinite()]
             if len(broken):
                 raise ConfigError(f"model_name={name}: {key} holds {broken[0].item()}; {INSTEAD}")
 
@@ -80,11 +85,13 @@ def attempt(name: str, what: str, do: Callable[[], Any]) -> Any:
 
 def encoded_prompts(policy: Policy) -> dict[str, list[int]]:
     """Each role's prompt for the shortest of questions, as token ids."""
+    if policy.tokenizer.vocab_size > policy.vocabulary:  # any text may be asked
+        raise ValueError(f"its tokenizer has {policy.tokenizer.vocab_size} tokens, its head {policy.vocabulary}")
     prompts = {role: encode_chat(policy.tokenizer, getattr(policy.prompts, role).messages("?")) for role in ROLES}
     for role, ids in prompts.items():
         if not ids or max(ids) >= policy.vocabulary:
             found = f"token {max(ids)}" if ids else "nothing"
-            raise ValueError(f"the {role}'s begets {found}, and there are {policy.vocabulary} embeddings")
+            raise ValueError(f"the {role}'s has {found}, and the model knows tokens below {policy.vocabulary}")
     return prompts
 
 

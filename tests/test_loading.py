@@ -197,6 +197,13 @@ def test_a_weight_that_is_not_finite_is_named(name, value, tmp_path):
     assert f"{name} holds {value}" in refusal(rewrite(save_tiny("llama", tmp_path), spoil))
 
 
+def test_a_buffer_that_is_not_a_number_is_named(tmp_path):
+    """DeepSeek keeps there what corrects the choice of experts."""
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    folder = save_tiny("deepseek_v3", tmp_path)
+    assert f"{name} holds nan" in refusal(rewrite(folder, lambda w: w | {name: w[name] * math.nan}))
+
+
 def test_weights_whose_sum_overflows_are_finite_all_the_same(tmp_path):
     """The sum is only the quick look. Softmax makes of such queries what it makes of any."""
     tiny_policy(rewrite(save_tiny("llama", tmp_path), lambda w: w | {QUERY: torch.full((32, 32), 1e36)}))
@@ -459,6 +466,11 @@ def test_a_padding_token_beyond_the_embeddings_is_not_used(tmp_path):
     assert policy.pad_id < policy.vocabulary
     batch = collate([[5, 6, 7], [8]], [[9], [10, 11]], policy.pad_id, policy.device)
     ppo_step(policy, batch, [1.0, -1.0])
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    """Its prompts might do without the rest; a question need not."""
+    assert "its tokenizer has 485 tokens, its head 480" in refusal(save_tiny("llama", tmp_path, vocab_size=480))
 
 
 @pytest.mark.parametrize("role", ["tutor", "quizmaster", "solver", "learner"])
