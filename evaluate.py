@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_ppo.adapters import IN_FULL, attach, base_settings, check_empty, merge, read_adapter, suited
+from lora_ppo.adapters import IN_FULL, attached, base_settings, check_empty, merge, read_adapter, suited
 from lora_ppo.checkpoint import other_prompts
 from lora_ppo.evaluation import METHODS, Answer, Result, answer_all, comparison, figures, held_out, write_json
 from lora_ppo.journal import now
@@ -139,7 +139,7 @@ def evaluate(config: EvaluateConfig, notice: Callable[[str], None]) -> tuple[lis
     trained = [*folders, Path(config.merged_model_path)] if config.use_merged_model else folders
     policy, config = load_policy(base_settings(config, trained, states, notice), notice)
     for folder, state in zip(folders, states, strict=True):
-        suited(config, folder, state)
+        suited(policy, folder, state)
         if line := other_prompts(folder, policy):
             notice(line)
     task = build_task(policy)
@@ -151,10 +151,9 @@ def evaluate(config: EvaluateConfig, notice: Callable[[str], None]) -> tuple[lis
 
     results = [Result("base", "", None, answers(policy, "base", adapter=False))]
     for i, (folder, state) in enumerate(zip(folders, states, strict=True)):
-        attach(policy, folder, f"adapter_{i}")
-        results.append(Result(folder.name, str(folder), state.get("step"), answers(policy, folder.name, adapter=True)))
-        policy.use_adapter()
-        policy.model.delete_adapter(f"adapter_{i}")
+        with attached(policy, folder, f"adapter_{i}"):
+            told = answers(policy, folder.name, adapter=True)
+        results.append(Result(folder.name, str(folder), state.get("step"), told))
     if all(state for state in states):  # a learning curve, whatever the order in which the shell named the folders
         results[1:] = sorted(results[1:], key=lambda result: result.step)
     if config.use_merged_model:

@@ -8,6 +8,7 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     layers, recording           layers that are quicker or keep less; passes recorded and played
     policy, loading, gguf       base model, gated LoRA adapters, value head, optimizer; how they are loaded; GGUF files
     gate                        what a model's quizzes are worth, as measured
+    checks                      whether what was loaded is whole, and can do what a session asks
     checkpoint, adapters        folders written whole or not at all; adapters from elsewhere, merging
     decode, generate, forward   replies, token by token; one pass over prompts and responses
     quiz, quizmaster, episodes  the quiz; how it is written, or not; what a task is, and its episodes played

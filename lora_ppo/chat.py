@@ -4,9 +4,11 @@ import difflib
 import json
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from lora_ppo.settings import ConfigError
 
@@ -241,43 +243,83 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
         messages = indented(messages)
     contents = [message["content"] for message in messages]
     places = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in messages]
-    rendered = render(tokenizer, messages, places)
-    if any(place not in rendered for place in places):
+    try:
+        rendered, form = render_whole(tokenizer, messages, places)
+    except ConfigError:
         if messages[0]["role"] != "system" or len(messages) < 2:
-            raise ConfigError(
-                "this model's chat template does not render the messages: try prompts=FILE without examples, or "
-                "another model_name"
-            )
+            raise
         merged = [{"role": messages[1]["role"], "content": f"{contents[0]}\n\n{contents[1]}"}, *messages[2:]]
         return encode_chat(tokenizer, merged)
     # Some templates open a thought, whatever they are told. Closed at once, it leaves the reply its place.
-    closing = "\n</think>\n\n" if rendered.rstrip().endswith("<think>") else ""
-    whole, control = encode(tokenizer, render(tokenizer, messages, contents) + closing), control_ids(tokenizer)
-    by_place = dict(zip(places, contents, strict=True))
+    opened = re.search(r"<((?:\w+:)?(?:think|thinking|thought|reasoning))>\s*$", rendered)
+    closing = f"\n</{opened[1]}>\n\n" if opened else ""
+    whole = encode(tokenizer, render(tokenizer, messages, list(map(form, contents))) + closing)
+    control, by_place = control_ids(tokenizer), dict(zip(places, contents, strict=True))
     pieces = re.split("(" + "|".join(places) + ")", rendered + closing)
     parts = [text_ids(tokenizer, by_place.get(piece, piece), trusted=piece not in by_place) for piece in pieces]
     piecewise = [i for ids in parts for i in ids]
     text_only = all(text_ids(tokenizer, content) == text_ids(tokenizer, content, trusted=True) for content in contents)
-    if text_only and [i for i in whole if i in control] == [i for i in piecewise if i in control]:
-        return whole
-    return piecewise
+    same = text_only and [i for i in whole if i in control] == [i for i in piecewise if i in control]
+    # Without a template the text begins as the tokenizer begins every text, with its BOS token if it has one.
+    return ([] if tokenizer.chat_template else opening_ids(tokenizer)) + (whole if same else piecewise)
 
 
-def render(tokenizer, messages: list[Message], contents: list[str]) -> str:
-    """The chat as text, with these contents; "" where the template refuses it.
+def as_parts(text: str) -> list[dict[str, str]]:
+    """A content as templates of models that see, too, want it: a list of parts."""
+    return [{"type": "text", "text": text}]
+
+
+def render_whole(tokenizer, messages: list[Message], contents: list[str]) -> tuple[str, Callable[[str], Any]]:
+    """The chat as text with all of `contents` in it, and in which form the template took them.
+
+    Raises ConfigError where it takes them in none.
+    """
+    reasons = []
+    for form in (str, as_parts):
+        try:
+            rendered = render(tokenizer, messages, list(map(form, contents)))
+            if all(content in rendered for content in contents):
+                return rendered, form
+            reasons.append("does not render the messages")
+        except Exception as error:  # a template is a program, and raises what it likes
+            reasons.append(f"can't be used ({' '.join(str(error).split())[:200] or type(error).__name__})")
+    raise ConfigError(
+        f"this model's chat template {reasons[0]}: try prompts=FILE without examples, or another model_name"
+    )
+
+
+def render(tokenizer, messages: list[Message], contents: list[Any], ask: bool = True) -> str:
+    """The chat as text, with these contents; `ask`: up to where a reply begins. Raises whatever the template raises.
 
     Without a template it is the contents between empty lines; where there are replies among them, with who speaks.
     """
-    from jinja2 import TemplateError
-
     rows = [message | {"content": content} for message, content in zip(messages, contents, strict=True)]
     if tokenizer.chat_template is None:
         user = "Question: {}\nAnswer:\n" if has_replies(messages) else "{}\n\n"
         return "".join((user if row["role"] == "user" else "{}\n\n").format(row["content"]) for row in rows)
-    try:
-        return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    except TemplateError:
-        return ""
+    return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
+
+
+def opening_ids(tokenizer) -> list[int]:
+    """What the tokenizer itself puts before a text."""
+    whole, bare = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+
+def reply_end(tokenizer) -> int | None:
+    """The special token that the chat template puts behind a reply, be it the next turn's first; None without one."""
+    asked, reply, place = {"role": "user"}, {"role": "assistant"}, "\ue000reply\ue001"
+    for chat in ([asked, reply], [asked, reply, asked]):
+        for form in (str, as_parts):
+            try:
+                contents = [form("?"), form(place), form("?")][: len(chat)]
+                after = render(tokenizer, chat, contents, ask=False).partition(place)[2]
+            except Exception:  # as above; `encode_chat` says it
+                continue
+            ids = tokenizer(after.lstrip(), add_special_tokens=False).input_ids
+            if ids and ids[0] in tokenizer.added_tokens_decoder:
+                return ids[0]
+    return None
 
 
 def has_replies(messages: list[Message]) -> bool:

@@ -18,7 +18,18 @@ from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
 from lora_ppo.settings import DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
 
-CHECKPOINT_FILES = {"adapter_model.safetensors", "value_head.safetensors", "optimizer.safetensors", "state.json"}
+PARTS = ("adapter_model", "value_head", "optimizer")  # files of tensors
+CHECKPOINT_FILES = {*(f"{name}.safetensors" for name in PARTS), "state.json"}
+
+# What an adapter_config.json may say and be plain LoRA; anything else that is set is more than low-rank parts.
+PLAIN = set(
+    "peft_type peft_version auto_mapping task_type base_model_name_or_path revision inference_mode r lora_alpha "
+    "lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern "
+    "use_rslora fan_in_fan_out init_lora_weights eva_config loftq_config megatron_core qalora_group_size "
+    "runtime_config".split()
+)
+SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others take a part of the base weights away
 
 
 class Damaged(Exception):
@@ -45,7 +56,7 @@ def save_checkpoint(
         save_file(tensors, new / "optimizer.safetensors")
         config = policy.config
         kept = {"step": policy.step, "kl_coef": policy.kl_coef, "base_model": base_name(config)}
-        kept |= {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
+        kept |= {"base_fingerprint": policy.fingerprint, "lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
         state = kept | {"target_modules": policy.targets, "config": asdict(config)} | state
         texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)}
         texts |= {PROMPTS_FILE: policy.prompts.as_yaml()} | (extra or {})
@@ -106,6 +117,39 @@ def other_prompts(folder: Path, policy: Policy) -> str:
     )
 
 
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The `adapter_config.json` of a PEFT folder. Raises ConfigError for anything but plain LoRA, by the setting."""
+    told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kind, start = told["peft_type"], told.get("init_lora_weights")
+    more = {
+        name: value for name, value in told.items() if name not in PLAIN and value not in (None, False, [], {}, "none")
+    }
+    more |= {} if start in HARMLESS_STARTS else {"init_lora_weights": start}
+    if kind != "LORA":
+        raise ConfigError(f"adapter={folder} has peft_type {kind}: expected LORA")
+    if more:
+        name, value = min(more.items())
+        raise ConfigError(f"adapter={folder} has {name}={str(value)[:60]}: expected plain LoRA on linear layers")
+    return told
+
+
+def other_base(state: dict[str, Any], policy: Policy) -> str:
+    """How the base model of a checkpoint differs from the policy's, and what to do; "" if it does not.
+
+    Weights make a base model, by whatever name they are called: a folder's can be spelt in many ways, and what a name
+    on the hub means can change.
+    """
+    then, now = state.get("base_model"), base_name(policy.config)
+    prints = state.get("base_fingerprint"), policy.fingerprint
+    if all(prints) and prints[0] == prints[1]:
+        return ""
+    if not all(prints) and then and Path(then).resolve() == Path(now).resolve():
+        return ""
+    if then != now:
+        return f"with model_name={then}, now it is {now}: set model_name back"
+    return f"on other weights than model_name={now} has now ({prints[0]}, now {prints[1]}): put those back"
+
+
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The `state.json` of a whole checkpoint. Raises Damaged if a file is missing, cut short or altered."""
     try:
@@ -131,23 +175,35 @@ def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] 
 
     Raises Damaged, or ConfigError where it belongs to another base model, rank or set of layers.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     state = verify_checkpoint(folder)
-    here = {"base_model": base_name(policy.config), "target_modules": policy.targets}
-    here |= {name: getattr(policy.config, name) for name in ("lora_r", "lora_alpha")}
     new_run = "start a new run with resume=none" if hasattr(policy.config, "resume") else "name another output_dir"
+    if difference := other_base(state, policy):
+        raise ConfigError(f"{folder} was trained {difference}, or {new_run}")
+    here = {"target_modules": policy.targets}
+    here |= {name: getattr(policy.config, name) for name in ("lora_r", "lora_alpha")}
     for name, value in here.items():
         if state.get(name) != value:
-            setting = {"base_model": "model_name"}.get(name, name)
             raise ConfigError(
-                f"{folder} was trained with {setting}={state.get(name)}, now it is {value}: "
-                f"set {setting} back, or {new_run}"
+                f"{folder} was trained with {name}={state.get(name)}, now it is {value}: set {name} back, or {new_run}"
             )
-    set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
-    policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
-    slots = {f"optimizer.{name}": tensor for name, tensor in load_file(folder / "optimizer.safetensors").items()}
+    told, ours = adapter_config(folder), policy.model.peft_config["default"].to_dict()
+    adapter, head, optimizer = (load_file(folder / f"{name}.safetensors") for name in PARTS)
+    if different := [name for name in SCALING if told.get(name) != ours[name]]:
+        raise ConfigError(
+            f"{folder} has {different[0]}={told.get(different[0])}, expected {ours[different[0]]}: {new_run}"
+        )
+    expected = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    if strange := adapter.keys() ^ expected.keys() or {n for n, x in expected.items() if adapter[n].shape != x.shape}:
+        raise Damaged(f"its adapter has other tensors than this policy's, such as {min(strange)}")
+    for name, tensor in (adapter | head | optimizer).items():
+        if not tensor.isfinite().all():
+            raise Damaged(f"its {name} is not finite")
+    set_peft_model_state_dict(policy.model, adapter)
+    policy.value_head.load_state_dict(head)
+    slots = {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
     own = {name: tensor for name, tensor in policy.tensors().items() if name.startswith("optimizer.")}
     if {name: x.shape for name, x in slots.items()} != {name: x.shape for name, x in own.items()}:
         raise ConfigError(f"{folder} holds the state of another optimizer: set optimizer back, or {new_run}")

@@ -77,10 +77,8 @@ def write_gate(path: Path, gate: Gate) -> None:
 
 
 def measured_file(policy: Policy) -> Path:
-    """Where what was measured on this model is kept: its weights, prompts and sampling are in the name."""
-    digest = hashlib.sha256(repr((FORMAT, policy.prompts, policy.config.top_p)).encode())
-    for name, tensor in policy.model.get_base_model().state_dict().items():
-        if "lora_" not in name:
-            first = tensor.flatten()[:64].float().cpu().numpy().tobytes()
-            digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode() + first)
+    """Where what was measured on this model is kept: its weights, precision, prompts and sampling are in the name."""
+    config = policy.config
+    weights = policy.fingerprint or config.model_name, config.dtype, config.load_in_4bit
+    digest = hashlib.sha256(repr((FORMAT, weights, policy.prompts, config.top_p)).encode())
     return cache_folder() / "quizzes" / f"{digest.hexdigest()[:24]}.json"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 PIECE = {"cpu": 2**17, "cuda": 2**24}  # elements of a tensor as wide as the vocabulary that are worked on at a time
 LEAST_LOGP = -60.0  # e^-60 counts for nothing, and is above float32's subnormals, which take a CPU ten times as long
+NEVER = -1e4  # below it are tokens that a vocabulary is padded with, by logits of -inf or the lowest number there is
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -75,11 +76,13 @@ def exact_kl(logits: Tensor, other_logits: Tensor, temperature: float = 1.0) -> 
     """KL(p || q) in nats, each a softmax(logits / temperature) over the vocabulary: (..., V), (..., V) -> (...).
 
     Never negative, unlike the sampled estimate log p(token) - log q(token), whose mean over truncated samples can be.
+    Where p is 0 (logits of -inf), as in a padded vocabulary, nothing is added; where q alone is, it is infinite.
     """
 
     def of_rows(logits: Tensor, other_logits: Tensor) -> Tensor:
         p, q = log_softmax(logits, temperature), log_softmax(other_logits, temperature)
-        return (probabilities(p) * (p - q)).sum(-1).clamp(min=0.0)
+        # What p never writes adds nothing, whatever q says of it. Left at -inf, 0 * inf would be NaN, its gradient too.
+        return (probabilities(p) * (p - q).masked_fill(p < NEVER, 0.0)).sum(-1).clamp(min=0.0)
 
     return by_pieces(of_rows, logits, other_logits)
 
@@ -91,7 +94,8 @@ def compute_rewards(
 
     Ziegler et al. 2019, equation 2 (https://arxiv.org/abs/1909.08593).
     """
-    rewards = (-kl_coef * (logprobs - ref_logprobs)).masked_fill(~response_mask, 0.0)
+    ratios = logprobs - ref_logprobs if kl_coef else torch.zeros_like(logprobs)  # a price of 0 is none, of infinity too
+    rewards = (-kl_coef * ratios).masked_fill(~response_mask, 0.0)
     # argmax gives the first of equal maxima, and positions differ: the last token that the policy chose.
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = (positions * response_mask).argmax(-1)  # (B,)
@@ -160,7 +164,7 @@ def entropy(logits: Tensor, response_mask: Tensor, temperature: float = 1.0) -> 
     """Mean entropy, in nats, of softmax(logits / temperature) at response positions; logits (B, T, V)."""
 
     def of_rows(logits: Tensor, real: Tensor) -> Tensor:
-        logp = log_softmax(logits.masked_fill(~real, 0.0), temperature)
+        logp = log_softmax(logits.masked_fill(~real, 0.0), temperature).clamp(min=NEVER)  # 0 log 0 is 0, and no NaN
         return -(probabilities(logp) * logp).sum(-1)
 
     return masked_mean(by_pieces(of_rows, logits, response_mask), response_mask)

@@ -78,7 +78,7 @@ class QuizGrammar:
         self.policy, self.prompt_length, self.consumed = policy, prompt_length, 0
         self.asked = sorted({form for w in re.findall(r"[^\W\d_]+", question) for form in (w, w.lower(), w.title())})
         schema = llguidance.LLMatcher.grammar_from_json_schema(QUIZ_SCHEMA, overrides={"whitespace_flexible": False})
-        self.matcher = llguidance.LLMatcher(policy.ll_tokenizer, schema)
+        self.matcher = llguidance.LLMatcher(policy.ll_tokenizer, schema, log_level=0)
 
     def __call__(self, ids: "Tensor", scores: "Tensor") -> "Tensor":
         import torch
@@ -104,7 +104,7 @@ class QuizGrammar:
         import numpy as np
         import torch
 
-        bits = llguidance.numpy.allocate_token_bitmask(1, vocabulary)
+        bits = llguidance.numpy.allocate_token_bitmask(1, self.policy.ll_tokenizer.vocab_size)
         llguidance.numpy.fill_next_token_bitmask(self.matcher, bits)
         return torch.from_numpy(np.unpackbits(bits.view(np.uint8), bitorder="little")[:vocabulary].astype(bool))
 

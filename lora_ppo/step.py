@@ -140,7 +140,11 @@ def ppo_losses(
     pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
     vf_loss, _ = ppo.value_loss(values, old_values, returns, mask, config.cliprange_value)
     mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask, config.temperature)
-    loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
+    loss = pg_loss
+    if config.vf_coef:  # times 0, a metric that is not finite would still decide the step
+        loss = loss + config.vf_coef * vf_loss
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * mean_entropy
     parts = {"loss": loss, "policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy}
     return parts | {"clip_fraction": clip_fraction}
 

@@ -268,15 +268,18 @@ def losses(policy: Policy, config: Settings, piece: Experience) -> dict[str, "Te
     mask, forward = piece.batch.response_mask, piece.first or token_logprobs_and_values(policy, piece.batch)
     logprobs, values, _ = forward
     if not mask.any():
-        nothing = 0.0 * (logprobs.sum() + values.sum())
+        nothing = sum(x.masked_fill(~mask, 0.0).sum() for x in (logprobs, values))  # on padding they may be infinite
         return dict.fromkeys(LOSSES, nothing)
     parts = ppo_losses(config, mask, forward, piece.logprobs, piece.values, piece.advantages, piece.returns)
     if config.algorithm == "grpo":
-        parts["loss"] = parts["policy_loss"] - config.entropy_coef * parts["entropy"]  # no value head
+        parts["loss"] = parts["policy_loss"]  # no value head
+        if config.entropy_coef:
+            parts["loss"] = parts["loss"] - config.entropy_coef * parts["entropy"]
         if policy.kl_coef:
             # Divergence is priced in the loss, by an estimate that is never negative (Shao et al. 2024, equation 4).
             difference = (piece.ref_logprobs - logprobs).masked_fill(~mask, 0.0)
-            parts["loss"] += policy.kl_coef * ppo.masked_mean(difference.expm1() - difference, mask)
+            k3 = difference.expm1() - difference
+            parts["loss"] = parts["loss"] + policy.kl_coef * ppo.masked_mean(k3, mask)
     return parts
 
 

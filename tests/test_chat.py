@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 from support.tiny import CHATML, DROPS_SYSTEM, RAISES_ON_SYSTEM, SPECIAL_TOKENS, tiny_tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_ppo.chat import Role, encode_chat, encode_text
+from lora_ppo.chat import Role, encode_chat, encode_text, reply_end
 from lora_ppo.settings import ConfigError
 
 ALTERNATES = (
@@ -314,3 +314,62 @@ def test_no_mixture_of_pieces_becomes_a_special_token(seed):
         for _ in range(20):
             system, text = ("".join(draw.choices(parts, k=draw.randint(1, 12))) for _ in range(2))
             assert special_counts(tokenizer, encode_chat(tokenizer, Role(system).messages(text))) == wanted, text
+
+
+PARTS = CHATML.replace(
+    "{{ message['content'] }}",
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("text", ["Why?", "<|im_end|>\n<|im_start|>system"])
+def test_a_template_that_wants_lists_of_parts_gets_them(text):
+    messages = Role("You teach.", EXAMPLES).messages(text)
+    wanted, plain = (encode_chat(tiny_tokenizer(template), messages) for template in (PARTS, CHATML))
+    assert wanted == plain
+
+
+@pytest.mark.parametrize("tag", ["think", "seed:think", "thinking", "thought"])
+def test_a_thought_is_closed_by_the_tag_that_opened_it(tag):
+    tokenizer = tiny_tokenizer(f"{CHATML}{{{{ '<{tag}>\\n' }}}}")
+    assert tokenizer.decode(encode_chat(tokenizer, Role("s").messages("u"))).endswith(f"<{tag}>\n\n</{tag}>\n\n")
+
+
+def with_bos(template: str | None):
+    """A tokenizer that puts a BOS token before every text."""
+    tokenizer = tiny_tokenizer(template)
+    place = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{place[0]} $A", special_tokens=[place]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["Why?", "<|im_end|>"])
+def test_without_a_template_a_chat_begins_as_every_text_does(text):
+    tokenizer, messages = with_bos(None), Role("You teach.").messages(text)
+    bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert encode_chat(tokenizer, messages) == [bos, *encode_chat(tiny_tokenizer(None), messages)]
+
+
+def test_with_a_template_only_the_template_writes_a_bos():
+    messages = Role("You teach.").messages("Why?")
+    assert encode_chat(with_bos(CHATML), messages) == encode_chat(tiny_tokenizer(CHATML), messages)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        (RAISES_ON_SYSTEM, "<|im_end|>"),
+        (PARTS, "<|im_end|>"),
+        (CHATML.replace("<|im_end|>", "  <|pad|>"), "<|pad|>"),
+        (CHATML.replace("<|im_end|>\n", ""), "<|im_start|>"),  # the next turn's opening ends a reply
+        (CHATML.replace("<|im_end|>", "###"), None),
+        ("{{ 1 / 0 }}", None),
+        (None, None),
+    ],
+)
+def test_the_end_of_a_reply_is_what_the_template_puts_there(template, end):
+    tokenizer = tiny_tokenizer(template)
+    assert reply_end(tokenizer) == (tokenizer.convert_tokens_to_ids(end) if end else None)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import tiny
 from support.decoding import prompts
 from support.steps import EOS, PAD, PROMPTS, RESPONSES, make_batch, make_policy, naive_rows
 from support.tiny import CHATML, randomize_adapter, tiny_config, tiny_tokenizer
@@ -11,6 +12,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from lora_ppo.forward import collate, known_beginning, read_sparingly, token_logprobs_and_values
 from lora_ppo.loading import load_policy
 from lora_ppo.recording import ROUND, round_up, sees_all
+from lora_ppo.settings import PROMPTS_FILE
 from lora_ppo.step import ppo_step
 
 
@@ -126,15 +128,16 @@ def test_what_fills_the_context_is_read_without_padding_beyond_it(tmp_path):
     """A model with learned positions has none for that."""
     tokenizer = tiny_tokenizer(CHATML)
     shape = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
-    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=29, **shape)
+    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=300, **shape)
     OPTForCausalLM(config).eval().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    (tmp_path / PROMPTS_FILE).write_text(tiny.PROMPTS.as_yaml(), encoding="utf-8")
     policy, _ = load_policy(tiny_config(tmp_path))
     randomize_adapter(policy)
-    prompt, answer = list(range(20, 40)), list(range(50, 59))
+    prompt, answer = list(range(20, 311)), list(range(50, 59))
     batch = collate([prompt], [answer], policy.pad_id, policy.device)
     logprobs, _, _ = token_logprobs_and_values(policy, batch)
-    logits = policy.model(input_ids=batch.input_ids).logits[0, 19:-1].log_softmax(-1)
+    logits = policy.model(input_ids=batch.input_ids).logits[0, 290:-1].log_softmax(-1)
     torch.testing.assert_close(logprobs[0], logits[range(9), answer], atol=1e-5, rtol=1e-5)
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.tiny import randomize_adapter, tiny_policy
 
 import evaluate
@@ -70,10 +71,10 @@ def test_what_was_measured_is_read_back_for_this_very_model(unmeasured):
     randomize_adapter(policy)  # adapters and their training change nothing
     assert read_gate(unmeasured, policy) == GATE
     assert tiny_policy(unmeasured, top_p=0.5).quiz_gate == Gate()
-    weight = policy.model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight
-    with torch.no_grad():
-        weight[0, 0] += 1e-3
-    assert read_gate(unmeasured, policy) == Gate()
+    tensors = load_file(unmeasured / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1e-3
+    save_file(tensors, unmeasured / "model.safetensors", metadata={"format": "pt"})
+    assert tiny_policy(unmeasured).quiz_gate == Gate()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"signal": "perhaps"}', '{"right": 5, "shown": 4, "asked": 9}'])

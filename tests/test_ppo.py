@@ -510,3 +510,51 @@ def test_with_ratio_one_the_policy_gradient_is_reinforce():
     loss.backward()
     assert_close(logprobs.grad, -case.advantages * case.mask / case.mask.sum(), rtol=1e-12, atol=0)
     assert clip_fraction == 0
+
+
+IMPOSSIBLE = [-math.inf, torch.finfo(torch.float32).min, -1e30]
+
+
+@pytest.mark.parametrize("low", IMPOSSIBLE)
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_tokens_of_probability_zero_leave_every_number_what_it_is_without_them(low, temperature):
+    """As padded vocabularies have them: entropy, KL, log-probabilities, and the gradients of all three."""
+    generator = torch.Generator().manual_seed(0)
+    logits, other = (torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask, tokens = torch.tensor([[True, True, False], [True, False, False]]), torch.tensor([[0, 1, 2], [3, 4, 0]])
+
+    def measured(pad: float | None) -> list[torch.Tensor]:
+        rows = [x.clone().requires_grad_() for x in (logits, other)]
+        padded = rows if pad is None else [torch.nn.functional.pad(x, (0, 3), value=pad) for x in rows]
+        results = [
+            ppo.entropy(padded[0], mask, temperature),
+            ppo.exact_kl(*padded, temperature),
+            ppo.chosen_logprobs(padded[0], tokens, temperature),
+        ]
+        sum(result.sum() for result in results).backward()
+        return [*(x.detach() for x in results), *(x.grad for x in rows)]
+
+    for with_zeros, without in zip(measured(low), measured(None), strict=True):
+        assert_close(with_zeros, without, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_of_padding_is_zero():
+    logits = torch.tensor([[[1.0, 2.0, -math.inf]]], requires_grad=True)
+    mask = torch.tensor([[True]])
+    (ppo.entropy(logits, mask) + ppo.exact_kl(logits, logits.detach() * torch.tensor([1.0, 3.0, 1.0])).sum()).backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[..., 2].abs() < 1e-20
+
+
+def test_what_the_reference_alone_never_writes_is_infinitely_far():
+    """And what the policy never writes adds nothing: 0.5 ln 2 + 0.5 ln 2."""
+    p, q = torch.tensor([0.0, 0.0, -math.inf]), torch.tensor([0.0, 0.0, 0.0, 0.0])
+    assert_close(ppo.exact_kl(torch.nn.functional.pad(p, (0, 1), value=-math.inf), q), torch.tensor(math.log(2)))
+    assert ppo.exact_kl(q[:3], p) == math.inf
+
+
+def test_a_price_of_zero_is_none_even_of_an_infinite_divergence():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    ref = torch.tensor([[-math.inf, -1.0]])
+    rewards = ppo.compute_rewards(torch.tensor([1.0]), torch.tensor([[-1.0, -1.0]]), ref, mask, 0.0)
+    assert rewards.tolist() == [[0.0, 1.0]]

@@ -126,7 +126,7 @@ def test_options_may_begin_alike(llama_policy, longer):
 @pytest.mark.parametrize("stop_ids", [[1], [2], [1, 2]])
 def test_after_the_quiz_only_end_tokens_are_allowed(llama_policy, text, stop_ids):
     """Whichever tokens end the model's replies: the tokenizer's own is 1."""
-    llama_policy.model.generation_config.eos_token_id = stop_ids
+    llama_policy.stop_ids = stop_ids
     tokenizer = llama_policy.tokenizer
     grammar = QuizGrammar(llama_policy, 1)
     written: list[int] = []

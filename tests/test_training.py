@@ -256,6 +256,28 @@ def test_with_kl_coef_0_no_divergence_is_too_large(llama, accelerator):
     assert training.losses(policy, config, far)["loss"].isfinite()
 
 
+def test_with_entropy_coef_0_the_entropy_decides_nothing(llama, accelerator, monkeypatch):
+    policy, config = loaded(llama, algorithm="grpo", group_size=2, entropy_coef=0.0)
+    experience, _ = training.examine(policy, accelerator, config, answered(policy, [1.0, 0.0]))
+    usual = training.losses(policy, config, experience)["loss"]
+    monkeypatch.setattr(ppo, "entropy", lambda *given: torch.tensor(torch.inf))
+    assert torch.equal(training.losses(policy, config, experience)["loss"], usual)
+
+
+def test_rows_that_take_no_part_have_a_loss_of_0_whatever_stands_on_their_padding(llama, accelerator):
+    """A padding token's logit may be -inf."""
+    policy, config = loaded(llama, algorithm="grpo", group_size=2)
+    experience, _ = training.examine(policy, accelerator, config, answered(policy, [1.0, 0.0]))
+    mask = torch.zeros_like(experience.batch.response_mask)
+    logprobs = torch.full_like(experience.logprobs, -torch.inf, requires_grad=True)
+    first = logprobs, torch.zeros_like(logprobs, requires_grad=True), None
+    nothing = replace(experience, batch=replace(experience.batch, response_mask=mask), first=first)
+    loss = training.losses(policy, config, nothing)["loss"]
+    loss.backward()
+    assert loss == 0
+    assert not logprobs.grad.any()
+
+
 def test_a_group_of_equal_rewards_gives_no_gradient_and_is_counted(llama, accelerator):
     policy, config = loaded(llama, algorithm="grpo", group_size=2, kl_coef=0.5)
     different, equal = answered(policy, [1.0, 0.0]), answered(policy, [0.3, 0.3], seed=3)

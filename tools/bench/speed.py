@@ -252,7 +252,7 @@ def answer_table(bench: Bench) -> Table:
 def measure_decoding(bench: Bench, table: Table, name: str) -> None:
     """tokens/s at batch 1, ours and generate's, and the limit."""
     policy = bench.policy(name)
-    policy.model.generation_config.eos_token_id = -1  # no token ends a reply
+    policy.stop_ids = [-1]  # no token ends a reply
     prompt = (Work(bench, policy).prompt * bench.question_tokens)[: bench.question_tokens]
     ways = {
         OURS: lambda: generate(policy, prompt, 1.0),
