@@ -20,7 +20,6 @@ reference policy is the same model with its adapters off), and training without 
 """
 
 import math
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -28,14 +27,16 @@ from typing import Any
 
 from config import Config
 from lora_ppo.chat import encode_chat
+from lora_ppo.disk import users_folder
 from lora_ppo.generate import Request, replies
 from lora_ppo.journal import turn_seed
 from lora_ppo.loading import base_name, is_bundled, load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import LETTERS, Quiz, make_quiz, quiz_request, quiz_text, reshuffled
-from lora_ppo.run import Run, Turn, is_right, users_folder
+from lora_ppo.run import Run, is_right
 from lora_ppo.settings import ConfigError, from_command_line
 from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_step
+from lora_ppo.streams import run_program
 from lora_ppo.terminal import (
     COMMANDS,
     SecondInterrupt,
@@ -46,6 +47,7 @@ from lora_ppo.terminal import (
     progress_chart,
     read_questions,
 )
+from lora_ppo.turns import Turn
 
 USAGE = f"""usage: python lora_ppo_demo.py [--config FILE] [name=value ...]
 
@@ -293,7 +295,7 @@ def banner(policy: Policy, config: Config, run: Run) -> str:
 
 
 def main() -> int:
-    """The program. Exit status: 0; 2 for a setting that can't be used; 130 after a second Ctrl-C."""
+    """The program. Exit status: 0; 1 if a disk kept nothing of it; 2 for bad settings; 130 after a second Ctrl-C."""
     run, status = None, 0
     try:
         config = from_command_line(Config, USAGE)
@@ -310,30 +312,28 @@ def main() -> int:
                 policy, config = load_policy(config, notice)
                 run = Run(policy, config, notice)
             if questions:
-                terminal = SimulatedLearner(policy, questions, config.steps)
+                terminal = SimulatedLearner(policy, questions, config.steps, run.simulation)
+                run.simulation = terminal.place
             terminal.say(banner(policy, config, run), "cyan")
             with terminal.keys_kept():
                 status = session(policy, run, terminal)
         except KeyboardInterrupt:  # while loading
             terminal.say("\nInterrupted.")
         # After a second Ctrl-C nothing is saved: the journal has every turn, and the weights may be half of a step.
-        if run and status == 0 and run.policy.step > run.saved_step and run.save():
+        if run and status == 0 and (run.unsafe or run.policy.step > run.saved_step) and run.save():
             terminal.say(f"Saved step {policy.step} in {run.folder}. Goodbye.")
-        if run and run.journal.unwritten:
-            terminal.say(f"{run.folder} could not be written to: what was learned since step {run.saved_step} is lost.")
-        return status
+        if run and run.unsafe:
+            terminal.say(f"{run.folder} could not be written to: what was learned since step {run.safe_step} is lost.")
+        return status or int(run is not None and run.unsafe)
     except ConfigError as error:
         print(f"error: {clean(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     finally:
         if run:
             run.close()
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ppo.chat import Prompts, encode_chat, load_prompts
 from lora_ppo.checkpoint import Damaged, prompt_note, verify_checkpoint
+from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.loading import base_name, find_prompts, load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
@@ -80,7 +81,8 @@ def attach(policy: Policy, folder: Path, name: str) -> None:
     from safetensors import SafetensorError
 
     try:
-        result = policy.model.load_adapter(str(folder), adapter_name=name, torch_device=str(policy.device))
+        with utf8_path(folder) as place:
+            result = policy.model.load_adapter(str(place), adapter_name=name, torch_device=str(policy.device))
         missing = result.missing_keys
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -131,10 +133,13 @@ def merge(config: Settings, notice: Callable[[str], None]) -> dict[str, float]:
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        policy.model.merge_and_unload(adapter_names=["trained"]).save_pretrained(new)
-        policy.tokenizer.save_pretrained(new)
-        (new / "README.md").write_text(merged_card(config, policy.prompts, folder, state), encoding="utf-8")
+        with utf8_path(new) as place:
+            policy.model.merge_and_unload(adapter_names=["trained"]).save_pretrained(place)
+            policy.tokenizer.save_pretrained(place)
+        card = merged_card(config, policy.prompts, folder, state)
+        (new / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         (new / PROMPTS_FILE).write_text(policy.prompts.as_yaml(), encoding="utf-8")
+        apply_umask(new)
         del policy
         found = probe_logits(load_policy(replace(config, model_name=str(new)), notice)[0], adapter=False)
         difference, effect = (found - wanted).abs().max().item(), (wanted - base).abs().max().item()

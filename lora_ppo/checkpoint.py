@@ -1,6 +1,7 @@
 """Checkpoints: folders that are written whole or not at all, and verified when they are read."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ from textwrap import indent
 from typing import Any
 
 from lora_ppo.chat import Prompts, load_prompts
+from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
 from lora_ppo.settings import DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
@@ -39,18 +41,19 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        policy.model.save_pretrained(new, safe_serialization=True, save_embedding_layers=False)
-        save_file(policy.value_head.state_dict(), new / "value_head.safetensors")
-        tensors = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
-        save_file(tensors, new / "optimizer.safetensors")
+        slots = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
+        with utf8_path(new) as place:
+            policy.model.save_pretrained(place, safe_serialization=True, save_embedding_layers=False)
+            save_file(policy.value_head.state_dict(), place / "value_head.safetensors")
+            save_file(slots, place / "optimizer.safetensors")
         config = policy.config
-        kept = {"step": policy.step, "kl_coef": policy.kl_coef, "base_model": base_name(config)}
-        kept |= {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
-        state = kept | {"target_modules": policy.targets, "config": asdict(config)} | state
+        kept = {"step": policy.step, "kl_coef": policy.kl_coef} | identity(policy)
+        state = kept | {"config": asdict(config)} | state
         texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)}
         texts |= {PROMPTS_FILE: policy.prompts.as_yaml()} | (extra or {})
         for name, text in texts.items():
-            (new / name).write_text(text, encoding="utf-8")
+            (new / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        apply_umask(new)
         files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(new.iterdir())}
         (new / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
         for path in (*new.iterdir(), new):
@@ -126,6 +129,13 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         raise Damaged(f"unreadable: {error}") from None
 
 
+def identity(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint and the policy that it is loaded into must have in common."""
+    config = policy.config
+    same = {"base_model": base_name(config), "target_modules": policy.targets}
+    return same | {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
+
+
 def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Verifies a checkpoint, puts it into `policy`, and returns its state.
 
@@ -135,19 +145,21 @@ def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] 
     from safetensors.torch import load_file
 
     state = verify_checkpoint(folder)
-    here = {"base_model": base_name(policy.config), "target_modules": policy.targets}
-    here |= {name: getattr(policy.config, name) for name in ("lora_r", "lora_alpha")}
     new_run = "start a new run with resume=none" if hasattr(policy.config, "resume") else "name another output_dir"
-    for name, value in here.items():
+    for name, value in identity(policy).items():
         if state.get(name) != value:
             setting = {"base_model": "model_name"}.get(name, name)
             raise ConfigError(
                 f"{folder} was trained with {setting}={state.get(name)}, now it is {value}: "
                 f"set {setting} back, or {new_run}"
             )
-    set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
-    policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
-    slots = {f"optimizer.{name}": tensor for name, tensor in load_file(folder / "optimizer.safetensors").items()}
+    with utf8_path(folder) as place:
+        adapter, head, slots = (
+            load_file(place / f"{n}.safetensors") for n in ("adapter_model", "value_head", "optimizer")
+        )
+    set_peft_model_state_dict(policy.model, adapter)
+    policy.value_head.load_state_dict(head)
+    slots = {f"optimizer.{name}": tensor for name, tensor in slots.items()}
     own = {name: tensor for name, tensor in policy.tensors().items() if name.startswith("optimizer.")}
     if {name: x.shape for name, x in slots.items()} != {name: x.shape for name, x in own.items()}:
         raise ConfigError(f"{folder} holds the state of another optimizer: set optimizer back, or {new_run}")
@@ -157,6 +169,21 @@ def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] 
     if line := other_prompts(folder, policy):
         notice(line)
     return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` says, whether the rest is whole or not; {} where it says nothing."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        state = json.loads((folder / "state.json").read_bytes())
+        if isinstance(state, dict) and isinstance(state.get("journal", {}), dict):
+            return state
+    return {}
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether that is what an error says; safetensors' have no errno."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number})" in str(error) for number in full)
 
 
 def remove_folder(folder: Path) -> None:

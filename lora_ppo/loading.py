@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ppo.chat import Prompts, load_prompts
+from lora_ppo.files import utf8_path
 from lora_ppo.gguf import unpacked
 from lora_ppo.policy import Policy
 from lora_ppo.settings import (
@@ -124,7 +125,8 @@ def source(config: Settings) -> Iterator[str]:
         with unpacked(path, config.dtype) as folder:
             yield str(folder)
     elif path.is_dir():
-        yield str(path)
+        with utf8_path(path) as place:
+            yield str(place)
     elif path.suffix == ".gguf" or name.startswith((".", "/")):
         kind = "file" if path.suffix == ".gguf" else "folder"
         raise ConfigError(f"model_name={name}: there is no such {kind}")
