@@ -58,17 +58,16 @@ class LineFile:
 
     def lines(self) -> list[bytes]:
         """Its lines, without their ends."""
-        data = self.path.read_bytes() if self.path.exists() else b""
-        return data.removeprefix(BYTE_ORDER_MARK).splitlines()
+        there = self.path.exists() and not self.path.is_char_device()  # /dev/full would never end
+        return (self.path.read_bytes() if there else b"").removeprefix(BYTE_ORDER_MARK).splitlines()
 
     def read(self) -> tuple[list[dict[str, Any]], list[int]]:
         """The records, and the numbers of lines that hold none. A last line that was not finished is cut off."""
-        if not self.path.exists():
+        if not self.path.exists() or self.path.is_char_device():
             return [], []
         data = self.path.read_bytes()
         whole = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         if torn(data[whole:]):
-            data = data[:whole]
             with contextlib.suppress(OSError):  # in a folder that can't be written to nothing is appended either
                 os.truncate(self.path, whole)
         parsed = [(number, parse(line)) for number, line in enumerate(self.lines(), 1) if line.strip()]

@@ -112,8 +112,7 @@ class Training:
                     epoch.rename(self.root / f"step_{step}")
             there, damaged = self.log.read()
             if damaged:
-                lines = f"line{'s' * (len(damaged) > 1)} {', '.join(map(str, damaged))}"
-                self.say(f"{self.log.path}: {lines} can't be read and left out.")
+                self.say(f"{self.log.path}: left out what can't be read: line {', '.join(map(str, damaged))}.")
             self.lines = [line for line in there if line.get("step", math.inf) <= state["step"]]
             if damaged or len(self.lines) < len(there):
                 replace_file(self.log.path, b"".join(json.dumps(line).encode("ascii") + b"\n" for line in self.lines))
