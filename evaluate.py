@@ -13,7 +13,6 @@ Left out on purpose: splits of its own. What is held out is the task's decision;
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from lora_ppo.policy import Policy
 from lora_ppo.quizmaster import ANSWERS
 from lora_ppo.settings import ConfigError, help_text, known_name, parse, setting, split_arguments, version
 from lora_ppo.statistics import wilson_interval
+from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
 from train import CHOICES, TASKS, TrainConfig
 
@@ -84,13 +84,11 @@ def settings_from(arguments: Sequence[str]) -> EvaluateConfig:
             words.append("--use_merged_model=true")
         else:
             words += [word, *values]
-    if folders:
-        words.append(f"--adapter=[{', '.join(map(json.dumps, folders))}]")
     for name, _ in split_arguments(EvaluateConfig, words)[1]:
         known_name(EvaluateConfig, name)
         if name not in SETTINGS:
             raise ConfigError(f"{name} is a setting of training: evaluation has no use for it (see --help)")
-    return check_settings(parse(EvaluateConfig, words))
+    return check_settings(parse(EvaluateConfig, words, {"adapter": folders} if folders else None))
 
 
 def check_settings(config: EvaluateConfig) -> EvaluateConfig:
@@ -271,7 +269,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """The program. Exit status: 0; 1 if the results can't be written; 2 for bad settings; 130 after Ctrl-C."""
+    """The program. Exit status: 0; 1 if results can't be written or shown; 2 for bad settings; 130 after Ctrl-C."""
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         print(help_text(EvaluateConfig, USAGE, only=SETTINGS))
@@ -281,7 +279,8 @@ def main() -> int:
         return 0
 
     def notice(text: str) -> None:
-        print(clean(text), flush=True)
+        with contextlib.suppress(OSError):  # results come first; that nobody can be shown anything is told at the end
+            print(clean(text), flush=True)
 
     try:
         config = settings_from(arguments)
@@ -292,12 +291,13 @@ def main() -> int:
         if config.mode in ("evaluate", "both"):
             results, resolved = evaluate(config, notice)
             record = report(resolved, results)
-            show(record)
             try:
                 write_json(Path(config.output_file), record)
             except OSError as error:
+                show(record)
                 print(f"error: output_file={config.output_file}: {error.strerror or error}", file=sys.stderr)
                 return 1
+            show(record)
             notice(f"wrote {config.output_file}")
         return 0
     except ConfigError as error:
@@ -309,4 +309,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

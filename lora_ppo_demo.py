@@ -27,13 +27,14 @@ from typing import Any
 
 from config import Config
 from lora_ppo.chat import encode_chat
+from lora_ppo.disk import users_folder
 from lora_ppo.generate import Request, replies
 from lora_ppo.journal import turn_seed
 from lora_ppo.loading import base_name, is_bundled, load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import LETTERS, Quiz, quiz_text, reshuffled
 from lora_ppo.quizmaster import first_requests, make_quiz
-from lora_ppo.run import Run, Turn, is_right, users_folder
+from lora_ppo.run import Run, is_right
 from lora_ppo.settings import ConfigError, from_command_line
 from lora_ppo.signals import (
     Leave,
@@ -43,6 +44,7 @@ from lora_ppo.signals import (
     leave_on_signals,
 )
 from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_step
+from lora_ppo.streams import run_program
 from lora_ppo.terminal import (
     COMMANDS,
     INPUT_CLOSED,
@@ -52,6 +54,7 @@ from lora_ppo.terminal import (
     progress_chart,
     read_questions,
 )
+from lora_ppo.turns import Turn
 from tasks.quiz_gate import QUESTIONS, ensure_gate
 
 USAGE = f"""usage: python lora_ppo_demo.py [--config FILE] [name=value ...]
@@ -302,7 +305,7 @@ def banner(policy: Policy, config: Config, run: Run) -> str:
 
 
 def main() -> int:
-    """The program. Exit status: 0; 2 for a setting that can't be used; 130 after a second Ctrl-C."""
+    """The program. Exit status: 0; 1 if a disk kept nothing of it; 2 for bad settings; 130 after a second Ctrl-C."""
     run, status = None, 0
     try:
         config = from_command_line(Config, USAGE)
@@ -324,7 +327,8 @@ def main() -> int:
                 with terminal.busy("Measuring ...") as show:
                     ensure_gate(policy, notice, lambda count: show(f"Measuring: {count} of {QUESTIONS} questions"))
                 if questions:
-                    terminal = SimulatedLearner(policy, questions, config.steps)
+                    terminal = SimulatedLearner(policy, questions, config.steps, run.simulation)
+                    run.simulation = terminal.place
                 terminal.say(banner(policy, config, run), "cyan")
                 with terminal.keys_kept():
                     status = session(policy, run, terminal)
@@ -334,13 +338,13 @@ def main() -> int:
                 terminal.say("\nInterrupted.")
             asked_to_leave.append(0)  # it is leaving: another signal changes nothing
             # After a second Ctrl-C nothing is saved: the journal has every turn, and the weights may be half of a step.
-            if run and status == 0 and run.policy.step > run.saved_step and run.save():
+            if run and status == 0 and (run.unsafe or run.policy.step > run.saved_step) and run.save():
                 terminal.say(f"Saved step {policy.step} in {run.folder}. Goodbye.")
-            if run and run.journal.unwritten:
+            if run and run.unsafe:
                 terminal.say(
-                    f"{run.folder} could not be written to: what was learned since step {run.saved_step} is lost."
+                    f"{run.folder} could not be written to: what was learned since step {run.safe_step} is lost."
                 )
-        return status
+        return status or int(run is not None and run.unsafe)
     except ConfigError as error:
         print(f"error: {clean(str(error))}", file=sys.stderr)
         return 2
@@ -352,4 +356,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

@@ -29,6 +29,7 @@ from lora_ppo.loading import is_bundled, load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.processes import shard
 from lora_ppo.settings import ConfigError, Settings, from_command_line, save_yaml, setting
+from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
 from lora_ppo.trainer import Training, locked
 from lora_ppo.training import prepare
@@ -262,4 +263,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

@@ -2,6 +2,7 @@
 
 A room is one module. Read step and ppo first: one PPO update, and its equations.
 
+    files, streams              any name, whole or not at all; streams that are full or closed
     settings, statistics        how settings are declared and checked; intervals and tests
     ppo                         the mathematics, pure functions of tensors
     chat                        roles and their prompts; chats as token ids
@@ -14,8 +15,10 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     quiz, quizmaster, episodes  the quiz; how it is written, or not; what a task is, and its episodes played
     step                        one PPO update on sampled answers, and both outcomes of a turn ahead of time
     processes, training         several processes; a batch of episodes becomes one step, by PPO or GRPO
-    journal, run                durable lines; the tutor's run on disk
-    signals, terminal           when the program is interrupted, and how it leaves; what a person types and sees
+    journal, disk               durable lines, chained by hashes; a run's folder, and disks that refuse
+    turns, recovery, run        a run in memory; how it comes back from disk; its life there
+    terminal                    what a person types and sees
+    signals                     when the program is interrupted, and how it leaves
     trainer, evaluation, report unattended runs, held-out samples, plots
 
 Imports go one way, downwards in tests/test_house.py's list. Importing this package imports nothing else: a room brings

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ppo.chat import Prompts, encode_chat, load_prompts
-from lora_ppo.checkpoint import Damaged, adapter_config, other_base, prompt_note, verify_checkpoint
+from lora_ppo.checkpoint import Damaged, adapter_config, other_base, prompt_note, tensors_in, verify_checkpoint
+from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.gate import write_gate
 from lora_ppo.loading import base_name, find_prompts, load_policy
 from lora_ppo.policy import Policy
@@ -82,16 +83,16 @@ def attach(policy: Policy, folder: Path, name: str) -> "Tensor":
     with it off those of the base model, to the bit. Returns the latter (N, V).
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     base = probe_logits(policy, adapter=False)
     try:
         adapter_config(folder)
         # A layer that is saved whole would take the place of the base's own.
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = tensors_in(folder, "adapter_model")
         if more := [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))]:
             raise ConfigError(f"adapter={folder} holds {more[0]}: expected lora_A and lora_B of linear layers alone")
-        result = policy.model.load_adapter(str(folder), adapter_name=name, torch_device=str(policy.device))
+        with utf8_path(folder) as place:
+            result = policy.model.load_adapter(str(place), adapter_name=name, torch_device=str(policy.device))
         policy.model.eval()
         for keys, what in ((result.missing_keys, "lacks"), (result.unexpected_keys, "has, and nothing takes,")):
             if keys:
@@ -188,12 +189,15 @@ def merge(config: Settings, notice: Callable[[str], None]) -> dict[str, float]:
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        policy.model.merge_and_unload(adapter_names=["trained"]).save_pretrained(new)
-        policy.tokenizer.save_pretrained(new)
-        (new / "README.md").write_text(merged_card(config, policy.prompts, folder, state), encoding="utf-8")
+        with utf8_path(new) as place:
+            policy.model.merge_and_unload(adapter_names=["trained"]).save_pretrained(place)
+            policy.tokenizer.save_pretrained(place)
+        card = merged_card(config, policy.prompts, folder, state)
+        (new / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         (new / PROMPTS_FILE).write_text(policy.prompts.as_yaml(), encoding="utf-8")
         if policy.quiz_gate.signal == "options":  # trained to write and to solve quizzes, as its prompts have it
             write_gate(new / GATE_FILE, policy.quiz_gate)
+        apply_umask(new)
         del policy
         found = probe_logits(load_policy(replace(config, model_name=str(new)), notice)[0], adapter=False)
         difference, effect = (found - wanted).abs().max().item(), (wanted - base).abs().max().item()

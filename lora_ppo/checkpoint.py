@@ -1,6 +1,7 @@
 """Checkpoints: folders that are written whole or not at all, and verified when they are read."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ from textwrap import indent
 from typing import Any
 
 from lora_ppo.chat import Prompts, load_prompts
+from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
 from lora_ppo.settings import DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
@@ -50,18 +52,19 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        policy.model.save_pretrained(new, safe_serialization=True, save_embedding_layers=False)
-        save_file(policy.value_head.state_dict(), new / "value_head.safetensors")
-        tensors = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
-        save_file(tensors, new / "optimizer.safetensors")
+        slots = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
+        with utf8_path(new) as place:
+            policy.model.save_pretrained(place, safe_serialization=True, save_embedding_layers=False)
+            save_file(policy.value_head.state_dict(), place / "value_head.safetensors")
+            save_file(slots, place / "optimizer.safetensors")
         config = policy.config
-        kept = {"step": policy.step, "kl_coef": policy.kl_coef, "base_model": base_name(config)}
-        kept |= {"base_fingerprint": policy.fingerprint, "lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
-        state = kept | {"target_modules": policy.targets, "config": asdict(config)} | state
+        kept = {"step": policy.step, "kl_coef": policy.kl_coef} | identity(policy)
+        state = kept | {"config": asdict(config)} | state
         texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)}
         texts |= {PROMPTS_FILE: policy.prompts.as_yaml()} | (extra or {})
         for name, text in texts.items():
-            (new / name).write_text(text, encoding="utf-8")
+            (new / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        apply_umask(new)
         files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(new.iterdir())}
         (new / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
         for path in (*new.iterdir(), new):
@@ -170,27 +173,41 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         raise Damaged(f"unreadable: {error}") from None
 
 
+def identity(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint and the policy that it is loaded into must have in common."""
+    config = policy.config
+    same = {"base_model": base_name(config), "base_fingerprint": policy.fingerprint, "target_modules": policy.targets}
+    return same | {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
+
+
+def tensors_in(folder: Path, name: str) -> dict[str, Any]:
+    """The tensors of one of a checkpoint's safetensors files."""
+    from safetensors.torch import load_file
+
+    with utf8_path(folder) as place:
+        return load_file(place / f"{name}.safetensors")
+
+
 def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Verifies a checkpoint, puts it into `policy`, and returns its state.
 
     Raises Damaged, or ConfigError where it belongs to another base model, rank or set of layers.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     state = verify_checkpoint(folder)
     new_run = "start a new run with resume=none" if hasattr(policy.config, "resume") else "name another output_dir"
     if difference := other_base(state, policy):
         raise ConfigError(f"{folder} was trained {difference}, or {new_run}")
-    here = {"target_modules": policy.targets}
-    here |= {name: getattr(policy.config, name) for name in ("lora_r", "lora_alpha")}
-    for name, value in here.items():
+    for name, value in identity(policy).items():
+        if name.startswith("base_"):
+            continue
         if state.get(name) != value:
             raise ConfigError(
                 f"{folder} was trained with {name}={state.get(name)}, now it is {value}: set {name} back, or {new_run}"
             )
     told, ours = adapter_config(folder), policy.model.peft_config["default"].to_dict()
-    adapter, head, optimizer = (load_file(folder / f"{name}.safetensors") for name in PARTS)
+    adapter, head, optimizer = (tensors_in(folder, name) for name in PARTS)
     if different := [name for name in SCALING if told.get(name) != ours[name]]:
         raise ConfigError(
             f"{folder} has {different[0]}={told.get(different[0])}, expected {ours[different[0]]}: {new_run}"
@@ -213,6 +230,21 @@ def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] 
     if line := other_prompts(folder, policy):
         notice(line)
     return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` says, whether the rest is whole or not; {} where it says nothing."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        state = json.loads((folder / "state.json").read_bytes())
+        if isinstance(state, dict) and isinstance(state.get("journal", {}), dict):
+            return state
+    return {}
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether that is what an error says; safetensors' have no errno."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number})" in str(error) for number in full)
 
 
 def remove_folder(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Models that answer the same held-out samples under the same seeds, and what can be said of the difference."""
 
 import json
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from lora_ppo.chat import Message
 from lora_ppo.episodes import Episode, Outcome, Task, judge, play
+from lora_ppo.files import replace_file
 from lora_ppo.journal import turn_seed
 from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError
@@ -149,6 +149,4 @@ def comparison(result: Result, base: Result, seed: int = 0) -> dict[str, Any]:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes `record` as ASCII JSON; a reader sees the old file or the new one, whole."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(record, indent=1), encoding="ascii")
-    os.replace(new, path)
+    replace_file(path, json.dumps(record, indent=1).encode("ascii"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_ppo.chat import Prompts, load_prompts
 from lora_ppo.checks import check_loaded, check_policy, check_weights
+from lora_ppo.files import utf8_path
 from lora_ppo.gate import read_gate
 from lora_ppo.gguf import unpacked
 from lora_ppo.policy import Policy, is_experts
@@ -214,7 +215,8 @@ def source(config: Settings) -> Iterator[str]:
         with unpacked(path, config.dtype) as folder:
             yield str(folder)
     elif path.is_dir():
-        yield str(path)
+        with utf8_path(path) as place:
+            yield str(place)
     elif path.suffix == ".gguf" or name.startswith((".", "/")):
         kind = "file" if path.suffix == ".gguf" else "folder"
         raise ConfigError(f"model_name={name}: there is no such {kind}")

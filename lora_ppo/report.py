@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_ppo.files import replace_file
+
 # file name: (title, what the vertical axis shows, the log's key of each step, the log's key of each evaluation)
 PLOTS = {
     "reward": ("Reward", "mean reward of a step", "reward", "eval_reward"),
@@ -96,7 +98,7 @@ def write_report(
         "</table></body></html>",
     ]
     path = folder / "report.html"
-    path.write_text("\n".join(page) + "\n", encoding="utf-8")
+    replace_file(path, ("\n".join(page) + "\n").encode("utf-8", "backslashreplace"))
     return path
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import signal
@@ -90,10 +91,15 @@ class Terminal:
             from prompt_toolkit.completion import WordCompleter
             from prompt_toolkit.history import FileHistory, InMemoryHistory
 
+            class KeptHistory(FileHistory):
+                def store_string(self, string: str) -> None:
+                    with contextlib.suppress(OSError):  # a full disk costs the line's history, not the session
+                        super().store_string(string)
+
             try:
                 history.parent.mkdir(parents=True, exist_ok=True)
                 history.touch()
-                kept = FileHistory(str(history))
+                kept = KeptHistory(str(history))
             except OSError:
                 kept = InMemoryHistory()
             self.keys = {"completer": WordCompleter(re.findall(r"/\w+", COMMANDS), sentence=True)}
@@ -221,22 +227,30 @@ class SimulatedLearner(Terminal):
 
     waits_for_a_person = False  # it thinks with the policy's own base model
 
-    def __init__(self, policy: Policy, questions: Sequence[str], steps: int):
+    def __init__(self, policy: Policy, questions: Sequence[str], steps: int, before: dict[str, Any] | None = None):
+        """`before` is the `place` that the session before this one had reached: if that was not over, it goes on."""
         super().__init__(None)
-        self.policy, self.questions, self.last = policy, questions, policy.step + steps
-        self.asked, self.chosen, self.chosen_then = 0, 0, -1
+        self.policy, self.questions = policy, questions
+        these = hashlib.sha256("\n".join(questions).encode()).hexdigest()
+        fresh = {"questions": these, "start": policy.step, "steps": steps, "asked": 0, "chosen": 0}
+        over = not before or before["questions"] != these or policy.step >= before["start"] + before["steps"]
+        if not over and before["asked"] and before["asked"] % len(questions) == before["chosen"] == 0:
+            over = True  # it had given up
+        # Questions asked; choices made since the first of them was asked last.
+        self.place = fresh if over else before | {"steps": steps}
 
     def ask(self, prompt: str, remember: bool = True) -> str:
         """The next question, over and over, until the steps are taken; then EOFError, as when a person leaves."""
-        if self.asked % len(self.questions) == 0:
-            if self.chosen == self.chosen_then:
+        place = self.place
+        if self.policy.step >= place["start"] + place["steps"]:
+            raise EOFError
+        if place["asked"] % len(self.questions) == 0:
+            if place["asked"] and not place["chosen"]:
                 self.say("\nNot one of the questions led to a quiz.", "yellow")
                 raise EOFError
-            self.chosen_then = self.chosen
-        if self.policy.step >= self.last:
-            raise EOFError
-        question = self.questions[self.asked % len(self.questions)]
-        self.asked += 1
+            place["chosen"] = 0
+        question = self.questions[place["asked"] % len(self.questions)]
+        place["asked"] += 1
         self.say(f"{prompt}{question}")
         return question
 
@@ -244,7 +258,7 @@ class SimulatedLearner(Terminal):
         read, unread = learner_probabilities(self.policy, [answer], [quiz])
         choice = learner_choices(read, unread)[0] if answer else unread[0].argmax().item()  # before the answer: a guess
         self.say(f"The learner chooses {LETTERS[choice]}.")
-        self.chosen += 1
+        self.place["chosen"] += 1
         return choice
 
 

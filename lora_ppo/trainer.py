@@ -7,7 +7,6 @@ been.
 import contextlib
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -19,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from lora_ppo.checkpoint import (
     Damaged,
     all_checkpoints,
-    checkpoints,
     load_checkpoint,
-    remove_folder,
     save_checkpoint,
 )
+from lora_ppo.disk import Checkpoints
 from lora_ppo.episodes import Task, Trajectory, play
+from lora_ppo.files import replace_file
 from lora_ppo.journal import LineFile, now, turn_seed
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
@@ -87,6 +86,8 @@ class Training:
         self.config, self.policy, self.task, self.accelerator = config, policy, task, accelerator
         self.root = Path(config.output_dir)
         self.log = LineFile(self.root / "train.log")
+        self.shelf = Checkpoints(self.root, self.say)
+        self.lost: set[str] = set()  # what the disk did not take
         self.lines: list[dict[str, Any]] = []
         self.train, self.laps = task.samples("train"), {}
         per_epoch = config.samples_per_epoch or len(self.train)
@@ -104,16 +105,17 @@ class Training:
         except Damaged as error:
             raise ConfigError(f"resume_from={folder}: {error}") from None
         self.policy.configure(self.policy.config)
+        self.shelf.kept["resumed"] = self.root / f"step_{state['step']}"
         if folder.resolve().parent == self.root.resolve() and self.accelerator.is_main_process:
             for step, epoch in all_checkpoints(self.root):  # of epochs that were shorter
                 if epoch.name.startswith("epoch_") and epoch.name != f"epoch_{step / self.steps_per_epoch:g}":
                     epoch.rename(self.root / f"step_{step}")
-            if self.log.size > state["log_offset"]:
-                os.truncate(self.log.path, state["log_offset"])
-            try:
-                self.lines = self.log.read()
-            except Damaged as error:
-                raise ConfigError(f"output_dir={self.root}: {error}; mend or move the file") from None
+            there, damaged = self.log.read()
+            if damaged:
+                self.say(f"{self.log.path}: left out what can't be read: line {', '.join(map(str, damaged))}.")
+            self.lines = [line for line in there if line.get("step", math.inf) <= state["step"]]
+            if damaged or len(self.lines) < len(there):
+                replace_file(self.log.path, b"".join(json.dumps(line).encode("ascii") + b"\n" for line in self.lines))
         self.say(f"Resuming from {folder} at step {self.policy.step}.")
 
     def samples(self, step: int) -> list[Any]:
@@ -193,7 +195,8 @@ class Training:
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
         if self.accelerator.is_main_process:
             try:
-                self.log.append(line)
+                self.log.add(line)
+                self.shelf.write(self.log.flush)
             except OSError as error:
                 self.say(f"Could not write the log ({error}). The run goes on.")
 
@@ -220,10 +223,12 @@ class Training:
             state |= {"rng": {"seed": self.config.seed, "step": step}, "log_offset": self.log.size}
             stats = {"training_stats.json": json.dumps(training_stats(self.lines), indent=1)}
             try:
-                save_checkpoint(self.root / name, self.policy, state, self.result(), stats)
-                for folder in checkpoints(self.root)[self.config.keep_checkpoints :]:
-                    remove_folder(folder)
+                folder = self.root / name
+                self.shelf.save(folder, lambda: save_checkpoint(folder, self.policy, state, self.result(), stats))
+                self.lost.discard("the last checkpoint")
+                self.shelf.prune(self.config.keep_checkpoints)
             except (OSError, SafetensorError) as error:
+                self.lost.add("the last checkpoint")
                 self.say(f"Could not save {name} ({error}). The run goes on.")
         total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
 
@@ -248,7 +253,13 @@ class Training:
             self.say(self.how_to_go_on())
             return 130
         self.report()
-        return 0
+        with contextlib.suppress(OSError):
+            self.log.flush()
+        if self.log.unwritten:
+            self.lost.add("lines of the log")
+        if self.lost:
+            self.say(f"{self.root} could not be written to: {' and '.join(sorted(self.lost))} lost.")
+        return int(bool(self.lost))
 
     def steps(self, asked: list[int], show: Callable[[dict[str, Any]], None]) -> None:
         """Takes the steps that are left, or those until somebody `asked` to stop."""
@@ -324,6 +335,7 @@ class Training:
                 path = write_report(self.root, self.lines, rows, f"{settings} {self.result()}")
                 self.say(f"{self.result()} The report is {path}.")
             except OSError as error:
+                self.lost.add("the report")
                 self.say(f"{self.result()} The report could not be written ({error}).")
         total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
 

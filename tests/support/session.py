@@ -18,9 +18,12 @@ import torch
 from prompt_toolkit.application import create_app_session
 
 import lora_ppo_demo as demo
+from lora_ppo.loading import load_policy
 from lora_ppo.quiz import Quiz
 from lora_ppo.run import Run
 from lora_ppo.signals import LEAVING
+from lora_ppo.terminal import Terminal
+from support.tiny import tiny_config
 
 OPTIONS = ("alpha", "beta", "gamma", "delta")
 SETTINGS = {"learning_rate": 1e-2, "save_every": 3, "max_new_tokens": 6, "temperature": 1.0, "target_kl": 1e6}
@@ -135,3 +138,21 @@ def same(a, b) -> bool:
 
 def log_lines(folder: Path = Path()) -> list[dict]:
     return [json.loads(line) for line in (folder / "logs" / "run.log").read_text().splitlines()]
+
+
+def scripted_run(model: Path, folder: Path, count: int, **settings) -> None:
+    """A run of `count` turns in `folder`/c and `folder`/l, as the program plays them; a checkpoint after each step."""
+    settings = SETTINGS | {"save_every": 1, "keep_checkpoints": 1000} | settings
+    config = tiny_config(model, checkpoint_dir=str(folder / "c"), log_dir=str(folder / "l"), **settings)
+    policy, config = load_policy(config)
+    run, terminal = Run(policy, config, lambda text: None), Terminal(None)
+    choices: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "make_quiz", scripted_quiz)
+        patch.setattr(Terminal, "ask", lambda *_, **__: choices.pop())
+        lines = turns(count)
+        for question, choice in zip(lines[::2], lines[1::2], strict=True):
+            choices.append(choice)
+            demo.take_turn(question, policy, run, terminal)
+    run.save()
+    run.close()
