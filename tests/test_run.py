@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.session import SETTINGS, log_lines, same, scripted_quiz, turns, weights
-from support.tiny import tiny_config
+from support.tiny import save_tiny, tiny_config
 
 import lora_ppo_demo as demo
 from lora_ppo.checkpoint import checkpoints, verify_checkpoint
@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_refused_with_both_values(play, settings, words):
 
 def test_another_base_model_is_refused(play, llama, tmp_path):
     play(turns(1))
-    other = shutil.copytree(llama, tmp_path / "other")
+    other = save_tiny("llama", tmp_path / "other", seed=1)  # a mere copy is the same model
     status, output, _ = play([], model_name=other)
     assert status == 2
     assert f"model_name={llama}" in output
