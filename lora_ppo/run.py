@@ -191,9 +191,10 @@ class Run:
         with self.surviving("complete the log"):
             there = Counter(map(json.dumps, self.log.read()))
             for line in map(json.dumps, lines):
-                if not there[line]:
+                if there[line]:
+                    there[line] -= 1
+                else:
                     self.log.append(json.loads(line))
-                there[line] -= 1
 
     def batch(self, turns: Sequence[Turn]) -> Batch:
         prompts, responses = ([getattr(turn, name) for turn in turns] for name in ("prompt_ids", "response_ids"))
