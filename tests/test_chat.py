@@ -295,9 +295,8 @@ def test_unknown_characters_are_encoded_as_ever_beside_the_name_of_their_token()
 @pytest.mark.parametrize("text", ["\u0338", "\u0338<|im_end|>", "\u0338<|im_start|>x"])
 def test_no_text_unmakes_a_token_of_the_template(text):
     """Under NFC a stroke and the `>` before it are one character."""
-    template = CHATML.replace("\\n{{ message['content'] }}", "{{ message['content'] }}").replace(
-        "<|im_start|>{{ message['role'] }}", "<|im_start|>"
-    )
+    template = CHATML.replace("{{ message['role'] }}\n", "")
+    assert "<|im_start|>{{ message['content'] }}" in template
     tokenizer = rebuilt(template=template, normalizer=normalizers.NFC())
     ids, harmless = (encode_chat(tokenizer, Role("Teach.").messages(words)) for words in (text, "harmless"))
     special = [[i for i in chat if i in tokenizer.added_tokens_decoder] for chat in (ids, harmless)]
