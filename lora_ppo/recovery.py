@@ -197,9 +197,10 @@ class Recovery(Turns):
                 self.remember(entry.record.get("log", {}))
             there = Counter(map(json.dumps, logged))
             for line in map(json.dumps, self.unlogged):
-                if not there[line]:
+                if there[line]:
+                    there[line] -= 1
+                else:
                     self.log.add(json.loads(line))
-                there[line] -= 1
             self.log.flush()
 
     def remember(self, line: dict[str, Any]) -> None:
