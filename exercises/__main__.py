@@ -4,7 +4,7 @@
     python -m exercises --file PATH     checks another file
     python -m exercises --json          the same as JSON, an object for each exercise
     python -m exercises walk            one real answer through all steps, token by token
-    python -m exercises toy kl_coef=0   a whole run in a second, and one with another setting beside it
+    python -m exercises toy vs lam=0    a whole run in a second, and one with another setting beside it
 
 Exit status: 0 if all six pass, 1 if not, 2 if the file can't be used.
 """

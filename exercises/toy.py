@@ -1,7 +1,8 @@
 """A whole PPO run in a second or two: the four steps in a loop, on a policy that is a table.
 
-    python -m exercises toy                    the default run
-    python -m exercises toy kl_coef=0 lam=0    what changes, beside it
+    python -m exercises toy                                the default run
+    python -m exercises toy kl_coef=0 lam=0                a run with these settings
+    python -m exercises toy steps=120 vs kl_coef=0         two runs: the settings after `vs` are the second's alone
 
 Each prompt is a number from 0 to 3. The answer is up to 6 tokens of a vocabulary of 8; token 0 ends it. It is right,
 and earns +1, if the token 4 + prompt is in it, and nothing else of 4 to 7; otherwise it earns -1. A table gives the
@@ -147,14 +148,18 @@ def curve(values: list[float], low: float, high: float) -> str:
 
 
 def toy(arguments: list[str]) -> int:
-    """Runs the default and, with arguments, those settings beside it."""
-    config = parse(arguments)
+    """Runs one toy, or, with `vs`, two, and shows how their numbers went, one below the other."""
     torch.set_num_threads(1)  # tensors this small are no work for two
-    runs = {"default": run(Toy())} | ({" ".join(arguments): run(config)} if arguments else {})
+    place = arguments.index("vs") if "vs" in arguments else len(arguments)
+    first, second = arguments[:place], arguments[place + 1 :]
+    configs = {" ".join(first) or "default": parse(first)} | (
+        {" ".join(second): parse(first + second)} if second else {}
+    )
+    runs = {label: run(config) for label, config in configs.items()}
     for name in ("reward", "kl", "entropy", "value", "clip_fraction"):
         numbers = [row[name] for rows in runs.values() for row in rows]
         low, high = min(numbers), max(numbers)
         for label, rows in runs.items():
-            line = curve([row[name] for row in rows], low, high)
-            print(f"{name:<14}{label[:14]:<15}{rows[0][name]:7.2f} {line[:40]} {rows[-1][name]:7.2f}")
+            shown = [row[name] for row in rows][:: max(1, len(rows) // 32)][:32]
+            print(f"{name:<13} {label[:17]:<17}{rows[0][name]:6.2f} {curve(shown, low, high)} {rows[-1][name]:6.2f}")
     return 0
