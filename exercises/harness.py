@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -241,6 +241,11 @@ def check(function: Function, tried: Callable | None) -> Verdict:
         return replace(verdict, mistake=f"The file has no function {function.name}.")
     if unfinished(tried):
         return replace(verdict, mistake=BLANK)
+    with by_itself(function, tried):
+        return judged(function, tried, verdict)
+
+
+def judged(function: Function, tried: Callable, verdict: Verdict) -> Verdict:
     outcomes, expected = [], [library(function, case) for case in function.cases]
     for case in function.cases:
         outcomes.append(outcome(function, tried, case))
@@ -326,20 +331,24 @@ def without_nan(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_exercise(number: int, module: ModuleType | SimpleNamespace) -> Verdict:
-    """The verdict on an exercise: that on its first function that fails, or that it passed.
-
-    What it calls of other exercises are the library's functions, so that each is checked by itself.
-    """
+def check_exercise(number: int, module: ModuleType) -> Verdict:
+    """The verdict on an exercise: that on its first function that fails, or that it passed."""
     mine = [function for function in FUNCTIONS if function.exercise == number]
-    others = {f.name: getattr(ppo, f.name) for f in FUNCTIONS if f.exercise != number and hasattr(module, f.name)}
-    before = {name: vars(module)[name] for name in others}
-    vars(module).update(others)
+    verdicts = [check(function, getattr(module, function.name, None)) for function in mine]
+    return next((v for v in verdicts if not v.passed), verdicts[-1])
+
+
+@contextlib.contextmanager
+def by_itself(function: Function, tried: Callable) -> Iterator[None]:
+    """In here what `tried` calls of other exercises are the library's functions: each is checked by itself."""
+    space = getattr(tried, "__globals__", {})
+    names = [f.name for f in FUNCTIONS if f.exercise != function.exercise and f.name in space]
+    before = {name: space[name] for name in names}
+    space.update({name: getattr(ppo, name) for name in names})
     try:
-        verdicts = [check(function, getattr(module, function.name, None)) for function in mine]
+        yield
     finally:
-        vars(module).update(before)
-    return next((v for v in verdicts if not v.passed), Verdict(number, mine[-1].name))
+        space.update(before)
 
 
 def check_all(file: str) -> Iterator[Verdict]:

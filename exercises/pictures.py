@@ -42,6 +42,7 @@ def clip(cliprange: float = 0.2) -> "Figure":
         axes.axvspan(1 - cliprange, 1 + cliprange, color="0.92")
         axes.axvline(1.0, color="0.6", linewidth=0.8)
         axes.axhline(0.0, color="0.6", linewidth=0.8)
+        axes.set_ylim((-1.8, 0.2) if advantage > 0 else (-0.2, 2.5))
         axes.legend(loc="lower left" if advantage > 0 else "upper left", fontsize=8)
     return made
 
@@ -84,7 +85,7 @@ def mask() -> "Figure":
     for b, row in enumerate(rows):
         axes.text(-0.15, b + 0.4, f"answer {b}", ha="right", va="center", fontsize=9)
         for t, (word, kind) in enumerate(row):
-            axes.add_patch(_box(t, b, colours[kind]))
+            axes.add_patch(box(t, b, colours[kind]))
             axes.text(t + 0.48, b + 0.27, word, ha="center", va="center", fontsize=9)
             axes.text(t + 0.48, b + 0.6, str(kind == "policy"), ha="center", va="center", fontsize=8, color="0.35")
     for t, kind in enumerate(colours):
@@ -92,7 +93,19 @@ def mask() -> "Figure":
     return made
 
 
-def _box(x: float, y: float, colour: str):
+def curves(found: dict[str, list[dict[str, float]]]) -> "Figure":
+    """Reward, KL and entropy of runs of the toy, by label."""
+    made = figure(9, 2.8)
+    for place, name in enumerate(("reward", "kl", "entropy")):
+        axes = made.add_subplot(1, 3, place + 1, xlabel="step", title=name)
+        for label, rows in found.items():
+            axes.plot([row[name] for row in rows], label=label)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return made
+
+
+def box(x: float, y: float, colour: str):
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), 0.96, 0.8, facecolor=colour, edgecolor="white")

@@ -20,6 +20,7 @@ from lora_ppo import ppo
 from lora_ppo.settings import ConfigError
 
 PROMPTS, VOCABULARY, LENGTH, END = 4, 8, 6, 0
+SHOWN = ("reward", "kl", "entropy", "value", "clip_fraction")
 
 
 @dataclass(frozen=True)
@@ -147,19 +148,22 @@ def curve(values: list[float], low: float, high: float) -> str:
     return "".join(bars[min(7, max(0, int(8 * (v - low) / (high - low or 1.0))))] if v == v else "?" for v in values)
 
 
-def toy(arguments: list[str]) -> int:
-    """Runs one toy, or, with `vs`, two, and shows how their numbers went, one below the other."""
+def runs(arguments: list[str]) -> dict[str, list[dict[str, float]]]:
+    """The run of these settings, or, with `vs`, two: those after it are the second's alone."""
     torch.set_num_threads(1)  # tensors this small are no work for two
     place = arguments.index("vs") if "vs" in arguments else len(arguments)
     first, second = arguments[:place], arguments[place + 1 :]
-    configs = {" ".join(first) or "default": parse(first)} | (
-        {" ".join(second): parse(first + second)} if second else {}
-    )
-    runs = {label: run(config) for label, config in configs.items()}
-    for name in ("reward", "kl", "entropy", "value", "clip_fraction"):
-        numbers = [row[name] for rows in runs.values() for row in rows]
+    found = {" ".join(first) or "default": run(parse(first))}
+    return found | ({" ".join(second): run(parse(first + second))} if second else {})
+
+
+def toy(arguments: list[str]) -> int:
+    """Shows how the numbers of one run or two went, one below the other."""
+    found = runs(arguments)
+    for name in SHOWN:
+        numbers = [row[name] for rows in found.values() for row in rows]
         low, high = min(numbers), max(numbers)
-        for label, rows in runs.items():
+        for label, rows in found.items():
             shown = [row[name] for row in rows][:: max(1, len(rows) // 32)][:32]
             print(f"{name:<13} {label[:17]:<17}{rows[0][name]:6.2f} {curve(shown, low, high)} {rows[-1][name]:6.2f}")
     return 0

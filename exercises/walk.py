@@ -13,7 +13,7 @@ from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
 
 WIDTH = 100
-QUESTION = "What is the capital of Norway?"
+QUESTION, KEY = "What is the capital of Norway?", "Oslo"  # an answer without it earns -1
 STEPS_BEFORE = 3  # so that policy, reference and values differ
 
 
@@ -55,7 +55,7 @@ def walk(console: Console | None = None) -> int:
         torch.ones(1, len(answer), dtype=torch.bool),
     )
     texts = [policy.tokenizer.decode([i]) for i in answer]
-    scores = torch.tensor([1.0])
+    scores = torch.tensor([1.0 if KEY in "".join(texts) else -1.0])
 
     def heading(number: str, text: str) -> None:
         console.print(f"\n[bold]{number}[/bold] {text}\n")
@@ -83,6 +83,8 @@ def walk(console: Console | None = None) -> int:
     console.print(
         f"The policy has taken {STEPS_BEFORE} steps on this answer before, so that it differs from the reference."
     )
+    said = f"It says {KEY}: its score is +1." if scores > 0 else f"It does not say {KEY}: its score is -1."
+    console.print(said)
     for _ in range(STEPS_BEFORE):
         step(policy, batch, mask, scores)
 
@@ -94,7 +96,10 @@ def walk(console: Console | None = None) -> int:
     columns = {"input_ids": batch.input_ids[:, -len(answer) :], "response_mask": mask, "logprobs": old_logprobs}
     table(columns | {"ref_logprobs": ref_logprobs, "values": old_values})
 
-    heading("2.", f"Advantages: kl_coef {config.kl_coef}, gamma {config.gamma}, lambda {config.lam}, score +1.")
+    heading(
+        "2.",
+        f"Advantages: kl_coef {config.kl_coef}, gamma {config.gamma}, lambda {config.lam}, score {scores.item():+g}.",
+    )
     rewards = ppo.compute_rewards(scores, old_logprobs, ref_logprobs, mask, config.kl_coef)
     advantages, returns = ppo.gae(rewards, old_values, mask, config.gamma, config.lam)
     table({"log-ratio": old_logprobs - ref_logprobs, "rewards": rewards, "advantages": advantages, "returns": returns})
