@@ -84,9 +84,9 @@ def show(file: str, verdicts: Iterable[Verdict], console: Console | None = None)
             Text(f"\nNext to fill in: exercise {blank.exercise}, {blank.name} (chapter {blank.exercise} of README.md).")
         )
     elif passed == len(found):
-        console.print(
-            Text("\nNow train with them:\n  python train.py --config configs/debug.yaml functions=exercises.ppo")
-        )
+        path = os.path.relpath(file)
+        name = "exercises.ppo" if path == os.path.join("exercises", "ppo.py") else path
+        console.print(Text(f"\nNow train with them:\n  python train.py --config configs/debug.yaml functions={name}"))
     return 0 if passed == len(found) else 1
 
 

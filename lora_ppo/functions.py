@@ -12,7 +12,7 @@ from types import ModuleType
 
 from lora_ppo.settings import ConfigError
 
-FUNCTIONS = ("chosen_logprobs policy_loss value_loss entropy compute_rewards gae ppo_losses minibatch_update").split()
+FUNCTIONS = "chosen_logprobs policy_loss value_loss entropy compute_rewards gae ppo_losses minibatch_update".split()
 
 
 def load_module(name: str) -> ModuleType:
