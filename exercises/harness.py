@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -165,11 +166,16 @@ def outcome(function: Function, tried: Callable, inputs: dict[str, Any]) -> Outc
 
 
 def smallest(inputs: dict[str, Any], dims: dict[str, str], fails: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Inputs that still fail when no answer, token or word can be left out, with numbers as round as can be."""
-    shrinking = True
+    """Inputs that still fail when no answer, token or word can be left out, with numbers as round as can be.
+
+    After `SECONDS` it is those that were found by then.
+    """
+    shrinking, end = True, time.monotonic() + SECONDS
     while shrinking:
         shrinking = False
         for candidate in (*smaller(inputs, dims), *rounder(inputs)):
+            if time.monotonic() > end:
+                return inputs
             if fails(candidate):
                 inputs, shrinking = candidate, True
                 break
@@ -246,6 +252,7 @@ def check(function: Function, tried: Callable | None) -> Verdict:
 
 
 def judged(function: Function, tried: Callable, verdict: Verdict) -> Verdict:
+    """`verdict`, with what is wrong in it, if something is."""
     outcomes, expected = [], [library(function, case) for case in function.cases]
     for case in function.cases:
         outcomes.append(outcome(function, tried, case))
@@ -281,9 +288,8 @@ def diagnosis(function: Function, tried: Callable, outcomes: list, expected: lis
         """Mistakes that it may be, the cases to look at, and results to leave out, the best explanation first."""
         yield function.mistakes, every, ()
         yield function.mistakes, plain, ()
-        if not all(
-            agree(outcomes[i], expected[i], asides) for i in plain
-        ):  # more is wrong than what only the log needs
+        right_in_training = all(agree(outcomes[i], expected[i], asides) for i in plain)
+        if not right_in_training:  # more is wrong than what only the log needs
             matter = [m for m in function.mistakes if not gives_right(function, m, expected, asides)]
             yield matter, plain, asides
             yield pairs(matter), plain, asides
@@ -295,7 +301,9 @@ def diagnosis(function: Function, tried: Callable, outcomes: list, expected: lis
 
 
 def passes(function: Function, tried: Callable, inputs: dict[str, Any]) -> bool:
-    return agree(outcome(function, tried, inputs), library(function, inputs))
+    """Whether a function is right on these inputs, or they are none for it."""
+    right = outcome(function, getattr(ppo, function.name), inputs)
+    return isinstance(right, str) or agree(outcome(function, tried, inputs), right)
 
 
 def gives_right(function: Function, mistake: Mistake, expected: list[Outcome], without: tuple[str, ...]) -> bool:
