@@ -138,7 +138,7 @@ def test_the_notebook_runs(filled):
     import nbformat
     from nbclient import NotebookClient
 
-    made_of = nbformat.from_dict(notebook.build())
+    made_of = nbformat.reads(notebook.text_of_notebook(), as_version=4)
     names = []
     for cell in made_of.cells:
         for tag in cell.metadata.get("tags", []):
