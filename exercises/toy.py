@@ -150,11 +150,17 @@ def curve(values: list[float], low: float, high: float) -> str:
 
 def runs(arguments: list[str]) -> dict[str, list[dict[str, float]]]:
     """The run of these settings, or, with `vs`, two: those after it are the second's alone."""
-    torch.set_num_threads(1)  # tensors this small are no work for two
     place = arguments.index("vs") if "vs" in arguments else len(arguments)
     first, second = arguments[:place], arguments[place + 1 :]
-    found = {" ".join(first) or "default": run(parse(first))}
-    return found | ({" ".join(second): run(parse(first + second))} if second else {})
+    configs = {" ".join(first) or "default": parse(first)} | (
+        {" ".join(second): parse(first + second)} if second else {}
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small are no work for two
+    try:
+        return {label: run(config) for label, config in configs.items()}
+    finally:
+        torch.set_num_threads(threads)
 
 
 def toy(arguments: list[str]) -> int:
