@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_ppo import ppo
+from lora_ppo.report import running_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,12 +95,12 @@ def mask() -> "Figure":
 
 
 def curves(found: dict[str, list[dict[str, float]]]) -> "Figure":
-    """Reward, KL and entropy of runs of the toy, by label."""
+    """Reward, KL and entropy of runs of the toy, by label; of long runs the mean of up to 20 steps."""
     made = figure(9, 2.8)
     for place, name in enumerate(("reward", "kl", "entropy")):
         axes = made.add_subplot(1, 3, place + 1, xlabel="step", title=name)
         for label, rows in found.items():
-            axes.plot([row[name] for row in rows], label=label)
+            axes.plot(running_mean([row[name] for row in rows], 20 if len(rows) > 100 else 1), label=label)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     return made

@@ -164,12 +164,15 @@ def runs(arguments: list[str]) -> dict[str, list[dict[str, float]]]:
 
 
 def toy(arguments: list[str]) -> int:
-    """Shows how the numbers of one run or two went, one below the other."""
+    """Shows how the numbers of one run or two went, one below the other; of long runs, means of neighbouring steps."""
     found = runs(arguments)
     for name in SHOWN:
-        numbers = [row[name] for rows in found.values() for row in rows]
-        low, high = min(numbers), max(numbers)
+        lines = {}
         for label, rows in found.items():
-            shown = [row[name] for row in rows][:: max(1, len(rows) // 32)][:32]
-            print(f"{name:<13} {label[:17]:<17}{rows[0][name]:6.2f} {curve(shown, low, high)} {rows[-1][name]:6.2f}")
+            width = -(-len(rows) // 32)
+            parts = [rows[i : i + width] for i in range(0, len(rows), width)]
+            lines[label] = [sum(row[name] for row in part) / len(part) for part in parts]
+        low, high = min(map(min, lines.values())), max(map(max, lines.values()))
+        for label, values in lines.items():
+            print(f"{name:<13} {label[:17]:<17}{values[0]:6.2f} {curve(values, low, high):<32} {values[-1]:6.2f}")
     return 0
