@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from lora_ppo.checkpoint import find_checkpoint
+from lora_ppo.checkpoint import all_checkpoints, find_checkpoint
 from lora_ppo.episodes import Task
+from lora_ppo.functions import load_functions, replaced
 from lora_ppo.loading import is_bundled, load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.processes import shard
@@ -57,6 +58,12 @@ class TrainConfig(Settings):
     save_every: int = setting(50, "steps between checkpoints within an epoch")
     keep_checkpoints: int = setting(2, "checkpoints step_N that are kept; every epoch_N is")
     resume_from: str = setting("", "latest (of output_dir), or the folder of a checkpoint; empty: a fresh start")
+    functions: str = setting("", "module or .py file whose functions replace those of lora_ppo/ppo.py (see exercises/)")
+    baseline: str = setting(
+        "auto",
+        "folder of a run that the report draws beside this one; auto: with functions, the library's own, which is made "
+        "first in output_dir/library; none",
+    )
     report_to: str = setting("none", "tracker: none, tensorboard, wandb or trackio")
     seed: int = shared("seed")
     questions: str = setting(
@@ -100,6 +107,13 @@ class TrainConfig(Settings):
     kl_horizon: int = shared("kl_horizon")
     target_kl: float = shared("target_kl")
     max_grad_norm: float = shared("max_grad_norm")
+
+    @property
+    def baseline_folder(self) -> Path | None:
+        """The folder of the run that the report draws beside this one."""
+        if self.baseline == "auto":
+            return Path(self.output_dir) / "library" if self.functions else None
+        return None if self.baseline == "none" else Path(self.baseline)
 
     @property
     def prompts_per_step(self) -> int:
@@ -157,6 +171,8 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             f"samples_per_epoch={config.samples_per_epoch} is not divisible by the {config.prompts_per_step} prompts "
             f"of a step (batch_size={config.batch_size})"
         )
+    if config.baseline not in ("auto", "none") and not (Path(config.baseline) / "train.log").is_file():
+        raise ConfigError(f"baseline={config.baseline} holds no run (no train.log): expected auto, none, or its folder")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise ConfigError(f"report_to={config.report_to} needs a package: pip install {config.report_to}")
 
@@ -195,6 +211,7 @@ def finished(config: TrainConfig, folder: Path, state: dict[str, Any]) -> bool:
 def train(config: TrainConfig) -> int:
     """The whole run; settings and data are checked before any model is loaded. Raises ConfigError."""
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    functions = load_functions(config.functions) if config.functions else {}
     build_task = TASKS[config.task](config)
     main_process = os.environ.get("RANK", "0") == "0"
 
@@ -207,7 +224,16 @@ def train(config: TrainConfig) -> int:
         notice(f"{config.output_dir} is finished: step {found[1]['step']} is its last. Set num_epochs higher to go on.")
         return 0
     with locked(Path(config.output_dir)) if main_process else contextlib.nullcontext():
-        return begin(config, build_task, found, notice)
+        if functions and config.baseline == "auto":
+            folder = config.baseline_folder
+            there = "latest" if all_checkpoints(folder) else ""
+            notice(f"First the run of the library's own functions, in {folder}, for comparison.")
+            own = replace(config, functions="", baseline="none", output_dir=str(folder), resume_from=there)
+            if status := train(own):
+                return status
+            notice(f"Now the run of {config.functions}.")
+        with replaced(functions):
+            return begin(config, build_task, found, notice)
 
 
 def begin(

@@ -4,7 +4,7 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
 
     files, streams              any name, whole or not at all; streams that are full or closed
     settings, statistics        how settings are declared and checked; intervals and tests
-    ppo                         the mathematics, pure functions of tensors
+    ppo, functions              the mathematics, pure functions of tensors; a module's functions in their place
     chat                        roles and their prompts; chats as token ids
     layers, recording           layers that are quicker or keep less; passes recorded and played
     policy, loading, gguf       base model, gated LoRA adapters, value head, optimizer; how they are loaded; GGUF files

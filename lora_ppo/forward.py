@@ -65,7 +65,7 @@ def token_logprobs_and_values(
             use_cache=False,
             logits_to_keep=torch.arange(width - t - 1, width - 1, device=policy.device),
         )
-    logprobs = ppo.chosen_logprobs(logits, batch.input_ids[:, -t:], temperature or policy.config.temperature)
+    logprobs = ppo.chosen_logprobs(logits, batch.input_ids[:, -t - 1 :], temperature or policy.config.temperature)
     # The value loss trains the head alone. Through the adapters its gradient, the largest one where a policy that is
     # sure of its answers meets a wrong one, would shake the policy.
     values = policy.value_head(hidden.detach().float()).squeeze(-1)  # (B, T)

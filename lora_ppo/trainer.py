@@ -200,9 +200,9 @@ class Training:
             except OSError as error:
                 self.say(f"Could not write the log ({error}). The run goes on.")
 
-    def result(self) -> str:
-        """How the run went, in a sentence, for the model card."""
-        found = [line for line in self.lines if "eval_accuracy" in line]
+    def result(self, lines: Sequence[dict[str, Any]] | None = None, what: str = "Held-out accuracy") -> str:
+        """How the run of these log lines went, or this run, in a sentence, for the model card."""
+        found = [line for line in lines or self.lines if "eval_accuracy" in line]
         if not found:
             return "It was not evaluated yet."
 
@@ -211,7 +211,21 @@ class Training:
             return f"{line['eval_accuracy']:.1%} at step {line['step']} (95 % interval {interval})"
 
         samples = found[-1]["eval_samples"]
-        return f"Held-out accuracy {told(found[-1])}, {told(found[0])}, on {samples} samples."
+        return f"{what} {told(found[-1])}, {told(found[0])}, on {samples} samples."
+
+    def compared(self) -> tuple[str, list[dict[str, Any]]]:
+        """`result`, and beside it the baseline's, whose log lines are the second."""
+        folder, name = self.config.baseline_folder, self.checkpoint_name()
+        if not folder:
+            return self.result(), []
+        try:
+            lines, _ = LineFile(folder / "train.log").read()
+        except OSError as error:
+            return f"{self.result()} The baseline's log can't be read ({error}).", []
+        weights = [root / name / "adapter_model.safetensors" for root in (self.root, folder)]
+        same = all(path.is_file() for path in weights) and weights[0].read_bytes() == weights[1].read_bytes()
+        end = "The weights are the baseline's, bit for bit." if same else "The weights are not the baseline's."
+        return f"{self.result()} {self.result(lines, f'The baseline {folder}: held-out accuracy')} {end}", lines
 
     def save(self, name: str) -> None:
         """Writes the checkpoint `name`, on the main process, while the others wait."""
@@ -331,12 +345,13 @@ class Training:
             settings = f"Task {self.config.task}, {self.config.algorithm.upper()}, {base_name(self.config)}, "
             settings += f"learning rate {self.config.learning_rate:g}, {self.config.batch_size} answers per step, "
             settings += f"seed {self.config.seed}."
+            result, other = self.compared()
             try:
-                path = write_report(self.root, self.lines, rows, f"{settings} {self.result()}")
-                self.say(f"{self.result()} The report is {path}.")
+                path = write_report(self.root, self.lines, rows, f"{settings} {result}", other)
+                self.say(f"{result} The report is {path}.")
             except OSError as error:
                 self.lost.add("the report")
-                self.say(f"{self.result()} The report could not be written ({error}).")
+                self.say(f"{result} The report could not be written ({error}).")
         total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
 
 

@@ -8,6 +8,7 @@ Shapes: B trajectories of this process, T response tokens, V vocabulary.
 """
 
 import contextlib
+import functools
 import math
 import random
 from collections import Counter
@@ -20,7 +21,7 @@ from lora_ppo.forward import Batch, collate, token_logprobs_and_values
 from lora_ppo.policy import Policy, Snapshot, gradient_dropout
 from lora_ppo.processes import everywhere, sharded, total, whiten_jointly
 from lora_ppo.settings import Settings
-from lora_ppo.step import StepSkipped, ppo_losses, trust_region
+from lora_ppo.step import StepSkipped, trust_region
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,7 +73,6 @@ def learn(
 
     All or nothing, as in the tutor. `outcome` is `taken`, `undone` (beyond the trust region) or `skipped`, with `why`.
     """
-    import torch
 
     from lora_ppo import ppo
 
@@ -93,14 +93,14 @@ def learn(
                 tokens = total(accelerator, mask[rows].sum().item())[0]
                 if not tokens:
                     continue
-                policy.optimizer.zero_grad()
-                parts = gradients(policy, accelerator, config, experience.rows(rows), tokens)
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm).item()
-                if not (math.isfinite(parts["loss"]) and math.isfinite(grad_norm)):
-                    raise StepSkipped(f"the loss is not finite (loss {parts['loss']}, gradient norm {grad_norm})")
-                policy.optimizer.step()
+                joint = functools.partial(gradients, policy, accelerator, config, experience.rows(rows), tokens)
+                parts = ppo.minibatch_update(joint, policy.optimizer, config.max_grad_norm)
+                parts["grad_norm"] = parts["grad_norm"].item()
+                if not (math.isfinite(parts["loss"]) and math.isfinite(parts["grad_norm"])):
+                    loss, norm = parts["loss"], parts["grad_norm"]
+                    raise StepSkipped(f"the loss is not finite (loss {loss}, gradient norm {norm})")
                 taken += 1
-                sums.update(parts | {"grad_norm": grad_norm})
+                sums.update(parts)
         policy.optimizer.zero_grad()
         if not taken:
             raise StepSkipped("no answer has an advantage: every one was left out, or earned what its group earned")
@@ -270,7 +270,8 @@ def losses(policy: Policy, config: Settings, piece: Experience) -> dict[str, "Te
     if not mask.any():
         nothing = sum(x.masked_fill(~mask, 0.0).sum() for x in (logprobs, values))  # on padding they may be infinite
         return dict.fromkeys(LOSSES, nothing)
-    parts = ppo_losses(config, mask, forward, piece.logprobs, piece.values, piece.advantages, piece.returns)
+    old = piece.logprobs, piece.values, piece.advantages, piece.returns
+    parts = ppo.ppo_losses(*forward, *old, mask, config)
     if config.algorithm == "grpo":
         parts["loss"] = parts["policy_loss"]  # no value head
         if config.entropy_coef:
