@@ -11,7 +11,7 @@ from lora_ppo.chat import Prompts, encode_chat, load_prompts
 from lora_ppo.checkpoint import Damaged, prompt_note, verify_checkpoint
 from lora_ppo.loading import base_name, find_prompts, load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
+from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings, split_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def suited(config: Settings, folder: Path, state: dict[str, Any]) -> None:
             "set model_name to the former"
         )
     trained = state.get("config", {})
-    for name in ("questions", "test_share"):
+    for name in split_settings(config):
         here, there = getattr(config, name), trained.get(name)
         if "task" in trained and config.mode != "merge" and there is not None and there != here:
             raise ConfigError(

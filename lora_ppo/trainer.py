@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,13 @@ from lora_ppo.settings import ConfigError, Settings
 from lora_ppo.statistics import wilson_interval
 from lora_ppo.step import StepSkipped
 from lora_ppo.terminal import clean
-from lora_ppo.training import chunks, learn
+from lora_ppo.training import chunks, learn, shares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+PATIENCE = 20  # steps without contrast in any group, after which a person is told
 
 
 @contextlib.contextmanager
@@ -142,6 +146,8 @@ class Training:
         import torch
 
         config, accelerator, number = self.config, self.accelerator, self.policy.step
+        if config.lr_schedule == "linear":
+            self.policy.optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - number / self.last)
         processes = accelerator.num_processes
         torch.manual_seed(turn_seed(config.seed, number * processes + accelerator.process_index))
         mine = self.samples(number)[accelerator.process_index :: processes]
@@ -152,6 +158,8 @@ class Training:
         except StepSkipped as skipped:
             trajectories, metrics = [], {"outcome": "skipped", "why": str(skipped)}
         played = time.perf_counter() - started
+        if config.control == "random":
+            toss_coins(trajectories, f"{config.seed}/{number}/{accelerator.process_index}")
         if trajectories:
             metrics = learn(self.policy, accelerator, config, trajectories)
         self.policy.step = number + 1
@@ -175,16 +183,15 @@ class Training:
         trajectories = [trajectory for part in played for trajectory in part]
         known = [t for t in trajectories if t.outcome.verdict != "unknown"]
         right = sum(t.outcome.verdict == "correct" for t in known)
-        facts = [t.outcome.details["states_fact"] for t in trajectories if "states_fact" in t.outcome.details]
-        count, right, reward, tokens, answers, stated, of = total(
+        count, right, reward, tokens, answers = total(
             self.accelerator,
             *(len(known), right, sum(t.outcome.reward for t in known)),
-            *(sum(t.length for t in trajectories), len(trajectories), sum(facts), len(facts)),
+            *(sum(t.length for t in trajectories), len(trajectories)),
         )
         low, high = wilson_interval(right, count)
         found = {"eval_accuracy": right / max(count, 1), "eval_low": low, "eval_high": high, "eval_samples": int(count)}
         found |= {"eval_reward": reward / max(count, 1), "eval_length": tokens / max(answers, 1)}
-        return found | ({"eval_states_fact": stated / of} if of else {})
+        return found | {f"eval_{name}": share for name, share in shares(self.accelerator, trajectories).items()}
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds a line to the log and to the trackers; a disk that refuses costs a message, not the run."""
@@ -265,6 +272,8 @@ class Training:
                 line |= self.evaluate()
             self.write(line)
             show(line)
+            if advice := without_contrast(self.lines, config.prompts_per_step):
+                self.say(advice)
             if stop or policy.step % self.steps_per_epoch == 0 or policy.step % config.save_every == 0:
                 self.save(self.checkpoint_name())
 
@@ -289,7 +298,12 @@ class Training:
 
             def show(line: dict[str, Any]) -> None:
                 text = f"reward {line.get('reward', 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
+                text += f" ({line['strict']:.0%} strict)" if "strict" in line else ""
+                text += f"  entropy {line['entropy']:.2f}" if "entropy" in line else ""
                 text += f"  KL {line.get('kl', 0):.2g}  {line['tokens_per_second']:.0f} tokens/s"
+                if line.get("equal_groups"):
+                    text += f"  {line['equal_groups']} of {self.config.prompts_per_step} groups without contrast"
+                text += f"  {line['cut_off']:.0%} cut off" if line.get("cut_off") else ""
                 counts = {name: sum(one.get("outcome") == name for one in self.lines) for name in ("undone", "skipped")}
                 text += "".join(f"  {count} {name}" for name, count in counts.items() if count)
                 bar.update(item, completed=line["step"], description=text)
@@ -328,11 +342,40 @@ class Training:
         total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
 
 
+def toss_coins(trajectories: Sequence[Trajectory], seed: str) -> None:
+    """Makes each reward 0 or 1 by a coin, whatever was answered: what then seems to be learned is chance."""
+    rng = random.Random(f"control/{seed}")
+    for trajectory in trajectories:
+        trajectory.outcome = replace(trajectory.outcome, reward=float(rng.random() < 0.5))
+
+
+def without_contrast(lines: Sequence[dict[str, Any]], groups: int) -> str:
+    """What to say after PATIENCE steps in which every answer earned what its group earned; "" at any other step."""
+    flat = 0
+    for line in reversed(lines):
+        if line.get("equal_groups") != groups:
+            break
+        flat += 1
+    if flat != PATIENCE:
+        return ""
+    last = lines[-1]
+    if last["accuracy"] > 0.5:
+        hint = "nearly all are right: take harder problems"
+    elif last["cut_off"] > 0.2:
+        hint = f"{last['cut_off']:.0%} are cut off: raise max_new_tokens, or ask for shorter ones"
+    else:
+        hint = "nearly all are wrong: take easier problems, prompts with examples, or a larger group_size"
+    return (
+        f"For {PATIENCE} steps no group of answers has had contrast: all answers to a prompt earned the same, and "
+        f"nothing was learned. Of the last ones {hint}; temperature=1 makes them differ more."
+    )
+
+
 def training_stats(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The log as columns: `training` has a value for each step, `evaluation` one for each evaluation."""
     names = (
         "step reward accuracy kl kl_coef step_kl length loss policy_loss value_loss entropy grad_norm "
-        "equal_groups left_out outcome"
+        "equal_groups left_out cut_off strict outcome"
     )
     steps = [line for line in lines if line["step"] > 0]
     found = [line for line in lines if "eval_accuracy" in line]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 KEPT_LOGITS = 2**26  # elements: 256 MB in float32
+NOTED = ("states_fact", "strict")  # what an outcome's details may say of an answer: true or false
 LOSSES = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction")
 
 
@@ -159,7 +160,7 @@ def examine(
     answers, reward, right, tokens, length, kl, kl_estimate, value = total(
         accelerator, sum(known), scores.sum().item(), right, mask.sum().item(), length, *sums
     )
-    metrics = {
+    metrics = shares(accelerator, trajectories) | {
         "reward": reward / max(answers, 1),
         "accuracy": right / max(answers, 1),
         "answers": int(answers),
@@ -190,6 +191,15 @@ def examine(
         if answers >= 8:  # among few answers whitening erases or flips the reward
             advantages = whiten_jointly(accelerator, advantages, mask)
     return Experience(batch, logprobs, ref_logprobs, values, advantages, returns, first, logits), metrics
+
+
+def shares(accelerator: "Accelerator", trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Of all processes' answers, the share cut off at max_new_tokens, and those that the task notes of some of them."""
+    noted = {name: [t.outcome.details[name] for t in trajectories if name in t.outcome.details] for name in NOTED}
+    noted["cut_off"] = [t.cut_off for t in trajectories]
+    sums = total(accelerator, *(x for found in noted.values() for x in (sum(found), len(found))))
+    pairs = zip(noted, sums[::2], sums[1::2], strict=True)
+    return {name: true / count for name, true, count in pairs if count}
 
 
 def rows_per_pass(config: Settings, accelerator: "Accelerator") -> int:

@@ -7,22 +7,45 @@ P(key | answer) - P(key | no answer), so that a learner who knows the fact anywa
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from lora_ppo.chat import Message
-from lora_ppo.episodes import Outcome
+from lora_ppo.episodes import Outcome, Task
 from lora_ppo.generate import replies
+from lora_ppo.loading import is_bundled
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, make_quiz, quiz_request, shuffle_quiz
-from lora_ppo.settings import ConfigError
+from lora_ppo.settings import ConfigError, Settings, setting
 from lora_ppo.terminal import read_questions
 from tasks.facts import Fact, table_facts
 
 LEARNERS = ("reader", "gain")
 QUIZZES_PER_PASS = 16
+
+
+@dataclass
+class TaskSettings(Settings):
+    questions: str = setting(
+        "", "text file of questions, one per line; empty: the bundled fact tables", group="the quiz task", split=True
+    )
+    quiz_learner: str = setting("auto", "reader, gain, or auto: reader for the bundled model, gain for any other")
+
+
+def prepare(config: Any) -> Callable[[Policy], Task]:
+    """Checks the questions now, before any model is loaded; what it returns builds the task. Raises ConfigError."""
+    if config.quiz_learner not in ("auto", *LEARNERS):
+        raise ConfigError(f"quiz_learner={config.quiz_learner} is unknown: expected one of auto, {', '.join(LEARNERS)}")
+    split_samples("train", config.seed, config.questions, config.test_share)
+
+    def build(policy: Policy) -> Task:
+        default = "reader" if is_bundled(policy.config.model_name) else "gain"
+        learner = default if config.quiz_learner == "auto" else config.quiz_learner
+        return QuizTask(policy, config.seed, learner, config.questions, config.test_share)
+
+    return build
 
 
 @dataclass(frozen=True)
