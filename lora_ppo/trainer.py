@@ -122,15 +122,10 @@ class Training:
 
     def samples(self, step: int) -> list[Any]:
         """The samples of a step: shuffled passes over the training split, one after the other."""
-        picked = []
-        for place in range(step * self.config.prompts_per_step, (step + 1) * self.config.prompts_per_step):
-            lap, i = divmod(place, len(self.train))
-            if lap not in self.laps:
-                self.laps[lap] = random.Random(f"{self.config.seed}/{lap}").sample(
-                    range(len(self.train)), len(self.train)
-                )
-            picked.append(self.train[self.laps[lap][i]])
-        return picked
+        places = range(step * self.config.prompts_per_step, (step + 1) * self.config.prompts_per_step)
+        for lap in {place // len(self.train) for place in places} - self.laps.keys():
+            self.laps[lap] = shuffled(self.config.seed, lap, len(self.train))
+        return [self.train[self.laps[place // len(self.train)][place % len(self.train)]] for place in places]
 
     def play(self, parts: Sequence[Sequence[Any]], adapter: bool = True) -> list[list[Trajectory]]:
         """Episodes on this process's samples, part by part. Raises StepSkipped where memory runs out."""
@@ -340,6 +335,11 @@ class Training:
             except OSError as error:
                 self.say(f"{self.result()} The report could not be written ({error}).")
         total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
+
+
+def shuffled(seed: int, lap: int, count: int) -> list[int]:
+    """The order of so many samples in a pass over them, of a run with this seed."""
+    return random.Random(f"{seed}/{lap}").sample(range(count), count)
 
 
 def toss_coins(trajectories: Sequence[Trajectory], seed: str) -> None:
