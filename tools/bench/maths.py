@@ -125,14 +125,13 @@ def train_with_trl(words: Sequence[str]) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     from lora_ppo.journal import LineFile
-    from lora_ppo.loading import find_prompts, load_base, silence_libraries
-    from lora_ppo.settings import SMOLLM2_FOLDER
+    from lora_ppo.loading import find_prompts, load_base, silence_libraries, source
     from lora_ppo.trainer import shuffled
     from tasks import maths, verify
 
     config = parse(TrainConfig, [word for word in words if not word.startswith("resume_from=")])
     silence_libraries()
-    load_base(config)  # resolves dtype
+    load_base(config)  # resolves its dtype
     problems = maths.load_problems(config.problems, config.seed, config.levels, config.test_share)["train"]
     steps = config.num_epochs * config.samples_per_epoch // config.prompts_per_step
     laps = [shuffled(config.seed, lap, len(problems)) for lap in range(config.num_epochs + 1)]
@@ -188,7 +187,9 @@ def train_with_trl(words: Sequence[str]) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    model = AutoModelForCausalLM.from_pretrained(SMOLLM2_FOLDER, dtype=getattr(torch, config.dtype))
+    with source(config) as name:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype))
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     model.generation_config.use_cache = True
     lora = LoraConfig(
         r=config.lora_r,
@@ -199,7 +200,7 @@ def train_with_trl(words: Sequence[str]) -> None:
     torch.manual_seed(config.seed)  # as policy.py: the same adapters to start from
     trainer = GRPOTrainer(
         model=get_peft_model(model, lora),
-        processing_class=AutoTokenizer.from_pretrained(SMOLLM2_FOLDER, padding_side="left"),
+        processing_class=tokenizer,
         reward_funcs=lambda completions, gold, **_: [
             float(verify.check(said[0]["content"], right).lenient)
             for said, right in zip(completions, gold, strict=True)
@@ -310,7 +311,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=240, help="held-out problems that base and adapter answer [240]")
     parser.add_argument("--validation", action="store_true", help="measure on training problems that no step sees")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of train.py")
-    parser.add_argument("--name", default="", help="folder under runs/ [maths, or maths_validation]")
+    parser.add_argument("--folder", default="", help="where the runs are [runs/maths, or runs/maths_validation]")
     parser.add_argument("--table", action="store_true", help="run nothing")
     return parser.parse_args()
 
@@ -321,7 +322,7 @@ def main() -> int:
         train_with_trl(sys.argv[2:])
         return 0
     arguments = parse_arguments()
-    root = ROOT / "runs" / (arguments.name or ("maths_validation" if arguments.validation else "maths"))
+    root = Path(arguments.folder or ROOT / "runs" / ("maths_validation" if arguments.validation else "maths"))
     try:
         if not arguments.table:
             extra = [f"problems={validation_problems(root)}"] if arguments.validation else []
