@@ -14,6 +14,7 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     processes, training         several processes; a batch of episodes becomes one step, by PPO or GRPO
     journal, run, terminal      durable lines; the tutor's run on disk; what a person types and sees
     trainer, evaluation, report unattended runs, held-out samples, plots
+    watching                    what tells whether a run learns
 
 Imports go one way, downwards in tests/test_house.py's list. Importing this package imports nothing else: a room brings
 in torch, transformers and peft where it needs them.

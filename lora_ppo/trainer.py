@@ -34,13 +34,11 @@ from lora_ppo.settings import ConfigError, Settings
 from lora_ppo.statistics import wilson_interval
 from lora_ppo.step import StepSkipped
 from lora_ppo.terminal import clean
-from lora_ppo.training import chunks, learn, shares
+from lora_ppo.training import chunks, learn
+from lora_ppo.watching import in_short, shares, training_stats, without_contrast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-PATIENCE = 20  # steps without contrast in any group, after which a person is told
 
 
 @contextlib.contextmanager
@@ -292,13 +290,7 @@ class Training:
             item = bar.add_task("starting", total=self.last, completed=self.policy.step)
 
             def show(line: dict[str, Any]) -> None:
-                text = f"reward {line.get('reward', 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
-                text += f" ({line['strict']:.0%} strict)" if "strict" in line else ""
-                text += f"  entropy {line['entropy']:.2f}" if "entropy" in line else ""
-                text += f"  KL {line.get('kl', 0):.2g}  {line['tokens_per_second']:.0f} tokens/s"
-                if line.get("equal_groups"):
-                    text += f"  {line['equal_groups']} of {self.config.prompts_per_step} groups without contrast"
-                text += f"  {line['cut_off']:.0%} cut off" if line.get("cut_off") else ""
+                text = in_short(line, self.config.prompts_per_step)
                 counts = {name: sum(one.get("outcome") == name for one in self.lines) for name in ("undone", "skipped")}
                 text += "".join(f"  {count} {name}" for name, count in counts.items() if count)
                 bar.update(item, completed=line["step"], description=text)
@@ -347,40 +339,3 @@ def toss_coins(trajectories: Sequence[Trajectory], seed: str) -> None:
     rng = random.Random(f"control/{seed}")
     for trajectory in trajectories:
         trajectory.outcome = replace(trajectory.outcome, reward=float(rng.random() < 0.5))
-
-
-def without_contrast(lines: Sequence[dict[str, Any]], groups: int) -> str:
-    """What to say after PATIENCE steps in which every answer earned what its group earned; "" at any other step."""
-    flat = 0
-    for line in reversed(lines):
-        if line.get("equal_groups") != groups:
-            break
-        flat += 1
-    if flat != PATIENCE:
-        return ""
-    last = lines[-1]
-    if last["accuracy"] > 0.5:
-        hint = "nearly all are right: take harder problems"
-    elif last["cut_off"] > 0.2:
-        hint = f"{last['cut_off']:.0%} are cut off: raise max_new_tokens, or ask for shorter ones"
-    else:
-        hint = "nearly all are wrong: take easier problems, prompts with examples, or a larger group_size"
-    return (
-        f"For {PATIENCE} steps no group of answers has had contrast: all answers to a prompt earned the same, and "
-        f"nothing was learned. Of the last ones {hint}; temperature=1 makes them differ more."
-    )
-
-
-def training_stats(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The log as columns: `training` has a value for each step, `evaluation` one for each evaluation."""
-    names = (
-        "step reward accuracy kl kl_coef step_kl length loss policy_loss value_loss entropy grad_norm "
-        "equal_groups left_out cut_off strict outcome"
-    )
-    steps = [line for line in lines if line["step"] > 0]
-    found = [line for line in lines if "eval_accuracy" in line]
-    evals = ["step", *(name for name in (found[0] if found else ()) if name.startswith("eval_"))]
-    return {
-        "training": {name: [line.get(name) for line in steps] for name in names.split()},
-        "evaluation": {name.removeprefix("eval_"): [line.get(name) for line in found] for name in evals},
-    }

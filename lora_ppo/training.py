@@ -21,6 +21,7 @@ from lora_ppo.policy import Policy, Snapshot, gradient_dropout
 from lora_ppo.processes import everywhere, sharded, total, whiten_jointly
 from lora_ppo.settings import Settings
 from lora_ppo.step import StepSkipped, ppo_losses, trust_region
+from lora_ppo.watching import shares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 
 KEPT_LOGITS = 2**26  # elements: 256 MB in float32
-NOTED = ("states_fact", "strict")  # what an outcome's details may say of an answer: true or false
 LOSSES = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction")
 
 
@@ -191,15 +191,6 @@ def examine(
         if answers >= 8:  # among few answers whitening erases or flips the reward
             advantages = whiten_jointly(accelerator, advantages, mask)
     return Experience(batch, logprobs, ref_logprobs, values, advantages, returns, first, logits), metrics
-
-
-def shares(accelerator: "Accelerator", trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Of all processes' answers, the share cut off at max_new_tokens, and those that the task notes of some of them."""
-    noted = {name: [t.outcome.details[name] for t in trajectories if name in t.outcome.details] for name in NOTED}
-    noted["cut_off"] = [t.cut_off for t in trajectories]
-    sums = total(accelerator, *(x for found in noted.values() for x in (sum(found), len(found))))
-    pairs = zip(noted, sums[::2], sums[1::2], strict=True)
-    return {name: true / count for name, true, count in pairs if count}
 
 
 def rows_per_pass(config: Settings, accelerator: "Accelerator") -> int:

@@ -52,7 +52,7 @@ def test_every_arm_is_run_once_and_the_table_tells_what_is_there(bench, tmp_path
     status, output, calls = bench("--arms", "grpo", "trl")
     assert status == 0, output
     assert calls == ["train.py", "evaluate.py", "maths.py --trl-run", "evaluate.py"]
-    rows = [line for line in output.splitlines() if line.startswith("| GRPO, 0") or line.startswith("| TRL")]
+    rows = [line for line in output.splitlines() if line.startswith(("| GRPO, 0", "| TRL"))]
     assert len(rows) == 2
     assert all(row.count("|") == len(bench_maths.HEADINGS) + 1 for row in rows)
     assert "GRPO less TRL's GRPOTrainer" in output
@@ -89,7 +89,7 @@ def digits(question: str) -> tuple[int, ...]:
 
 
 def test_a_program_that_fails_is_named_and_what_it_took_is_noted(tmp_path):
-    with pytest.raises(ConfigError, match="train.py ended with status 2"):
+    with pytest.raises(ConfigError, match=r"train\.py ended with status 2"):
         bench_maths.call([sys.executable, str(bench_maths.ROOT / "train.py"), "no_such=1"], tmp_path)
     cost = json.loads((tmp_path / "cost.json").read_text())
     assert 1 < cost["peak_mb"] < 10_000

@@ -18,7 +18,8 @@ import train
 from lora_ppo.checkpoint import verify_checkpoint
 from lora_ppo.episodes import Outcome, play
 from lora_ppo.settings import ConfigError, parse
-from lora_ppo.trainer import Training, without_contrast
+from lora_ppo.trainer import Training
+from lora_ppo.watching import in_short, without_contrast
 
 
 @pytest.fixture
@@ -354,6 +355,16 @@ def test_the_advice_follows_from_the_last_step(accuracy, cut_off, words):
     assert not without_contrast([line] * 21, 4)
     assert not without_contrast([*[line] * 19, line | {"equal_groups": 3}, *[line] * 19], 4)
     assert words in without_contrast([line | {"equal_groups": 3}, *[line] * 20], 4)
+
+
+def test_a_step_in_short_names_what_it_is_watched_by():
+    line = {"reward": 0.5, "accuracy": 0.5, "kl": 0.125, "tokens_per_second": 100.0}
+    assert in_short(line, 8) == "reward +0.50  accuracy 50%  KL 0.12  100 tokens/s"
+    line |= {"strict": 0.25, "entropy": 0.314, "equal_groups": 3, "cut_off": 0.125}
+    assert in_short(line, 8) == (
+        "reward +0.50  accuracy 50% (25% strict)  entropy 0.31  KL 0.12  100 tokens/s  3 of 8 groups without contrast"
+        "  12% cut off"
+    )
 
 
 def test_answers_without_an_end_are_counted_as_cut_off(run):
