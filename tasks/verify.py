@@ -39,7 +39,7 @@ def check(reply: str, gold: str) -> Verdict:
 
 
 # The last line of a reply in the form that is asked for.
-FORM = r"(?:^|\n)#### -?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?\Z"
+FORM = r"(?:^|\n) *#### -?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?\Z"
 # The policy goes on to a problem of its own: evaluations that stop at such words would never have seen it.
 NEXT_PROBLEM = re.compile(r"\n\s*(?:question|problem|q|user|human)\s*:", re.IGNORECASE)
 
