@@ -39,7 +39,6 @@ class TaskSettings(Settings):
         ["1", "2", "3"],
         f"levels of arithmetic, in turn ({'; '.join(f'{n}: {what}' for n, what in LEVELS.items())}); one that is named "
         "twice comes twice as often",
-        split=True,
     )
     format_reward: float = setting(0.0, "what a right reply earns more where it has the form that is asked for")
 

@@ -300,9 +300,10 @@ def test_bad_input_gets_one_line_before_any_model_is_loaded(run, monkeypatch, ch
 
 def test_a_run_can_not_go_on_with_other_problems(run):
     assert run(output_dir="out")[0] == 0
-    status, output = run(output_dir="out", resume_from="latest", levels="1", num_epochs=2)
+    write(Path("mine.jsonl"), *({"question": f"What is {i}?", "answer": i} for i in range(9)))
+    status, output = run(output_dir="out", resume_from="latest", problems="mine.jsonl", num_epochs=2)
     assert status == 2
-    assert "was trained with levels=['1', '2', '3'], now it is ['1']" in output
+    assert "was trained with problems=arithmetic, now it is mine.jsonl" in output
 
 
 def test_the_maths_presets_are_valid_and_read_their_problems():

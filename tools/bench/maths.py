@@ -35,28 +35,30 @@ from lora_ppo.settings import ConfigError, parse  # noqa: E402
 from tasks.arithmetic import held_out, sums  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
-ARMS = {
-    "grpo": ("GRPO", []),
-    "ppo": ("PPO, value head", ["--config", str(ROOT / "configs/ppo_maths.yaml")]),
-    "control": ("GRPO, random rewards", ["control=random"]),
-    "trl": ("TRL's GRPOTrainer", []),
+ARMS = {  # what the table calls it, its preset, its own settings
+    "grpo": ("GRPO", "grpo_maths", ["samples_per_epoch=768"]),
+    "ppo": ("PPO, value head", "ppo_maths", ["samples_per_epoch=6144"]),
+    "control": ("GRPO, random rewards", "grpo_maths", ["samples_per_epoch=768", "control=random"]),
+    "trl": ("TRL's GRPOTrainer", "grpo_maths", ["samples_per_epoch=768"]),
 }
-PRESET = ["--config", str(ROOT / "configs/grpo_maths.yaml")]
-MODEL = ["model_name=smollm2", "device=cpu"]
-TESTED = "task problems levels test_share model_name device temperature top_p max_new_tokens".split()
-EVALUATION_SEED = 0
+COMMON = [  # 96 steps of 64 answers
+    *("model_name=smollm2", "device=cpu", "learning_rate=0.0002", "eval_samples=240"),
+    "target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+]
+TESTED = "task problems test_share model_name device dtype temperature top_p max_new_tokens".split()
+EVALUATION = ["levels=1,2,3", "seed=0"]  # the same for every run, whatever it was trained on
 
 
 def settings_of(arm: str, seed: int, folder: Path, extra: Sequence[str]) -> list[str]:
     """The command line of train.py for a run."""
-    preset = ARMS[arm][1]
-    own = preset if "--config" in preset else [*PRESET, *preset]
-    return [*own, *MODEL, f"seed={seed}", f"output_dir={folder}", *extra]
+    _, preset, own = ARMS[arm]
+    words = ["--config", str(ROOT / f"configs/{preset}.yaml"), *COMMON, *own]
+    return [*words, f"seed={seed}", f"output_dir={folder}", *extra]
 
 
 def validation_problems(root: Path) -> str:
     """Writes the training split, part of it held out by other numbers, as a folder of problems; returns its name."""
-    config = parse(TrainConfig, PRESET)
+    config = parse(TrainConfig, settings_of("grpo", 0, root, []))
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
     seen: set[str] = set()
     for one in sums("train", 0, config.levels, config.test_share):
@@ -89,8 +91,8 @@ def run(arm: str, seed: int, root: Path, extra: Sequence[str], samples: int) -> 
         program = [str(Path(__file__).resolve()), "--trl-run"] if arm == "trl" else [str(ROOT / "train.py")]
         resumed = ["resume_from=latest"] if (folder / "train.log").exists() else []
         call([sys.executable, *program, *words, *resumed], folder)
-    tested = [f"{name}={','.join(v) if isinstance(v := getattr(config, name), list) else v}" for name in TESTED]
-    tested += [f"seed={EVALUATION_SEED}", f"num_samples={samples}", f"output_file={folder / 'evaluation.json'}"]
+    tested = [f"{name}={getattr(config, name)}" for name in TESTED]
+    tested += [*EVALUATION, f"num_samples={samples}", f"output_file={folder / 'evaluation.json'}"]
     call([sys.executable, str(ROOT / "evaluate.py"), "--adapter", str(adapter), *tested])
 
 
@@ -264,7 +266,7 @@ def table(root: Path, seeds: Sequence[int]) -> list[str]:
         f"| {' | '.join(HEADINGS)} |",
         "| --- " * len(HEADINGS) + "|",
     ]
-    for arm, (name, _) in ARMS.items():
+    for arm, (name, *_) in ARMS.items():
         for seed, found in runs[arm].items():
             base, adapter, versus = found["base"], found["adapter"], found["adapter"]["versus_base"]
             cells = [
@@ -281,7 +283,7 @@ def table(root: Path, seeds: Sequence[int]) -> list[str]:
             ]
             rows.append(f"| {' | '.join(cells)} |")
     told = [""]
-    for arm, (name, _) in ARMS.items():
+    for arm, (name, *_) in ARMS.items():
         if found := list(runs[arm].values()):
             share = paired([pair for one in found for pair in one["right"]])
             told.append(f"{name}, {len(found)} seeds: {difference(share)} to the base, {minutes(found)}")
