@@ -21,6 +21,7 @@ LEVELS = {
 TRAINING = 9000  # problems of the training split; those of the small levels come again
 MOST_TESTS = 200  # of a level in the test split, each once; every level has as many as the smallest
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+MISSES = 20_000
 PHRASINGS = ("What is {}?", "Calculate {}.", "{} = ?")
 # A template, and what is to be done with its numbers. Differences need the first number to be the larger one.
 STORIES = (
@@ -50,22 +51,26 @@ class Sum:
 def sums(split: Literal["train", "test"], seed: int, levels: list[str], test_share: float) -> list[Sum]:
     """The problems of a split; the levels take turns, a level that is named twice has two.
 
-    The training split has TRAINING of them. Those of the test split are all different.
+    The training split has TRAINING of them. Those of the test split are all different. None where a level has none.
     """
     rng = random.Random(f"arithmetic/{split}/{seed}")
     drawn = {level: stream(level, rng, split == "test", test_share) for level in levels}
     if split == "train":
-        return [next(drawn[levels[i % len(levels)]]) for i in range(TRAINING)]
+        found = [next(drawn[levels[i % len(levels)]], None) for i in range(TRAINING)]
+        return [] if None in found else found
     unseen = {level: list(distinct(drawn[level], MOST_TESTS * levels.count(level))) for level in drawn}
     rounds = min(len(found) // levels.count(level) for level, found in unseen.items())
     return [unseen[level].pop() for _ in range(rounds) for level in levels]
 
 
 def stream(level: str, rng: random.Random, tests: bool, test_share: float) -> Iterator[Sum]:
-    """Problems of a level and a split, without end."""
-    while True:
+    """Problems of a level and a split, without end; an end only where MISSES in a row are of the other split."""
+    misses = 0
+    while misses < MISSES:
         drawn = draw(level, rng)
+        misses += 1
         if held_out(drawn.numbers, test_share) == tests:
+            misses = 0
             yield drawn
 
 
@@ -73,12 +78,13 @@ def distinct(drawn: Iterator[Sum], most: int) -> Iterator[Sum]:
     """Those that are new, until there are `most`, or a thousand in a row were not."""
     seen: set[str] = set()
     old = 0
-    while len(seen) < most and old < 1000:
-        one = next(drawn)
+    for one in drawn:
         old = old + 1 if one.question in seen else 0
         if not old:
             seen.add(one.question)
             yield one
+        if len(seen) == most or old == 1000:
+            return
 
 
 def held_out(numbers: tuple[int, ...], test_share: float) -> bool:

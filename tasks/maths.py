@@ -132,8 +132,9 @@ def made_here(seed: int, levels: list[str], test_share: float) -> dict[str, Sequ
         split: [Problem(one.question, str(one.value), one.level) for one in sums(split, seed, levels, test_share)]
         for split in SPLITS
     }
-    if not found["test"]:
-        raise ConfigError(f"test_share={test_share:g} leaves a level without test problems: raise it")
+    for split, change in (("test", "raise it"), ("train", "lower it")):
+        if not found[split]:
+            raise ConfigError(f"test_share={test_share:g} leaves a level without {split} problems: {change}")
     return found
 
 

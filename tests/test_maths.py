@@ -198,6 +198,8 @@ def test_levels_and_shares_that_leave_nothing_are_refused():
         load("arithmetic", levels=[])
     with pytest.raises(ConfigError, match="test_share=1e-05 leaves a level without test problems"):
         load("arithmetic", levels=["3"], test_share=0.00001)
+    with pytest.raises(ConfigError, match=r"test_share=0\.99999 leaves a level without train problems"):
+        load("arithmetic", levels=["3"], test_share=0.99999)
 
 
 def test_reasoning_gym_asks_and_we_judge():
