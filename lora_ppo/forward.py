@@ -126,11 +126,10 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
 
 
 def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens different prompts begin with in common, their last ones left out; 0 for fewer than BEGINNING."""
-    pairs = zip(min(prompts), max(prompts), strict=False)  # all others lie between these two
-    shortest = min(map(len, prompts)) - 1
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), shortest)
-    return min(same, shortest) if len(prompts) > 1 and same >= BEGINNING else 0
+    """How many tokens different prompts begin with in common; 0 for fewer than BEGINNING, or a single prompt."""
+    first, last = min(prompts), max(prompts)  # in the order of their tokens: all others lie between
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return same if len(prompts) > 1 and same >= BEGINNING else 0
 
 
 def rounded_up(policy: Policy, batch: Batch) -> "dict[str, Tensor | None]":

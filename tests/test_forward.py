@@ -121,7 +121,7 @@ def test_what_long_prompts_begin_with_is_read_once(policy, adapter, answers, mon
 def test_how_prompts_begin_by_hand():
     long = tuple(range(BEGINNING))
     assert common_beginning([(*long, 1, 2), (*long, 3), (*long, 1, 5, 6)]) == BEGINNING
-    assert common_beginning([(*long, 1, 2, 3), (*long, 1, 2)]) == BEGINNING + 1  # the last of a prompt is left out
+    assert common_beginning([(*long, 1, 2, 3), (*long, 1, 2)]) == BEGINNING + 2
     assert common_beginning([(*long[1:], 1, 2), (*long[1:], 3, 4)]) == 0
     assert common_beginning([(*long, 1)]) == 0
 

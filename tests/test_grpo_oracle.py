@@ -55,8 +55,8 @@ def trl_loss(llama, tmp_path):
             "old_per_token_logps": old_logprobs,
             "ref_per_token_logps": ref_logprobs,
         }
-        for layer in policy.layers:
-            vars(layer).pop("forward", None)
+        for module in policy.model.modules():
+            vars(module).pop("forward", None)
         trainer.model = policy.model
         return trainer._compute_loss(policy.model, given)
 
