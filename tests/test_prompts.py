@@ -256,7 +256,7 @@ def test_how_a_role_begins_includes_its_examples(llama):
         prompt = tuple(encode_chat(policy.tokenizer, role.messages("When was that?")))
         with policy.adapter(False):
             known = known_beginning(policy, [prompt])
-        assert policy.tokenizer.decode(known).count("<|im_start|>assistant") == len(role.examples) >= 4
+        assert policy.tokenizer.decode(known).count("<|im_start|>assistant") == len(role.examples) >= 3
         assert role.examples[-1][1] in policy.tokenizer.decode(known)
 
 
