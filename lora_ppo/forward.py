@@ -86,7 +86,7 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     import torch
     from transformers import DynamicCache
 
-    from lora_ppo.recording import distinct, roomy_cache, sharded, takes
+    from lora_ppo.recording import distinct, roomy_cache, sees_all, sharded, takes
 
     model, (count, t), training = policy.model.get_base_model(), batch.response_mask.shape, torch.is_grad_enabled()
     covered = policy.recorder.covers(count, batch.input_ids.shape[1] - 1)
@@ -99,7 +99,7 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     rows = zip(ids[:, :last].tolist(), real[:, :last].tolist(), strict=True)
     different, which = distinct([tuple(itertools.compress(*row)) for row in rows])
     known = known_beginning(policy, different)
-    begun = known or different[0][: common_beginning(different)]
+    begun = known or (different[0][: common_beginning(different)] if sees_all(model.config.get_text_config()) else ())
     shared = last > 0 and 2 * len(different) <= count
     if not (begun or shared or covered) or (training and model.is_activation_checkpointing):
         return None  # layers that are recomputed fill no cache

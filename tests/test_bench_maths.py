@@ -96,6 +96,6 @@ def test_a_program_that_fails_is_named_and_what_it_took_is_noted(tmp_path):
     assert cost["wall_seconds"] > 0
     bench_maths.call([sys.executable, "-c", "bytearray(200_000_000)"], tmp_path)
     more = json.loads((tmp_path / "cost.json").read_text())
-    assert more["peak_mb"] > max(180, cost["peak_mb"])
+    assert more["peak_mb"] >= max(180, cost["peak_mb"])
     assert more["wall_seconds"] > cost["wall_seconds"]
     assert os.listdir(tmp_path) == ["cost.json"]

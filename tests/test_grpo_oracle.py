@@ -13,9 +13,10 @@ from lora_ppo import training
 def trl_loss(llama, tmp_path):
     """`trl_loss(policy, config, batch, advantages, ...)`: GRPOTrainer's loss of a batch, whole, on the policy's model.
 
-    The trainer is TRL's own, made as its users make it; its model then is the policy's, through PEFT's own layers.
+    The trainer is TRL's own, made as its users make it, with PEFT's own layers; it is given the policy's adapters.
     """
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
@@ -41,6 +42,12 @@ def trl_loss(llama, tmp_path):
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=arguments,
             train_dataset=Dataset.from_list([{"prompt": "1"}] * 8),
+            peft_config=LoraConfig(
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                target_modules=list(config.target_modules),
+                task_type="CAUSAL_LM",
+            ),
         )
 
     def loss(policy, config, batch, advantages, old_logprobs, ref_logprobs):
@@ -55,10 +62,14 @@ def trl_loss(llama, tmp_path):
             "old_per_token_logps": old_logprobs,
             "ref_per_token_logps": ref_logprobs,
         }
-        for module in policy.model.modules():
-            vars(module).pop("forward", None)
-        trainer.model = policy.model
-        return trainer._compute_loss(policy.model, given)
+        theirs = dict(trainer.model.eval().named_parameters())
+        ours = {name: p for name, p in policy.parameters.items() if not name.startswith("value_head")}
+        assert {name for name, p in theirs.items() if p.requires_grad} == ours.keys()
+        for name, p in ours.items():
+            theirs[name].data.copy_(p.data)
+        result = trainer._compute_loss(trainer.model, given)
+        result.backward()
+        return result.item(), {name: theirs[name].grad for name in ours}
 
     return loss
 
@@ -89,7 +100,7 @@ def test_loss_and_gradient_are_trls(llama, accelerator, trl_loss, kl_coef, norma
     if normalize:
         advantages = advantages / (scores.std(1, keepdim=True) + 1e-4)
     policy.optimizer.zero_grad()
-    wanted = trl_loss(
+    wanted, theirs = trl_loss(
         policy,
         config,
         batch_of(policy, trajectories),
@@ -97,9 +108,7 @@ def test_loss_and_gradient_are_trls(llama, accelerator, trl_loss, kl_coef, norma
         experience.logprobs,
         experience.ref_logprobs,
     )
-    wanted.backward()
-    assert parts["loss"] == pytest.approx(wanted.item(), abs=1e-5)
-    theirs = {name: p.grad for name, p in adapters.items()}
+    assert parts["loss"] == pytest.approx(wanted, abs=1e-5)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert max(g.abs().max() for g in ours.values()) > 1e-2

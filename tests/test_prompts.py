@@ -174,7 +174,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_files_that_lack_a_role_between_them_are_refused(tmp_path):
     path = write(tmp_path / "mine.yaml", GOOD)
-    with pytest.raises(ConfigError, match=r"mine.yaml: found no quizmaster, solver, learner, expected all of tutor, "):
+    with pytest.raises(
+        ConfigError, match=r"mine.yaml: found no quizmaster, solver, learner, maths, expected all of tutor, "
+    ):
         load_prompts(path)
 
 
@@ -192,11 +194,11 @@ def test_every_value_is_the_text_that_stands_there(tmp_path):
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
-ROLE = st.builds(Role, TEXTS, st.lists(st.tuples(TEXTS, TEXTS), max_size=2).map(tuple))
+ROLE = st.builds(Role, TEXTS, st.lists(st.tuples(TEXTS, TEXTS), max_size=2).map(tuple), st.booleans())
 
 
 @settings(max_examples=200, deadline=None)
-@given(prompts=st.builds(Prompts, ROLE, st.builds(Role, TEXTS, st.just((("x", "null"),))), ROLE, ROLE))
+@given(prompts=st.builds(Prompts, ROLE, st.builds(Role, TEXTS, st.just((("x", "null"),))), ROLE, ROLE, ROLE))
 def test_what_a_checkpoint_keeps_is_read_back(prompts, tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / PROMPTS_FILE
     assert load_prompts(write(path, prompts.as_yaml())) == prompts

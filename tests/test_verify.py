@@ -234,7 +234,7 @@ def test_units_change_nothing_for_the_lenient_reader(value, unit):
     ["1", "1,", "1/", "1 ", "-", "1.", "#### ", "answer is ", "\\boxed{", "\\frac{", "=1", "1:", "a1", "1e", "½"],
 )
 def test_long_replies_take_no_time(piece):
-    started = time.perf_counter()
+    started = time.process_time()
     check(piece * 20_000, "1")
     check("#### " + piece * 20_000, "1")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
