@@ -74,7 +74,7 @@ def trl_loss(llama, tmp_path):
     return loss
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("kl_coef", [0.0])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("drifted", [False, True])
 def test_loss_and_gradient_are_trls(llama, accelerator, trl_loss, kl_coef, normalize, drifted):
