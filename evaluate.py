@@ -15,7 +15,7 @@ Left out on purpose: splits of its own. What is held out is the task's decision;
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from lora_ppo.settings import ConfigError, help_text, known_name, parse, setting
 from lora_ppo.statistics import wilson_interval
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
-from train import CHOICES, TASKS, TrainConfig
+from train import TASK_MODULES, TASKS, TrainConfig
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -46,6 +46,7 @@ class EvaluateConfig(TrainConfig):
     )
     adapter: list[str] = setting(["none"], "adapter folders, several give a learning curve; none: the base alone")
     num_samples: int = setting(200, "held-out samples to answer")
+    samples_per_problem: int = setting(1, "answers to each sample; with several, pass@k is told for k up to so many")
     eval_batch_size: int = setting(32, "samples answered at a time")
     merged_model_path: str = setting("", "folder of the merged model: merge writes it, use_merged_model reads it")
     use_merged_model: bool = setting(False, "evaluate the model in merged_model_path too")
@@ -55,9 +56,10 @@ class EvaluateConfig(TrainConfig):
 # What evaluation uses. A config file may hold training's settings beside these; the command line may not.
 SETTINGS = (
     "model_name load_in_4bit bf16_copy device dtype prompts target_modules temperature quiz_temperature top_p "
-    "max_new_tokens quiz_tries questions seed mode task quiz_learner test_share adapter num_samples eval_batch_size "
+    "max_new_tokens quiz_tries seed mode task test_share adapter num_samples samples_per_problem eval_batch_size "
     "merged_model_path use_merged_model output_file"
-).split()
+).split() + [field.name for module in TASK_MODULES.values() for field in fields(module.TaskSettings)]
+ROUND = 1_000_003  # between the seeds of a sample's answers
 MODES = ("evaluate", "merge", "both", "quizmaster")
 USAGE = """usage: python evaluate.py [--config FILE] [--adapter DIR ...] [name=value ...]
 
@@ -94,11 +96,10 @@ def settings_from(arguments: Sequence[str]) -> EvaluateConfig:
 def check_settings(config: EvaluateConfig) -> EvaluateConfig:
     """Returns `config` if its settings fit together; raises ConfigError naming what does not, before a model loads."""
     folders = adapters(config)
-    choices = {"mode": MODES, "task": tuple(TASKS), "quiz_learner": CHOICES["quiz_learner"]}
-    for name, allowed in choices.items():
+    for name, allowed in {"mode": MODES, "task": tuple(TASKS)}.items():
         if getattr(config, name) not in allowed:
             raise ConfigError(f"{name}={getattr(config, name)} is unknown: expected one of {', '.join(allowed)}")
-    for name in ("num_samples", "eval_batch_size"):
+    for name in ("num_samples", "samples_per_problem", "eval_batch_size"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} is out of range: expected at least 1")
     if not 0 < config.test_share < 1:
@@ -143,20 +144,24 @@ def evaluate(config: EvaluateConfig, notice: Callable[[str], None]) -> tuple[lis
     task = build_task(policy)
     samples = held_out(task, config.num_samples, config.seed)
 
-    def answers(answering: Policy, name: str, adapter: bool) -> list[Answer]:
-        with progress(f"{name} answers {len(samples)} samples", len(samples), notice) as show:
-            return answer_all(answering, task, samples, adapter, config.seed, config.eval_batch_size, show)
+    def asked(answering: Policy, name: str, adapter: bool, folder: str = "", step: int | None = None) -> Result:
+        rounds: list[list[Answer]] = []
+        for number in range(config.samples_per_problem):
+            again = f", time {number + 1}" if number else ""
+            with progress(f"{name} answers {len(samples)} samples{again}", len(samples), notice) as show:
+                seed = config.seed + number * ROUND
+                rounds.append(answer_all(answering, task, samples, adapter, seed, config.eval_batch_size, show))
+        return Result(name, folder, step, rounds[0], rounds[1:])
 
-    results = [Result("base", "", None, answers(policy, "base", adapter=False))]
+    results = [asked(policy, "base", adapter=False)]
     for i, (folder, state) in enumerate(zip(folders, states, strict=True)):
         with attached(policy, folder, f"adapter_{i}"):
-            told = answers(policy, folder.name, adapter=True)
-        results.append(Result(folder.name, str(folder), state.get("step"), told))
+            results.append(asked(policy, folder.name, True, str(folder), state.get("step")))
     if all(state for state in states):  # a learning curve, whatever the order in which the shell named the folders
         results[1:] = sorted(results[1:], key=lambda result: result.step)
     if config.use_merged_model:
         merged, _ = load_policy(replace(config, model_name=config.merged_model_path, **IN_FULL), notice)
-        results.append(Result("merged", config.merged_model_path, None, answers(merged, "merged", adapter=False)))
+        results.append(asked(merged, "merged", False, config.merged_model_path))
     return results, config
 
 
@@ -166,7 +171,7 @@ def report(config: EvaluateConfig, results: Sequence[Result]) -> dict[str, Any]:
     for model, result in zip(models[1:], results[1:], strict=True):
         model["versus_base"] = comparison(result, results[0], config.seed)
     answers = [
-        {"question": row[0].question}
+        {"question": row[0][0].question}
         | {
             result.folder or result.name: {
                 "answer": answer.text,
@@ -175,9 +180,10 @@ def report(config: EvaluateConfig, results: Sequence[Result]) -> dict[str, Any]:
                 "why": answer.outcome.why,
                 "tokens": answer.tokens,
             }
-            for result, answer in zip(results, row, strict=True)
+            | ({"verdicts": [said.outcome.verdict for said in (answer, *again)]} if again else {})
+            for result, (answer, *again) in zip(results, row, strict=True)
         }
-        for row in zip(*(result.answers for result in results), strict=True)
+        for row in zip(*(zip(result.answers, *result.more, strict=True) for result in results), strict=True)
     ]
     settings = {name: getattr(config, name) for name in SETTINGS}
     return {"timestamp": now(), "settings": settings, "methods": METHODS, "models": models, "answers": answers}
@@ -240,18 +246,31 @@ def show(record: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     models = record["models"]
     table = Table(title=f"{models[0]['samples']} held-out samples of task {record['settings']['task']}")
-    for heading in ("model", "step", "accuracy (95 %, Wilson)", "states the fact", "reward", "tokens"):
+    some = [("facts_stated_share", "states the fact"), ("strict_accuracy", "in the form asked for")]
+    some = [(key, heading) for key, heading in some if models[0][key] is not None]
+    headings = ("model", "step", "accuracy (95 %, Wilson)", *(h for _, h in some), "reward", "tokens", "cut off")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for model in models:
         table.add_row(
             clean(model["name"]),
             "-" if model["step"] is None else str(model["step"]),
             percent(model["accuracy"], model["accuracy_interval"]),
-            percent(model["facts_stated_share"]),
+            *(percent(model[key]) for key, _ in some),
             "-" if model["mean_reward"] is None else f"{model['mean_reward']:+.3f}",
             f"{model['mean_tokens']:.1f}",
+            percent(model["cut_off_share"]),
         )
     console.print(table)
+    for title, key, share in (("accuracy by level", "by_level", "accuracy"), ("pass@k", "pass_at", "share")):
+        if models[0][key]:
+            table = Table(title=title)
+            for heading in ("model", *map(str, models[0][key])):
+                table.add_column(heading, justify="left" if heading == "model" else "right")
+            for model in models:
+                cells = [percent(cell[share], cell["interval"]) for cell in model[key].values()]
+                table.add_row(clean(model["name"]), *cells)
+            console.print(table)
     if models[0]["unknown"]:
         console.print(f"{models[0]['unknown']} more samples had no outcome (no sound quiz) and are left out.")
     if len(models) == 1:

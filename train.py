@@ -22,11 +22,12 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import tasks
 from config import Config
 from lora_ppo.checkpoint import all_checkpoints, find_checkpoint
 from lora_ppo.episodes import Task
 from lora_ppo.functions import load_functions, replaced
-from lora_ppo.loading import is_bundled, load_policy
+from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.processes import shard
 from lora_ppo.settings import ConfigError, Settings, from_command_line, save_yaml, setting
@@ -46,8 +47,12 @@ def shared(name: str, group: str = "") -> Any:
     return setting(f.default_factory() if f.default is MISSING else f.default, f.metadata["help"], group)
 
 
+TASK_MODULES = tasks.found()
+TASKS: dict[str, Callable[[Any], Callable[[Policy], Task]]] = {n: m.prepare for n, m in TASK_MODULES.items()}
+
+
 @dataclass
-class TrainConfig(Settings):
+class TrainSettings(Settings):
     task: str = setting("quiz", "what earns the reward", group="what is learned, and how long")
     algorithm: str = setting("ppo", "ppo, or grpo (group_size answers per prompt, no value head)")
     output_dir: str = setting("runs/train", "where log, checkpoints and report are written")
@@ -65,12 +70,9 @@ class TrainConfig(Settings):
         "first in output_dir/library; none",
     )
     report_to: str = setting("none", "tracker: none, tensorboard, wandb or trackio")
+    test_share: float = setting(0.2, "share of the samples that a task keeps for its test split", split=True)
+    control: str = setting("none", "none, or random: the reward is a coin, and nothing must be learned")
     seed: int = shared("seed")
-    questions: str = setting(
-        "", "text file of questions, one per line; empty: the bundled fact tables", group="the quiz task"
-    )
-    quiz_learner: str = setting("auto", "reader, gain, or auto: reader for the bundled model, gain for any other")
-    test_share: float = setting(0.2, "share of the facts that is kept for the test split")
     model_name: str = shared("model_name", "model")
     load_in_4bit: str = shared("load_in_4bit")
     bf16_copy: str = shared("bf16_copy")
@@ -88,6 +90,7 @@ class TrainConfig(Settings):
     max_new_tokens: int = shared("max_new_tokens")
     quiz_tries: int = shared("quiz_tries")
     learning_rate: float | None = shared("learning_rate", "the update")
+    lr_schedule: str = setting("constant", "constant, or linear: down to 0 at the run's last step")
     optimizer: str = setting("adamw", "adamw; on CUDA also adamw_8bit, paged_adamw_8bit (bitsandbytes)")
     batch_size: int = setting(16, "answers per step, on all processes together")
     mini_batch_size: int = setting(16, "answers in one forward and backward pass, on all processes together")
@@ -120,6 +123,11 @@ class TrainConfig(Settings):
         return self.batch_size // (self.group_size if self.algorithm == "grpo" else 1)
 
 
+@dataclass
+class TrainConfig(*(module.TaskSettings for module in reversed(TASK_MODULES.values())), TrainSettings):
+    """Training's settings, and those that the tasks bring."""
+
+
 RANGES = {
     "num_epochs": (1, 1_000_000),
     "samples_per_epoch": (0, 1e9),
@@ -133,7 +141,8 @@ CHOICES = {
     "algorithm": ("ppo", "grpo"),
     "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
     "report_to": ("none", "tensorboard", "wandb", "trackio"),
-    "quiz_learner": ("auto", "reader", "gain"),
+    "control": ("none", "random"),
+    "lr_schedule": ("constant", "linear"),
 }
 
 
@@ -176,24 +185,6 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise ConfigError(f"report_to={config.report_to} needs a package: pip install {config.report_to}")
 
-
-def quiz_task(config: TrainConfig) -> Callable[[Policy], Task]:
-    """Checks the questions now, before any model is loaded; what it returns builds the task."""
-    from tasks.quiz import QuizTask, split_samples
-    from tasks.quiz_gate import ensure_gate
-
-    split_samples("train", config.seed, config.questions, config.test_share)
-
-    def build(policy: Policy) -> Task:
-        ensure_gate(policy, lambda text: print(text, file=sys.stderr, flush=True))
-        default = "reader" if is_bundled(policy.config.model_name) else "gain"
-        learner = default if config.quiz_learner == "auto" else config.quiz_learner
-        return QuizTask(policy, config.seed, learner, config.questions, config.test_share)
-
-    return build
-
-
-TASKS: dict[str, Callable[[TrainConfig], Callable[[Policy], Task]]] = {"quiz": quiz_task}
 
 # ----------------------------------------------------------------------------------------------------------- the run
 

@@ -20,6 +20,7 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     terminal                    what a person types and sees
     signals                     when the program is interrupted, and how it leaves
     trainer, evaluation, report unattended runs, held-out samples, plots
+    watching                    what tells whether a run learns
 
 Imports go one way, downwards in tests/test_house.py's list. Importing this package imports nothing else: a room brings
 in torch, transformers and peft where it needs them.

@@ -13,7 +13,15 @@ from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.gate import write_gate
 from lora_ppo.loading import base_name, find_prompts, load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, GATE_FILE, PROMPTS_FILE, ConfigError, Settings
+from lora_ppo.settings import (
+    BUNDLED_MODEL,
+    DEFAULT_PROMPTS,
+    GATE_FILE,
+    PROMPTS_FILE,
+    ConfigError,
+    Settings,
+    split_settings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +61,7 @@ def suited(policy: Policy, folder: Path, state: dict[str, Any]) -> None:
     if state and (difference := other_base(state, policy)):
         raise ConfigError(f"adapter={folder} was trained {difference}")
     config, trained = policy.config, state.get("config", {})
-    for name in ("questions", "test_share"):
+    for name in split_settings(config):
         here, there = getattr(config, name), trained.get(name)
         if "task" in trained and config.mode != "merge" and there is not None and there != here:
             raise ConfigError(

@@ -13,16 +13,21 @@ from typing import Any
 from lora_ppo.settings import ConfigError
 
 Message = dict[str, str]
+PLAIN = "plain"  # the role of a first message after which no chat template is used
 
 # ----------------------------------------------------------------------------------------------------------- prompts
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a model is told before it is asked: a system text, and example turns (what was asked, the reply)."""
+    """What a model is told before it is asked: a system text, and example turns (what was asked, the reply).
+
+    It is told so in a chat, by the model's template; where it is `plain`, in a transcript, as a base model reads it.
+    """
 
     system: str
     examples: tuple[tuple[str, str], ...] = ()
+    plain: bool = False
 
     def messages(self, text: str) -> list[Message]:
         """The chat that asks this role `text`, which may be anybody's."""
@@ -31,7 +36,8 @@ class Role:
             for example in self.examples
             for speaker, said in zip(("user", "assistant"), example, strict=True)
         ]
-        return [{"role": "system", "content": self.system}, *turns, {"role": "user", "content": text}]
+        first = {"role": PLAIN if self.plain else "system", "content": self.system}
+        return [first, *turns, {"role": "user", "content": text}]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Prompts:
     quizmaster: Role
     solver: Role
     learner: Role
+    maths: Role
 
     def as_yaml(self) -> str:
         """What `load_prompts` reads back."""
@@ -51,6 +58,7 @@ class Prompts:
         for name, role in asdict(self).items():
             examples = [{"user": asked, "assistant": reply} for asked, reply in role["examples"]]
             roles[name] = {"system": role["system"]} | ({"examples": examples} if examples else {})
+            roles[name] |= {"plain": True} if role["plain"] else {}
         # Letters stay readable, unless there are characters that YAML takes for line breaks: then all are escaped.
         readable = not re.search("[\x85\u2028\u2029\ufeff]", json.dumps(roles, ensure_ascii=False))
         return yaml.safe_dump(roles, allow_unicode=readable, sort_keys=False, width=120)
@@ -89,12 +97,13 @@ class PromptsFile:
         roles = {}
         for name, node in self.mapping(self.root(), ROLES, "a role").items():
             self.role = name
-            parts = self.mapping(node, ("system", "examples"), "a field", needed=("system",))
+            parts = self.mapping(node, ("system", "examples", "plain"), "a field", needed=("system",))
             system, turns = self.text(parts["system"]), parts.get("examples")
             if turns and turns.id != "sequence":
                 expected = "a list of examples, each with user and assistant"
                 raise self.error(turns.start_mark.line + 1, called(turns), expected)
-            roles[name] = Role(system, tuple(self.example(turn) for turn in turns.value) if turns else ())
+            examples = tuple(self.example(turn) for turn in turns.value) if turns else ()
+            roles[name] = Role(system, examples, self.truth(parts["plain"]) if "plain" in parts else False)
             self.role = ""
         return roles
 
@@ -152,6 +161,11 @@ class PromptsFile:
         if re.search("[\ud800-\udfff]", node.value):
             raise self.error(line, "half a character (a lone surrogate)", "text")
         return node.value.strip()
+
+    def truth(self, node) -> bool:
+        if node.id != "scalar" or node.value not in ("true", "false"):
+            raise self.error(node.start_mark.line + 1, called(node), "true or false")
+        return node.value == "true"
 
     def example(self, node) -> tuple[str, str]:
         """What is asked and the reply. A quizmaster's that the grammar does not allow would mislead the model."""
@@ -239,7 +253,7 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
     role, or that drops it, gets the system prompt at the head of the first user message. Raises ConfigError if the
     template renders something else than the messages.
     """
-    if tokenizer.chat_template is None:
+    if is_plain(tokenizer, messages):
         messages = indented(messages)
     contents = [message["content"] for message in messages]
     places = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in messages]
@@ -291,10 +305,10 @@ def render_whole(tokenizer, messages: list[Message], contents: list[str]) -> tup
 def render(tokenizer, messages: list[Message], contents: list[Any], ask: bool = True) -> str:
     """The chat as text, with these contents; `ask`: up to where a reply begins. Raises whatever the template raises.
 
-    Without a template it is the contents between empty lines; where there are replies among them, with who speaks.
+    As a transcript it is the contents between empty lines; where there are replies among them, with who speaks.
     """
     rows = [message | {"content": content} for message, content in zip(messages, contents, strict=True)]
-    if tokenizer.chat_template is None:
+    if is_plain(tokenizer, messages):
         user = "Question: {}\nAnswer:\n" if has_replies(messages) else "{}\n\n"
         return "".join((user if row["role"] == "user" else "{}\n\n").format(row["content"]) for row in rows)
     return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
@@ -320,6 +334,11 @@ def reply_end(tokenizer) -> int | None:
             if ids and ids[0] in tokenizer.added_tokens_decoder:
                 return ids[0]
     return None
+
+
+def is_plain(tokenizer, messages: list[Message]) -> bool:
+    """Whether a chat is written as a transcript: its model has no template, or is not to use it."""
+    return tokenizer.chat_template is None or messages[0]["role"] == PLAIN
 
 
 def has_replies(messages: list[Message]) -> bool:

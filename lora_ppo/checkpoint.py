@@ -18,7 +18,7 @@ from lora_ppo.chat import Prompts, load_prompts
 from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
-from lora_ppo.settings import DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
+from lora_ppo.settings import DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings, split_settings
 
 PARTS = ("adapter_model", "value_head", "optimizer")  # files of tensors
 CHECKPOINT_FILES = {*(f"{name}.safetensors" for name in PARTS), "state.json"}
@@ -286,7 +286,7 @@ def all_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 # What decides which samples a step gets, or belongs to it: a run can't go on under another value.
-COURSE = ("task", "algorithm", "batch_size", "group_size", "samples_per_epoch", "questions", "test_share", "seed")
+COURSE = ("task", "algorithm", "batch_size", "group_size", "samples_per_epoch", "seed")
 
 
 def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -320,8 +320,9 @@ def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Pa
                 f"resume_from={folder} is at step {state['step']}, and output_dir={root} holds a run ({newest}): "
                 "set resume_from=latest, or another output_dir"
             )
-    for name in COURSE:
-        before, now = state["config"].get(name), getattr(config, name)
+    for name in (*COURSE, *split_settings(config)):
+        now = getattr(config, name)
+        before = state["config"].get(name, now)  # an older checkpoint knows fewer settings
         if before == now or (name == "samples_per_epoch" and 0 < before < (now or math.inf)):
             continue  # an epoch may become longer: which samples a step gets stays as it was
         raise ConfigError(

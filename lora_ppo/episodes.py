@@ -60,6 +60,7 @@ class Trajectory:
     replies: list[str]
     outcome: Outcome | None = None
     question: str = ""  # the last message of the prompt
+    cut_off: bool = False  # whether its last reply ended at max_new_tokens
 
     @property
     def length(self) -> int:
@@ -89,6 +90,7 @@ def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> l
             trajectory = trajectories[i]
             trajectory.response += ids
             trajectory.chosen += [True] * len(ids)
+            trajectory.cut_off = ids[-1] not in policy.stop_ids
             trajectory.replies.append(tokenizer.decode(ids, skip_special_tokens=True))
             said = episodes[i].step(trajectory.replies[-1])
             said_ids = [] if said is None else environment_ids(policy, said, ids[-1] in policy.stop_ids)

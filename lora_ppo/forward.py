@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BEGINNING = 64  # tokens from which on it pays to read once what prompts begin with
+
+
 @dataclass(frozen=True)
 class Batch:
     """Prompts padded on the left, responses on the right: the last T columns are the responses."""
@@ -75,14 +78,15 @@ def token_logprobs_and_values(
 def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | None":
     """`Policy.read` on the response positions of a batch, (B, T, V) and (B, T, H), with nothing read twice.
 
-    A prompt that several rows share is read once, forward and backward: gradients reach it through the cache. How the
-    base model's prompts begin is not read at all, once it was. None where fewer than half of the prompts could be
-    spared, there is no such beginning, and the pass is none to be recorded, or the model is none for it.
+    A prompt that several rows share is read once, forward and backward: gradients reach it through the cache. So is
+    what all prompts begin with, where that is long, as examples are. How the base model's prompts begin is not read at
+    all, once it was. None where fewer than half of the prompts could be spared, there is no such beginning, and the
+    pass is none to be recorded, or the model is none for it.
     """
     import torch
     from transformers import DynamicCache
 
-    from lora_ppo.recording import distinct, roomy_cache, sharded, takes
+    from lora_ppo.recording import distinct, roomy_cache, sees_all, sharded, takes
 
     model, (count, t), training = policy.model.get_base_model(), batch.response_mask.shape, torch.is_grad_enabled()
     covered = policy.recorder.covers(count, batch.input_ids.shape[1] - 1)
@@ -95,8 +99,9 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     rows = zip(ids[:, :last].tolist(), real[:, :last].tolist(), strict=True)
     different, which = distinct([tuple(itertools.compress(*row)) for row in rows])
     known = known_beginning(policy, different)
+    begun = known or (different[0][: common_beginning(different)] if sees_all(model.config.get_text_config()) else ())
     shared = last > 0 and 2 * len(different) <= count
-    if not (known or shared or covered) or (training and model.is_activation_checkpointing):
+    if not (begun or shared or covered) or (training and model.is_activation_checkpointing):
         return None  # layers that are recomputed fill no cache
     readers = [which.index(i) for i in range(len(different))] if shared else list(range(count))
     adapted = torch.full((count,), policy.gate.share, device=policy.device)
@@ -106,7 +111,11 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
         beginning = [x.expand(len(readers), -1, -1, -1) for x in policy.beginnings[known]]
         for layer, *pair in zip(cache.layers, beginning[::2], beginning[1::2], strict=True):
             layer.update(*pair)
-    start, real = len(known), real & (positions >= len(known))
+    elif begun:
+        whole = torch.ones(1, len(begun), dtype=torch.bool, device=policy.device)
+        policy.recorder.read(torch.tensor([begun]).to(whole.device), whole.cumsum(-1) - 1, whole, adapted[:1], cache)
+        cache.batch_select_indices(torch.zeros(len(readers), dtype=torch.long, device=policy.device))
+    start, real = len(begun), real & (positions >= len(begun))
     real[:, :start] = True  # the cache's places
     if shared:
         one = ids[readers, start:last], positions[readers, start:last], real[readers, :last], adapted[: len(readers)]
@@ -114,6 +123,13 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
         cache.batch_select_indices(torch.tensor(which, device=policy.device))
         start = last
     return policy.recorder.read(ids[:, start:], positions[:, start:], real, adapted, cache, t)
+
+
+def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens different prompts begin with in common; 0 for fewer than BEGINNING, or a single prompt."""
+    first, last = min(prompts), max(prompts)  # in the order of their tokens: all others lie between
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return same if len(prompts) > 1 and same >= BEGINNING else 0
 
 
 def rounded_up(policy: Policy, batch: Batch) -> "dict[str, Tensor | None]":

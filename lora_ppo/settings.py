@@ -45,10 +45,18 @@ class Settings:
     """The settings of a program, one field each: what the dataclasses of scripts derive from."""
 
 
-def setting(default: Any, text: str, group: str = "") -> Any:
-    """A dataclass field with one line of help. `group` is the heading of this setting and of those that follow it."""
+def setting(default: Any, text: str, group: str = "", split: bool = False) -> Any:
+    """A dataclass field with one line of help. `group` is the heading of this setting and of those that follow it.
+
+    A `split` setting decides which samples are held out.
+    """
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": text, "group": group}, **factory)
+    return field(metadata={"help": text, "group": group, "split": split}, **factory)
+
+
+def split_settings(config: Settings) -> list[str]:
+    """The names of the settings that decide which samples are held out."""
+    return [f.name for f in fields(config) if f.metadata.get("split")]
 
 
 RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from lora_ppo.statistics import wilson_interval
 from lora_ppo.step import StepSkipped
 from lora_ppo.terminal import clean
 from lora_ppo.training import chunks, learn
+from lora_ppo.watching import in_short, shares, training_stats, without_contrast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,15 +122,10 @@ class Training:
 
     def samples(self, step: int) -> list[Any]:
         """The samples of a step: shuffled passes over the training split, one after the other."""
-        picked = []
-        for place in range(step * self.config.prompts_per_step, (step + 1) * self.config.prompts_per_step):
-            lap, i = divmod(place, len(self.train))
-            if lap not in self.laps:
-                self.laps[lap] = random.Random(f"{self.config.seed}/{lap}").sample(
-                    range(len(self.train)), len(self.train)
-                )
-            picked.append(self.train[self.laps[lap][i]])
-        return picked
+        places = range(step * self.config.prompts_per_step, (step + 1) * self.config.prompts_per_step)
+        for lap in {place // len(self.train) for place in places} - self.laps.keys():
+            self.laps[lap] = shuffled(self.config.seed, lap, len(self.train))
+        return [self.train[self.laps[place // len(self.train)][place % len(self.train)]] for place in places]
 
     def play(self, parts: Sequence[Sequence[Any]], adapter: bool = True) -> list[list[Trajectory]]:
         """Episodes on this process's samples, part by part. Raises StepSkipped where memory runs out."""
@@ -144,6 +141,8 @@ class Training:
         import torch
 
         config, accelerator, number = self.config, self.accelerator, self.policy.step
+        if config.lr_schedule == "linear":
+            self.policy.optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - number / self.last)
         processes = accelerator.num_processes
         torch.manual_seed(turn_seed(config.seed, number * processes + accelerator.process_index))
         mine = self.samples(number)[accelerator.process_index :: processes]
@@ -154,6 +153,8 @@ class Training:
         except StepSkipped as skipped:
             trajectories, metrics = [], {"outcome": "skipped", "why": str(skipped)}
         played = time.perf_counter() - started
+        if config.control == "random":
+            toss_coins(trajectories, f"{config.seed}/{number}/{accelerator.process_index}")
         if trajectories:
             metrics = learn(self.policy, accelerator, config, trajectories)
         self.policy.step = number + 1
@@ -177,16 +178,15 @@ class Training:
         trajectories = [trajectory for part in played for trajectory in part]
         known = [t for t in trajectories if t.outcome.verdict != "unknown"]
         right = sum(t.outcome.verdict == "correct" for t in known)
-        facts = [t.outcome.details["states_fact"] for t in trajectories if "states_fact" in t.outcome.details]
-        count, right, reward, tokens, answers, stated, of = total(
+        count, right, reward, tokens, answers = total(
             self.accelerator,
             *(len(known), right, sum(t.outcome.reward for t in known)),
-            *(sum(t.length for t in trajectories), len(trajectories), sum(facts), len(facts)),
+            *(sum(t.length for t in trajectories), len(trajectories)),
         )
         low, high = wilson_interval(right, count)
         found = {"eval_accuracy": right / max(count, 1), "eval_low": low, "eval_high": high, "eval_samples": int(count)}
         found |= {"eval_reward": reward / max(count, 1), "eval_length": tokens / max(answers, 1)}
-        return found | ({"eval_states_fact": stated / of} if of else {})
+        return found | {f"eval_{name}": share for name, share in shares(self.accelerator, trajectories).items()}
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds a line to the log and to the trackers; a disk that refuses costs a message, not the run."""
@@ -290,6 +290,8 @@ class Training:
                 line |= self.evaluate()
             self.write(line)
             show(line)
+            if advice := without_contrast(self.lines, config.prompts_per_step):
+                self.say(advice)
             if stop or policy.step % self.steps_per_epoch == 0 or policy.step % config.save_every == 0:
                 self.save(self.checkpoint_name())
 
@@ -313,8 +315,7 @@ class Training:
             item = bar.add_task("starting", total=self.last, completed=self.policy.step)
 
             def show(line: dict[str, Any]) -> None:
-                text = f"reward {line.get('reward', 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
-                text += f"  KL {line.get('kl', 0):.2g}  {line['tokens_per_second']:.0f} tokens/s"
+                text = in_short(line, self.config.prompts_per_step)
                 counts = {name: sum(one.get("outcome") == name for one in self.lines) for name in ("undone", "skipped")}
                 text += "".join(f"  {count} {name}" for name, count in counts.items() if count)
                 bar.update(item, completed=line["step"], description=text)
@@ -355,16 +356,13 @@ class Training:
         total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
 
 
-def training_stats(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The log as columns: `training` has a value for each step, `evaluation` one for each evaluation."""
-    names = (
-        "step reward accuracy kl kl_coef step_kl length loss policy_loss value_loss entropy grad_norm "
-        "equal_groups left_out outcome"
-    )
-    steps = [line for line in lines if line["step"] > 0]
-    found = [line for line in lines if "eval_accuracy" in line]
-    evals = ["step", *(name for name in (found[0] if found else ()) if name.startswith("eval_"))]
-    return {
-        "training": {name: [line.get(name) for line in steps] for name in names.split()},
-        "evaluation": {name.removeprefix("eval_"): [line.get(name) for line in found] for name in evals},
-    }
+def shuffled(seed: int, lap: int, count: int) -> list[int]:
+    """The order of so many samples in a pass over them, of a run with this seed."""
+    return random.Random(f"{seed}/{lap}").sample(range(count), count)
+
+
+def toss_coins(trajectories: Sequence[Trajectory], seed: str) -> None:
+    """Makes each reward 0 or 1 by a coin, whatever was answered: what then seems to be learned is chance."""
+    rng = random.Random(f"control/{seed}")
+    for trajectory in trajectories:
+        trajectory.outcome = replace(trajectory.outcome, reward=float(rng.random() < 0.5))

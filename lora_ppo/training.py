@@ -22,6 +22,7 @@ from lora_ppo.policy import Policy, Snapshot, gradient_dropout
 from lora_ppo.processes import everywhere, sharded, total, whiten_jointly
 from lora_ppo.settings import Settings
 from lora_ppo.step import StepSkipped, trust_region
+from lora_ppo.watching import shares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -159,7 +160,7 @@ def examine(
     answers, reward, right, tokens, length, kl, kl_estimate, value = total(
         accelerator, sum(known), scores.sum().item(), right, mask.sum().item(), length, *sums
     )
-    metrics = {
+    metrics = shares(accelerator, trajectories) | {
         "reward": reward / max(answers, 1),
         "accuracy": right / max(answers, 1),
         "answers": int(answers),

@@ -23,7 +23,7 @@ from lora_ppo.quizmaster import (
     with_wrong_options,
 )
 from tasks.facts import Fact
-from tasks.quiz import split_samples
+from tasks.questions import split_samples
 
 QUESTIONS = 60
 AT_ONCE = 2  # questions, ANSWERS replies to each

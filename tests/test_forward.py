@@ -9,7 +9,14 @@ from support.tiny import CHATML, randomize_adapter, tiny_config, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import OPTConfig, OPTForCausalLM
 
-from lora_ppo.forward import collate, known_beginning, read_sparingly, token_logprobs_and_values
+from lora_ppo.forward import (
+    BEGINNING,
+    collate,
+    common_beginning,
+    known_beginning,
+    read_sparingly,
+    token_logprobs_and_values,
+)
 from lora_ppo.loading import load_policy
 from lora_ppo.recording import ROUND, round_up, sees_all
 from lora_ppo.settings import PROMPTS_FILE
@@ -92,6 +99,33 @@ def measured(policy, batch, adapter: bool = True) -> tuple[list[torch.Tensor], i
     hook.remove()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters.values()]
     return [x.detach()[mask] for x in (logprobs, values, logits)] + gradients, sum(taken)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("answers", [1, 4])
+def test_what_long_prompts_begin_with_is_read_once(policy, adapter, answers, monkeypatch):
+    """Prompts of unequal length after the same examples, one of them a token longer; one answer to each, or several."""
+    begun = [(7 * i + i * i) % 64 for i in range(BEGINNING)]
+    asked = [begun + ends for ends in ([1, 2, 3], [9], [4, 5, 6, 7, 8], [1, 3])]
+    rows = asked if answers == 1 else [asked[i % 2] for i in range(8)]
+    batch = collate(rows, ANSWERS[: len(rows)], policy.pad_id, policy.device)
+    policy.beginnings = {}
+    shared, few = measured(policy, batch, adapter)
+    monkeypatch.setattr("lora_ppo.forward.read_sparingly", lambda *_: None)
+    plain, many = measured(policy, batch, adapter)
+    if sees_all(policy.model.config):  # a sliding window forgets how the prompts began
+        assert few < many / 2
+    for ours, theirs in zip(shared, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert max(x.abs().max() for x in plain[3:]) > 0.1
+
+
+def test_how_prompts_begin_by_hand():
+    long = tuple(range(BEGINNING))
+    assert common_beginning([(*long, 1, 2), (*long, 3), (*long, 1, 5, 6)]) == BEGINNING
+    assert common_beginning([(*long, 1, 2, 3), (*long, 1, 2)]) == BEGINNING + 2
+    assert common_beginning([(*long[1:], 1, 2), (*long[1:], 3, 4)]) == 0
+    assert common_beginning([(*long, 1)]) == 0
 
 
 @pytest.mark.parametrize("adapter", [True, False])

@@ -16,7 +16,7 @@ from lora_ppo.loading import load_policy
 from lora_ppo.quizmaster import Draft
 from lora_ppo.settings import BUNDLED_MODEL, GATE_FILE, ConfigError
 from tasks.facts import table_facts
-from tasks.quiz import split_samples
+from tasks.questions import split_samples
 from tasks.quiz_gate import by_agreement, ensure_gate, logistic_fit, measure, says, sound
 
 GATE = Gate("agreement", agreement=11, lead=2.0, right=12, shown=13, asked=60)

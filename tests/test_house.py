@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "files streams settings ppo functions statistics chat layers recording policy decode generate forward quiz "
     "quizmaster checks gguf gate loading checkpoint disk journal step episodes signals terminal report adapters "
-    "processes training evaluation turns recovery run trainer"
+    "processes watching training evaluation turns recovery run trainer"
 ).split()
 FLOORS = {"lora_ppo": 0, "config": 1, "tasks": 1, "scripts": 2, "exercises": 2, "tools": 3}
 SCRIPTS = ("lora_ppo_demo", "train", "evaluate")

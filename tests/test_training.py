@@ -5,28 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from support.echo import EchoTask
-from support.training import assert_close, gradient, loaded, run_out_of_memory, same
+from support.training import answered, assert_close, batch_of, gradient, loaded, run_out_of_memory, same
 
-import lora_ppo.episodes
 from lora_ppo import ppo, training
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.episodes import Outcome, play
-from lora_ppo.forward import Batch, collate, token_logprobs_and_values
+from lora_ppo.forward import token_logprobs_and_values
 from lora_ppo.step import ppo_step
-
-
-def answered(policy, rewards, seed=0, verdict=None) -> list[lora_ppo.episodes.Trajectory]:
-    """One sampled answer a reward."""
-    torch.manual_seed(seed)
-    trajectories = play(policy, [EchoTask().episode(i) for i in range(len(rewards))])
-    for trajectory, reward in zip(trajectories, rewards, strict=True):
-        trajectory.outcome = Outcome(verdict or ("correct" if reward > 0 else "incorrect"), reward)
-    return trajectories
-
-
-def batch_of(policy, trajectories) -> Batch:
-    prompts, responses = [t.prompt for t in trajectories], [t.response for t in trajectories]
-    return collate(prompts, responses, policy.pad_id, policy.device, [t.chosen for t in trajectories])
 
 
 @pytest.mark.parametrize(("epochs", "kept"), [(1, True), (1, False), (2, True)])

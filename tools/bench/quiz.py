@@ -30,7 +30,7 @@ from lora_ppo.quizmaster import answer_logprobs, first_requests, make_quiz, surv
 from lora_ppo.settings import ConfigError, parse  # noqa: E402
 from lora_ppo.statistics import wilson_interval  # noqa: E402
 from tasks.facts import Fact  # noqa: E402
-from tasks.quiz import split_samples  # noqa: E402
+from tasks.questions import split_samples  # noqa: E402
 from tasks.quiz_gate import ensure_gate, says, sound  # noqa: E402
 
 
