@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 ANSWERS = 16  # short answers to a question, of which the most frequent is the key
 WRITINGS = 8  # times that the wrong options are asked for
 VARIETY = 0.7  # the sampling temperature of both: at a lower one, agreement says less
+NEARLY = 0.7  # of two words that are spelt alike, what difflib's ratio is above
 LONGEST, ANSWER_LENGTH = 3, 40  # words of an option; characters of a short answer, after which it is given up
 
 QUESTION_LENGTH, OPTION_LENGTH = 200, 80  # characters
@@ -229,7 +230,7 @@ def agree(policy: Policy, question: str, written: Sequence[list[int]]) -> Draft 
     texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
     spellings: dict[str, Counter[str]] = {}
     for text, end, _ in (text.partition('"') for text in texts):
-        if end and usable(text := one_line(text), question):
+        if end and usable(text := one_line(text), question) and not echoes(text, question):
             spellings.setdefault(bare(text), Counter())[text] += 1
     if not spellings or len(question) > QUESTION_LENGTH:
         return None
@@ -274,7 +275,16 @@ def alike(option: str, other: str) -> bool:
         return a == b
     short, long = sorted((a, b), key=len)
     held = f" {short} " in f" {long} " or (len(short) > 3 and short in long)
-    return held or difflib.SequenceMatcher(None, a, b).ratio() > 0.8
+    return held or difflib.SequenceMatcher(None, a, b).ratio() > NEARLY
+
+
+def echoes(answer: str, question: str) -> bool:
+    """Whether an answer says a longer word of the question again, or nearly so: "lions" for "What is a young lion?"
+
+    A model that knows nothing agrees with itself on that best of all. "Lithuanian" for Lithuania's language is lost.
+    """
+    asked = [word for word in bare(question).split() if len(word) > 3 and not word.isdecimal()]
+    return any(alike(said, word) for said in bare(answer).split() for word in asked)
 
 
 def answer_logprobs(policy: Policy, question: str, options: Sequence[str]) -> list[float]:

@@ -25,6 +25,7 @@ from lora_ppo.quizmaster import (
     alike,
     answer_logprobs,
     answer_request,
+    echoes,
     first_requests,
     make_quiz,
     survives,
@@ -248,6 +249,24 @@ def test_the_key_is_what_most_short_answers_say(llama_policy):
 @pytest.mark.parametrize("answers", [["France"] * 16, ["...", "-"], ["one two three four"], []])
 def test_without_a_usable_answer_there_is_no_draft(llama_policy, answers):
     assert agree(llama_policy, "What is the capital of France?", spelled(llama_policy, *answers)) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "question", "echo"),
+    [
+        ("Lions", "The young of a lion: what is its name?", True),
+        ("protactite", "Which symbol does protactinium have?", True),
+        ("a fighter", "What is the past tense of fight?", True),
+        ("cub", "The young of a lion: what is its name?", False),
+        ("404", "What does HTTP code 404 mean?", False),
+        ("is it", "What is it?", False),  # short words are in every question
+        ("Oslo", "What is the capital of Norway?", False),
+    ],
+)
+def test_an_answer_that_says_a_word_of_the_question_again_is_an_echo(llama_policy, answer, question, echo):
+    assert echoes(answer, question) is echo
+    draft = agree(llama_policy, question, spelled(llama_policy, answer))
+    assert not (echo and draft)
 
 
 def test_a_long_question_gets_no_quiz(llama_policy):
