@@ -179,7 +179,7 @@ def weight_files(config: Settings) -> list[Path]:
     from transformers.utils import cached_file
 
     with source(config) as name, contextlib.suppress(OSError, ValueError, KeyError):
-        folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
+        folder = Path(cached_file(name, "config.json", local_files_only=True)).parent.resolve()  # a link may be gone
         if (folder / "model.safetensors").is_file():
             return [folder / "model.safetensors"]
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
