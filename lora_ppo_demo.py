@@ -235,6 +235,7 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
             elif question:
                 take_turn(question, policy, run, terminal)
         except (EOFError, Leave):
+            terminal.say("")  # an answer may have been cut off
             return 0
         except SecondInterrupt:
             return 130
@@ -317,7 +318,7 @@ def main() -> int:
         def notice(text: str) -> None:
             terminal.say(text, "yellow")
 
-        with leave_on_signals():
+        with leave_on_signals(terminal.end_prompt):
             try:
                 # The base model (in 4 bits on a GPU), LoRA adapters on its linear layers, a float32 value head, AdamW;
                 # then the run on disk: the newest whole checkpoint, and the turns after it replayed from the journal.

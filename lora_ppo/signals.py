@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 LEAVING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
@@ -19,16 +19,17 @@ class Leave(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def leave_on_signals() -> Iterator[None]:
-    """In here the first signal of LEAVING raises Leave, and none ends the program. Those that are ignored stay so.
+def leave_on_signals(end_prompt: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """In here the first signal of LEAVING raises Leave, unless `end_prompt` ends a prompt; none ends the program.
 
     A terminal that closes sends SIGHUP, and so does its shell: later ones must not disturb the leave-taking. In a
-    library's callback an exception can get lost: `asked_to_leave` tells whether a signal came.
+    library's callback an exception can get lost: `asked_to_leave` tells whether a signal came. One that is ignored
+    stays so.
     """
 
     def leave(number: int, frame: Any) -> None:
         asked_to_leave.append(number)
-        if len(asked_to_leave) == 1:
+        if len(asked_to_leave) == 1 and not end_prompt():
             raise Leave
 
     asked_to_leave.clear()

@@ -15,6 +15,7 @@ from typing import Any
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, quiz_text
 from lora_ppo.settings import ConfigError
+from lora_ppo.signals import asked_to_leave
 
 COMMANDS = """\
   A B C D      at the quiz: your choice, or type the option's text; s skips it
@@ -84,7 +85,7 @@ class Terminal:
                 stream.reconfigure(encoding="utf-8", errors="replace")
         self.console = Console(file=Output(sys.stdout), highlight=False, markup=False, emoji=False)
         self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-        self.prompter = None
+        self.prompter, self.prompting = None, False
         self.column, self.word = 0, ""  # where the line is that is being written; the word that is not whole yet
         if self.interactive and history:
             from prompt_toolkit import PromptSession
@@ -163,6 +164,8 @@ class Terminal:
 
     def ask(self, prompt: str, remember: bool = True) -> str:
         """A line from the person. Raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C."""
+        if asked_to_leave:
+            raise EOFError
         if self.prompter is None:
             self.write(prompt)
             line = ""
@@ -174,11 +177,33 @@ class Terminal:
             self.say(line.strip())  # the pipe's text is part of the transcript
             return as_typed(line)
         from prompt_toolkit import prompt as ask_once
+        from prompt_toolkit.application import get_app
 
-        with self.console.file.watched():
-            line = self.prompter.prompt(prompt) if remember else ask_once(prompt, **self.keys)
-            return as_typed(line)
-        raise EOFError
+        def leave_if_asked() -> None:
+            if asked_to_leave:
+                get_app().exit(exception=EOFError)
+
+        line, how = "", {"pre_run": leave_if_asked}
+        self.prompting = True
+        try:
+            with self.console.file.watched():
+                line = self.prompter.prompt(prompt, **how) if remember else ask_once(prompt, **self.keys, **how)
+        finally:
+            self.prompting = False
+        if asked_to_leave:
+            raise EOFError
+        return as_typed(line)
+
+    def end_prompt(self) -> bool:
+        """Ends the prompt that is shown as Ctrl-D does, from a signal's handler; False where none is."""
+        if self.prompting:
+            from prompt_toolkit.application import get_app
+
+            app = get_app()
+            if app.future and app.loop:  # else `leave_if_asked` ends it as it begins
+                with contextlib.suppress(RuntimeError):  # it has ended
+                    app.loop.call_soon_threadsafe(lambda: app.future.done() or app.exit(exception=EOFError))
+        return self.prompting
 
     def choose(self, quiz: Quiz, answer: str, prompt: str = "Your choice (A-D, s skips): ") -> int | str:
         """The person's choice: an option's index, or "skip". Raises EOFError where they leave."""

@@ -1,5 +1,6 @@
 """The program at a real terminal, told to leave: by signals in every state of a session, by a terminal that is gone."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from support.session import log_lines, same, weights
 import lora_ppo.run
 import lora_ppo_demo as demo
 from lora_ppo.checkpoint import checkpoints, save_checkpoint
+from lora_ppo.generate import replies
 from lora_ppo.loading import load_policy
 from lora_ppo.signals import LEAVING, leave_on_signals
 from lora_ppo.step import ppo_step
@@ -39,6 +41,7 @@ def left_like_ctrl_d(status, run, settings, steps):
     assert run.policy.step == run.saved_step == steps
     assert checkpoints(Path("checkpoints"))[0].name == f"step_{steps}"
     assert not list(Path("checkpoints").glob(".step_*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("number", LEAVING)
@@ -92,6 +95,18 @@ def test_a_signal_that_a_library_swallows_while_the_model_loads_is_not_forgotten
     status, _, run, settings = at_terminal([("You:", b"even\r")])
     left_like_ctrl_d(status, run, settings, steps=0)
     assert run.turn == 0
+
+
+def test_a_signal_that_gets_lost_while_it_answers_ends_the_session_at_the_quiz(at_terminal, monkeypatch):
+    def answer(policy, requests):
+        with contextlib.suppress(KeyboardInterrupt):
+            send(signal.SIGTERM)()
+        return replies(policy, requests)
+
+    monkeypatch.setattr(demo, "replies", answer)
+    status, _, run, settings = at_terminal([("You:", b"even\r")])
+    left_like_ctrl_d(status, run, settings, steps=0)
+    assert run.turn == 1
 
 
 @pytest.mark.parametrize("number", LEAVING)
