@@ -163,7 +163,7 @@ def make_quiz(
     written = written or replies(policy, first_requests(policy, question))
     if gate.signal == "agreement":
         return agreed_quiz(policy, question, written, why)
-    return solved_quiz(policy, question, written[0], why)
+    return solved_quiz(policy, question, written[0], why, policy.config.quiz_tries)
 
 
 # ------------------------------------------------------------------------------------------------------ by agreement
@@ -309,9 +309,9 @@ def quiz_request(policy: Policy, question: str) -> Request:
     return Request(prompt, policy.config.quiz_temperature, adapter=False, grammar=grammar)
 
 
-def solved_quiz(policy: Policy, question: str, ids: list[int], why: list[str]) -> Quiz | None:
-    """A quiz that the quizmaster wrote whole and the solver confirms. `ids` is the first try."""
-    for i in range(policy.config.quiz_tries):
+def solved_quiz(policy: Policy, question: str, ids: list[int], why: list[str], tries: int = 1) -> Quiz | None:
+    """A quiz that the quizmaster wrote whole and the solver confirms. `ids` is the first of so many tries."""
+    for i in range(tries):
         if i:
             ids = replies(policy, [quiz_request(policy, question)])[0]
         text = policy.tokenizer.decode(ids, skip_special_tokens=True)

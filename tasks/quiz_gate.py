@@ -99,7 +99,10 @@ def logistic_fit(pairs: Sequence[tuple[int, bool]]) -> Callable[[int], float]:
 
 
 def by_options(policy: Policy, asked: Sequence[tuple[str, Fact]]) -> Gate:
-    """The gate for quizzes that the model writes whole and confirms among their options; shut if it does so badly."""
+    """The gate for quizzes that the model writes whole, at once, and confirms among their options.
+
+    It is shut if SOUND of them are not sound.
+    """
     shown, right = 0, 0
     for some in (asked[i : i + QUIZZES_AT_ONCE] for i in range(0, len(asked), QUIZZES_AT_ONCE)):
         written = replies(policy, [quiz_request(policy, question) for question, _ in some])
