@@ -97,7 +97,13 @@ def attach(policy: Policy, folder: Path, name: str) -> "Tensor":
         adapter_config(folder)
         # A layer that is saved whole would take the place of the base's own.
         tensors = tensors_in(folder, "adapter_model")
-        if more := [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        head = policy.head.weight.cpu()  # PEFT saves a head with its adapters: the base's own is no other
+
+        def plain(key: str) -> bool:
+            own_head = key.endswith(".base_layer.weight") and tensors[key].equal(head.to(tensors[key].dtype))
+            return own_head or key.endswith((".lora_A.weight", ".lora_B.weight"))
+
+        if more := [key for key in tensors if not plain(key)]:
             raise ConfigError(f"adapter={folder} holds {more[0]}: expected lora_A and lora_B of linear layers alone")
         with utf8_path(folder) as place:
             result = policy.model.load_adapter(str(place), adapter_name=name, torch_device=str(policy.device))

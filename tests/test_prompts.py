@@ -263,15 +263,16 @@ def test_how_a_role_begins_includes_its_examples(llama):
         assert role.examples[-1][1] in policy.tokenizer.decode(known)
 
 
-LONG = "solver:\n  system: " + "Solve it. " * 300 + "\n"
+LONG = "solver:\n  system: " + "Solve it. " * 225 + "\n"
 
 
 @pytest.mark.parametrize("role", ["tutor", "quizmaster", "solver", "learner"])
 def test_a_question_must_fit_the_prompts_of_every_role_of_its_turn(play, tmp_path, role):
     """The tiny model has room for 1024 tokens; the learner's prompts count where it takes the quizzes."""
     mine = write(tmp_path / "mine.yaml", LONG.replace("solver", role))
-    questions = write(tmp_path / "questions.txt", "even\n")
-    person = play(["even", "A"], prompts=mine)[1]
+    question = "even " * 50
+    questions = write(tmp_path / "questions.txt", f"{question}\n")
+    person = play([question, "A"], prompts=mine)[1]
     simulated = play([], prompts=mine, learner="simulated", questions=questions, steps=1, resume="none")[1]
     assert ("tokens with its instructions; the model has room for 1018" in person) == (role != "learner")
     assert "tokens with its instructions; the model has room for 1018" in simulated
