@@ -133,8 +133,6 @@ def ensure_gate(
 ) -> None:
     """Measures the policy's gate if nobody did yet."""
     if not policy.quiz_gate.asked:
-        notice(
-            f"Measuring, once for this model, what its quizzes are worth: {QUESTIONS} questions, a minute or two ..."
-        )
+        notice(f"Measuring what this model's quizzes are worth: {QUESTIONS} questions, once, some minutes on a CPU ...")
         policy.quiz_gate = measure(policy, done)
         notice(f"Its quizzes: {policy.quiz_gate.worth()}.")
