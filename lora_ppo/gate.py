@@ -13,7 +13,7 @@ from lora_ppo.gguf import cache_folder
 from lora_ppo.policy import Policy
 from lora_ppo.settings import GATE_FILE, ConfigError
 
-FORMAT = 1  # of what was measured; with another number every model is measured anew
+FORMAT = 2  # of what was measured; with another number every model is measured anew
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from tasks.questions import split_samples
 QUESTIONS = 60
 AT_ONCE = 2  # questions, ANSWERS replies to each
 QUIZZES_AT_ONCE = 16
-LEAST = 5  # answers that agree, for a quiz to be worth writing
+LEAST = 6  # answers that agree, for a quiz to be worth writing
 LEAD = 1.0  # nats between the key and a wrong option: what comes nearer may be right as well
-SOUND, FEWEST = 0.88, 5  # share of the quizzes that must be expected to be; of fewer nothing can be said
+SOUND, FEWEST = 0.88, 5  # share of the quizzes that must be sound; of fewer nothing can be said
+EXPECTED = 0.94  # the share by the curve, which is surer of itself than what comes: SOUND with room
 PRIOR_SD = 10.0
 
 
@@ -63,26 +64,30 @@ def drafts(
 
 
 def by_agreement(made: Sequence[Draft | None], facts: Sequence[Fact]) -> Gate:
-    """The gate for quizzes whose key is agreed on: the lowest agreement from which SOUND of them may be expected.
+    """The gate for quizzes whose key is agreed on: the lowest agreement from which EXPECTED of them are sound.
 
-    So few questions say little about each agreement by itself; a logistic curve through all of them says more. The gate
-    is shut if no agreement is enough.
+    Few of so few questions make a quiz; but each of them says how often a key is right at its agreement, and a logistic
+    curve goes through all. The gate is shut if no agreement is enough.
     """
-    quizzes = [
-        (draft.agreement, sound(options, fact))
-        for draft, fact in zip(made, facts, strict=True)
-        if draft and len(options := draft.options(LEAD)) == len(LETTERS)
-    ]
-    expected = logistic_fit(quizzes)
-    for agreement in range(LEAST, ANSWERS + 1):
+    keys, quizzes, others_wrong = [], [], []
+    for draft, fact in ((draft, fact) for draft, fact in zip(made, facts, strict=True) if draft):
+        key_right, options = says(draft.key, fact), draft.options(LEAD)
+        keys.append((draft.agreement, key_right))
+        if len(options) == len(LETTERS):
+            quizzes.append((draft.agreement, sound(options, fact)))
+            others_wrong += [quizzes[-1][1]] if key_right else []
+    expected = logistic_fit(keys)
+    for agreement in sorted({agreed for agreed, _ in quizzes}):
         shown = [(agreed, right) for agreed, right in quizzes if agreed >= agreement]
-        if len(shown) >= FEWEST and fmean(expected(agreed) for agreed, _ in shown) >= SOUND:
+        if len(shown) < FEWEST or not others_wrong:
+            break
+        if fmean(expected(agreed) for agreed, _ in shown) * fmean(others_wrong) >= EXPECTED:
             return Gate("agreement", agreement, LEAD, sum(right for _, right in shown), len(shown), len(facts))
     return Gate(asked=len(facts))
 
 
 def logistic_fit(pairs: Sequence[tuple[int, bool]]) -> Callable[[int], float]:
-    """P(sound | agreement), by logistic regression; a weak normal prior keeps it finite where all are of one kind."""
+    """P(right | agreement), by logistic regression; a weak normal prior keeps it finite where all are of one kind."""
     import numpy as np
     from scipy.optimize import minimize
     from scipy.special import expit
@@ -122,7 +127,8 @@ def measure(policy: Policy, done: Callable[[int], None] = lambda count: None) ->
     with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
         torch.manual_seed(0)
         facts = [fact for _, fact in asked]
-        gate = max(by_agreement(drafts(policy, asked, done), facts), by_options(policy, asked), key=lambda g: g.shown)
+        gate = by_agreement(drafts(policy, asked, done), facts)
+        gate = gate if gate.signal else by_options(policy, asked)
     with contextlib.suppress(OSError):  # measured again the next time
         write_gate(measured_file(policy), gate)
     return gate

@@ -132,15 +132,23 @@ def draft(i: int, agreement: int, right: bool, lead: float = 5.0, also_right: bo
 
 
 def test_the_gate_lets_most_quizzes_through_that_are_still_sound():
-    """Above 9 all are right, at 8 half of them, below none."""
-    made = [draft(i, 12, True) for i in range(10)] + [draft(i, 9, True) for i in range(10, 16)]
-    made += [draft(i, 8, i % 2 == 0) for i in range(16, 30)] + [draft(i, 6, False) for i in range(30, 40)]
-    assert by_agreement(made + [None] * 20, FACTS) == Gate("agreement", 9, 1.0, 16, 16, 60)
+    """From 12 on all are right, at 8 two of 14, below none."""
+    made = [draft(i, 14, True) for i in range(8)] + [draft(i, 12, True) for i in range(8, 16)]
+    made += [draft(i, 8, i % 7 == 0) for i in range(16, 30)] + [draft(i, 6, False) for i in range(30, 40)]
+    assert by_agreement(made + [None] * 20, FACTS) == Gate("agreement", 12, 1.0, 16, 16, 60)
+
+
+def test_questions_without_a_quiz_tell_how_right_keys_are():
+    """One of eight quizzes is wrong, at a high agreement; that hardly a key is right below makes it an exception."""
+    few = [draft(i, agreement, agreement != 14) for i, agreement in enumerate((9, 9, 10, 13, 13, 14, 16, 16))]
+    assert by_agreement(few, FACTS[:8]) == Gate(asked=8)
+    below = [draft(i, i % 6, i % 6 == 5) for i in range(8, 60)]
+    assert by_agreement(few + below, FACTS) == Gate("agreement", 9, 1.0, 7, 8, 60)
 
 
 def test_options_too_near_to_the_key_are_no_quiz():
     made = [draft(i, 16, True) for i in range(12)] + [draft(i, 16, True, lead=0.9) for i in range(12, 30)]
-    assert by_agreement(made, FACTS[:30]) == Gate("agreement", 5, 1.0, 12, 12, 30)
+    assert by_agreement(made, FACTS[:30]) == Gate("agreement", 16, 1.0, 12, 12, 30)
 
 
 def test_the_curve_is_that_of_logistic_regression():
