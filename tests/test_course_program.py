@@ -6,10 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.echo import EchoTask
-from support.training import BASE
 
-import train
 from exercises import notebook, pictures, toy
 from exercises.__main__ import main
 from exercises.cases import FUNCTIONS
@@ -157,42 +154,26 @@ def test_the_notebook_runs(filled):
 
 
 # ------------------------------------------------------------------------------ functions= of train.py
-@pytest.fixture
-def run(llama, tmp_path, monkeypatch, capsys):
-    """`run(**settings)` runs train.py in its own folder; gives exit status and output."""
-    monkeypatch.setitem(train.TASKS, "echo", lambda config: lambda policy: EchoTask(turns=2))
-    monkeypatch.chdir(tmp_path)
-
-    def run(**changes):
-        given = BASE | {"task": "echo", "model_name": llama, "samples_per_epoch": 12, "eval_samples": 4, **changes}
-        monkeypatch.setattr(sys, "argv", ["train.py", *(f"{name}={value}" for name, value in given.items())])
-        status = train.main()
-        output = capsys.readouterr()
-        return status, output.out + output.err
-
-    return run
-
-
-def test_right_functions_give_the_librarys_run_bit_for_bit_and_the_report_has_both(run):
-    status, output = run(functions="exercises.solutions", output_dir="out", ppo_epochs=2)
+def test_right_functions_give_the_librarys_run_bit_for_bit_and_the_report_has_both(train_py):
+    status, output = train_py(functions="exercises.solutions", output_dir="out", ppo_epochs=2)
     assert status == 0, output
     assert "The weights are the baseline's, bit for bit." in output
     for name in ("adapter_model", "value_head", "optimizer"):
         mine, library = (Path("out") / part / f"epoch_1/{name}.safetensors" for part in ("", "library"))
         assert mine.read_bytes() == library.read_bytes()
     assert "bit for bit" in Path("out/report.html").read_text(encoding="utf-8")
-    again = run(functions="exercises.solutions", output_dir="out", ppo_epochs=2, resume_from="latest")
+    again = train_py(functions="exercises.solutions", output_dir="out", ppo_epochs=2, resume_from="latest")
     assert again[0] == 0
 
 
-def test_a_wrong_function_gives_another_run_and_the_library_is_put_back(run, tmp_path):
+def test_a_wrong_function_gives_another_run_and_the_library_is_put_back(train_py, tmp_path):
     (tmp_path / "mine.py").write_text(WRONG_SIGN)
     before = ppo.policy_loss
-    status, output = run(functions=tmp_path / "mine.py", output_dir="out")
+    status, output = train_py(functions=tmp_path / "mine.py", output_dir="out")
     assert status == 0, output
     assert "The weights are not the baseline's." in output
     assert ppo.policy_loss is before
-    status, output = run(functions=tmp_path / "mine.py", output_dir="second", baseline="out/library")
+    status, output = train_py(functions=tmp_path / "mine.py", output_dir="second", baseline="out/library")
     assert status == 0, output
     assert not Path("second/library").exists()
     assert "The baseline out/library: held-out accuracy" in output
@@ -207,17 +188,17 @@ def test_a_wrong_function_gives_another_run_and_the_library_is_put_back(run, tmp
         ("import nothing_like_it\n", "can't be imported"),
     ],
 )
-def test_a_module_that_does_not_fit_is_refused_in_one_line(run, tmp_path, text, words):
+def test_a_module_that_does_not_fit_is_refused_in_one_line(train_py, tmp_path, text, words):
     (tmp_path / "mine.py").write_text(text)
-    status, output = run(functions=tmp_path / "mine.py", output_dir="out")
+    status, output = train_py(functions=tmp_path / "mine.py", output_dir="out")
     assert status == 2
     assert words in output
     assert output.count("\n") == 1
     assert not Path("out").exists()
 
 
-def test_a_baseline_that_is_no_run_is_refused(run):
-    status, output = run(baseline="nowhere", output_dir="out")
+def test_a_baseline_that_is_no_run_is_refused(train_py):
+    status, output = train_py(baseline="nowhere", output_dir="out")
     assert (status, output.count("\n")) == (2, 1)
     assert "baseline=nowhere holds no run" in output
 
@@ -229,7 +210,7 @@ def test_helpers_that_begin_with_an_underscore_are_welcome(tmp_path):
         functions.load_functions("exercises")
 
 
-def test_the_library_uses_each_function_that_replaces_one_of_its_own(run, tmp_path):
+def test_the_library_uses_each_function_that_replaces_one_of_its_own(train_py, tmp_path):
     """Each is called in a run: none is looked up where it can't be replaced."""
     counts = tmp_path / "counts.json"
     (tmp_path / "mine.py").write_text(
@@ -239,6 +220,6 @@ def test_the_library_uses_each_function_that_replaces_one_of_its_own(run, tmp_pa
         "    return function\n\n\nfor _name in ('chosen_logprobs policy_loss value_loss entropy compute_rewards gae '"
         "'ppo_losses minibatch_update').split():\n    vars()[_name] = _counted(_name, getattr(_ppo, _name))\n"
     )
-    status, output = run(functions=tmp_path / "mine.py", output_dir="out", baseline="none")
+    status, output = train_py(functions=tmp_path / "mine.py", output_dir="out", baseline="none")
     assert status == 0, output
     assert sorted(json.loads(counts.read_text())) == sorted(functions.FUNCTIONS)

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.evaluation import Letters
 from support.session import log_lines, same, turns, weights
 from support.tiny import tiny_policy
 
 import evaluate
 import lora_ppo_demo as demo
-import train
 from config import Config
 from lora_ppo.checkpoint import checkpoints, save_checkpoint
 from lora_ppo.files import replace_file
@@ -237,38 +235,23 @@ def test_results_are_on_disk_before_they_are_shown_in_any_encoding(llama, tmp_pa
     assert record["models"][1]["name"] == name
 
 
-def test_training_that_can_not_save_its_last_checkpoint_exits_with_1(llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train.TASKS, "letters", lambda config: Letters)
-    monkeypatch.setattr(
-        "lora_ppo.trainer.save_checkpoint", full(save_checkpoint, lambda: Path("runs/train/step_0").exists())
-    )
-    settings = {"task": "letters", "model_name": llama, "samples_per_epoch": 4, "batch_size": 4, "mini_batch_size": 4}
-    settings |= {"device": "cpu", "max_new_tokens": 6, "eval_samples": 2}
-    monkeypatch.setattr(sys, "argv", ["train.py", *(f"{k}={v}" for k, v in settings.items())])
-    assert train.main() == 1
-    assert "could not be written to: the last checkpoint lost" in capsys.readouterr().err
-    assert Path("runs/train/report.html").exists()
+def test_training_that_can_not_save_its_last_checkpoint_exits_with_1(train_py, monkeypatch):
+    monkeypatch.setattr("lora_ppo.trainer.save_checkpoint", full(save_checkpoint, lambda: Path("out/step_0").exists()))
+    status, output = train_py(output_dir="out")
+    assert status == 1
+    assert "could not be written to: the last checkpoint lost" in output
+    assert Path("out/report.html").exists()
 
 
-def test_a_damaged_training_log_is_named_and_the_run_goes_on(llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train.TASKS, "letters", lambda config: Letters)
-    settings = {"task": "letters", "model_name": llama, "samples_per_epoch": 8, "batch_size": 4, "mini_batch_size": 4}
-    settings |= {"device": "cpu", "max_new_tokens": 6, "eval_samples": 2}
-
-    def run(**changes):
-        monkeypatch.setattr(sys, "argv", ["train.py", *(f"{k}={v}" for k, v in (settings | changes).items())])
-        return train.main(), capsys.readouterr().err
-
-    run()
-    log = Path("runs/train/train.log")
+def test_a_damaged_training_log_is_named_and_the_run_goes_on(train_py):
+    train_py(output_dir="out")
+    log = Path("out/train.log")
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"\r\n".join([lines[0].strip(), b"\xff", *map(bytes.strip, lines[1:]), b""]))
-    status, output = run(num_epochs=2, resume_from="latest")
+    status, output = train_py(output_dir="out", num_epochs=2, resume_from="latest")
     assert status == 0
     assert "left out what can't be read: line 2." in output
-    assert [json.loads(line)["step"] for line in log.read_bytes().splitlines()] == [0, 1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in log.read_bytes().splitlines()] == [*range(7)]
 
 
 # -------------------------------------------------------------------------------------------------- modes and names

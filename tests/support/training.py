@@ -1,5 +1,6 @@
 """Trajectories with given rewards, and a step on them, for the tests of training."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,25 @@ def accelerator():
     from accelerate import Accelerator
 
     return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def train_py(llama, tmp_path, monkeypatch, capsys):
+    """`train_py(**settings)` runs train.py on a tiny model in a folder of its own; gives exit status and output.
+
+    The task is a stand-in of two turns, unless the settings say another.
+    """
+    monkeypatch.setitem(train.TASKS, "echo", lambda config: lambda policy: EchoTask(turns=2))
+    monkeypatch.chdir(tmp_path)
+
+    def run(**changes):
+        given = BASE | {"task": "echo", "model_name": llama, "samples_per_epoch": 12, "eval_samples": 4, **changes}
+        monkeypatch.setattr(sys, "argv", ["train.py", *(f"{name}={value}" for name, value in given.items())])
+        status = train.main()
+        output = capsys.readouterr()
+        return status, output.out + output.err
+
+    return run
 
 
 def settings(llama, **changes) -> train.TrainConfig:
