@@ -34,7 +34,7 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_writes_log_checkpoints_stats_and_report(train_py):
-    status, output = train_py(output_dir="out", num_epochs=2)
+    status, output = train_py(plots=6, output_dir="out", num_epochs=2)
     assert status == 0, output
     lines = log("out")
     assert [line["step"] for line in lines] == list(range(7))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from lora_ppo import training
+from lora_ppo import report, training
 from lora_ppo.episodes import Outcome, Trajectory, play
 from lora_ppo.forward import Batch, collate
 from lora_ppo.loading import load_policy
@@ -45,12 +45,15 @@ def accelerator():
 def train_py(llama, tmp_path, monkeypatch, capsys):
     """`train_py(**settings)` runs train.py on a tiny model in a folder of its own; gives exit status and output.
 
-    The task is a stand-in of two turns, unless the settings say another.
+    The task is a stand-in of two turns, unless the settings say another. Of the report's plots, which take longer than
+    all else, it draws one, or so many as `plots` says.
     """
+    every_plot = list(report.PLOTS.items())
     monkeypatch.setitem(train.TASKS, "echo", lambda config: lambda policy: EchoTask(turns=2))
     monkeypatch.chdir(tmp_path)
 
-    def run(**changes):
+    def run(plots=1, **changes):
+        monkeypatch.setattr(report, "PLOTS", dict(every_plot[:plots]))
         given = BASE | {"task": "echo", "model_name": llama, "samples_per_epoch": 12, "eval_samples": 4, **changes}
         monkeypatch.setattr(sys, "argv", ["train.py", *(f"{name}={value}" for name, value in given.items())])
         status = train.main()
