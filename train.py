@@ -33,7 +33,7 @@ from lora_ppo.processes import shard
 from lora_ppo.settings import ConfigError, Settings, from_command_line, save_yaml, setting
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
-from lora_ppo.trainer import Training, locked
+from lora_ppo.trainer import Training, writing
 from lora_ppo.training import prepare
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -214,7 +214,7 @@ def train(config: TrainConfig) -> int:
     if found and finished(config, *found):
         notice(f"{config.output_dir} is finished: step {found[1]['step']} is its last. Set num_epochs higher to go on.")
         return 0
-    with locked(Path(config.output_dir)) if main_process else contextlib.nullcontext():
+    with writing(Path(config.output_dir)) if main_process else contextlib.nullcontext():
         if functions and config.baseline == "auto":
             folder = config.baseline_folder
             there = "latest" if all_checkpoints(folder) else ""
@@ -268,7 +268,7 @@ Trains the policy on a task, unattended. In several processes: accelerate launch
 
 
 def main() -> int:
-    """The program. Exit status: 0; 2 for a setting or data that can't be used; 130 after Ctrl-C."""
+    """The program. Exit status: 0; 1 if the disk kept not all of it; 2 for bad settings or data; 130 after Ctrl-C."""
     config = from_command_line(TrainConfig, USAGE)
     try:
         return train(config)

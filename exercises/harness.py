@@ -66,16 +66,16 @@ Outcome = dict[str, Tensor | None]  # results by name, and gradients; None is: h
 
 def library(function: Function, inputs: dict[str, Any]) -> Outcome:
     """What is right."""
-    return observe(function, getattr(ppo, function.name), inputs, seconds=0)  # torch's first step takes a while
+    return observe(function, getattr(ppo, function.name), inputs, limited=False)  # torch's first step takes a while
 
 
-def observe(function: Function, tried: Callable, inputs: dict[str, Any], seconds: float = SECONDS) -> Outcome:
-    """What `tried` returns for these inputs, and its gradients, within `seconds` (0: any time). Raises Problem."""
+def observe(function: Function, tried: Callable, inputs: dict[str, Any], limited: bool = True) -> Outcome:
+    """What `tried` returns for these inputs, and its gradients; `limited` to SECONDS. Raises Problem."""
     given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     for name in function.trained:
         given[name].requires_grad_()
     try:
-        with time_limit(seconds), contextlib.redirect_stdout(io.StringIO()):
+        with time_limit(SECONDS if limited else 0), contextlib.redirect_stdout(io.StringIO()):
             returned = function.call(tried, given)
             results = named(function, returned)
             gradients = differentiate(function, given, results)

@@ -16,6 +16,20 @@ def users_folder(folder: str, user: str) -> Path:
     return Path(folder) / "users" / user if user else Path(folder)
 
 
+def locked(folder: Path, refusal: str) -> contextlib.AbstractContextManager:
+    """Keeps a second program out of `folder` from now on, to the end of `with` on what it gives.
+
+    Makes the folder if need be. Raises ConfigError with `refusal` if there is another one, and OSError.
+    """
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return filelock.FileLock(folder / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(refusal) from None
+
+
 class Checkpoints:
     """The checkpoints `step_N` in a folder: which may go, and what a full disk costs. `notice` tells a person."""
 
@@ -64,25 +78,14 @@ class Disk(Checkpoints):
 
     def __init__(self, root: Path, notice: Callable[[str], None]):
         super().__init__(root, notice)
-        self.root, self.lock = root, None
+        self.root, self.held = root, contextlib.ExitStack()
+        self.close = self.held.close
+        refusal = f"another tutor is using {root}: stop it, or set checkpoint_dir to another folder"
         with self.surviving("open the checkpoint folder"):
-            self.take_lock()
+            self.held.enter_context(locked(root, refusal))
         # The first run lives in checkpoint_dir itself, later ones in `run_2`, `run_3`, ... beneath it.
         numbers = [int(m[1]) for p in root.glob("run_*") if (m := re.fullmatch(r"run_(\d+)", p.name))]
         self.folder = root / f"run_{max(numbers)}" if numbers else root
-
-    def take_lock(self) -> None:
-        """Keeps a second tutor out of the same folder. Raises ConfigError if there is one."""
-        import filelock
-
-        self.root.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.root / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ConfigError(
-                f"another tutor is using {self.root}: stop it, or set checkpoint_dir to another folder"
-            ) from None
 
     def move_on(self) -> None:
         """To a folder where no run has been."""
@@ -106,7 +109,3 @@ class Disk(Checkpoints):
             yield
         except (OSError, SafetensorError, Damaged) as error:
             self.notice(f"Could not {task} ({error}). The session goes on; what can't be written is kept in memory.")
-
-    def close(self) -> None:
-        if self.lock:
-            self.lock.release()

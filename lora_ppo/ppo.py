@@ -233,7 +233,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, kl_horizon: int
     return kl_coef * (1.0 + error * answers / kl_horizon)
 
 
-def group_advantages(scores: "Tensor", group_size: int, normalize: bool) -> "Tensor":
+def group_advantages(scores: Tensor, group_size: int, normalize: bool) -> Tensor:
     """GRPO's advantages (B,): scores (B,) less the mean of their group, `group_size` neighbours; 0 where all are equal.
 
     Shao et al. 2024, section 4.1 (https://arxiv.org/abs/2402.03300). `normalize` divides by the group's standard

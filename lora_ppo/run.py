@@ -97,18 +97,6 @@ class Run(Recovery):
             self.record({"type": "passed", "number": number})
             self.settle()
 
-    def undo_in_memory(self) -> int:
-        """Undoes the last waiting turn, or else the last step, in memory; returns how many turns that were."""
-        if self.pending:
-            self.pending.pop()
-            return 1
-        if self.undo_snapshot is None:
-            return 0
-        self.policy.restore(self.undo_snapshot)
-        self.policy.configure(self.policy.config)  # settings that changed since then stay changed
-        self.undo_snapshot = None
-        return self.taken_turns
-
     def undo(self) -> bool:
         """Undoes the last step, exactly, in memory and on disk; False if there is none."""
         step = self.policy.step

@@ -74,3 +74,23 @@ def interrupts_deferred() -> Iterator[None]:
             signal.signal(number, handler)
     for number in sorted(seen, key=lambda number: number not in LEAVING):
         signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def stop_requests(patient: bool, say: Callable[[str], None]) -> Iterator[list[int]]:
+    """Notes Ctrl-C and SIGTERM in the list it gives. A second ends at once, unless `patient`: a launcher sends two."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked and not patient:
+            raise KeyboardInterrupt
+        if not asked:
+            say("Stopping after this step." + ("" if patient else " Ctrl-C again stops at once."))
+        asked.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.checkpoint import (
-    Damaged,
-    all_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
-from lora_ppo.disk import Checkpoints
+from lora_ppo.checkpoint import Damaged, all_checkpoints, load_checkpoint, save_checkpoint
+from lora_ppo.disk import Checkpoints, locked
 from lora_ppo.episodes import Task, Trajectory, play
 from lora_ppo.files import replace_file
 from lora_ppo.journal import LineFile, now, turn_seed
@@ -30,6 +24,7 @@ from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
 from lora_ppo.processes import align, everywhere, total
 from lora_ppo.settings import ConfigError, Settings
+from lora_ppo.signals import stop_requests
 from lora_ppo.statistics import wilson_interval
 from lora_ppo.step import StepSkipped
 from lora_ppo.terminal import clean
@@ -40,45 +35,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder. Raises ConfigError if there is one."""
-    import filelock
-
-    lock = filelock.FileLock(folder / ".lock")
+def writing(folder: Path) -> contextlib.AbstractContextManager:
+    """Keeps a second run out of output_dir, as `locked` does. Raises ConfigError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ConfigError(
-            f"another run is writing to output_dir={folder}: wait for it, or set another output_dir"
-        ) from None
+        return locked(folder, f"another run is writing to output_dir={folder}: wait for it, or set another output_dir")
     except OSError as error:
         raise ConfigError(f"output_dir={folder} can't be written ({error.strerror}): set another output_dir") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def stop_requests(patient: bool, say: Callable[[str], None]) -> Iterator[list[int]]:
-    """Notes Ctrl-C and SIGTERM in the list it gives. A second ends at once, unless `patient`: a launcher sends two."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked and not patient:
-            raise KeyboardInterrupt
-        if not asked:
-            say("Stopping after this step." + ("" if patient else " Ctrl-C again stops at once."))
-        asked.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Training:

@@ -74,7 +74,6 @@ def learn(
 
     All or nothing, as in the tutor. `outcome` is `taken`, `undone` (beyond the trust region) or `skipped`, with `why`.
     """
-
     from lora_ppo import ppo
 
     before = policy.snapshot()
@@ -362,6 +361,3 @@ def use_8bit_adamw(policy: Policy, paged: bool) -> None:
     for gindex, group in enumerate(policy.optimizer.param_groups):
         for pindex, p in enumerate(group["params"]):
             policy.optimizer.init_state(group, p, gindex, pindex)
-
-
-# ---------------------------------------------------------------------------------------------------------- sharding

@@ -362,7 +362,7 @@ def divides_by_nothing(logits, response_mask, temperature=1.0):
     ],
 )
 def test_a_function_that_misbehaves_gets_one_clear_line(tried, words, monkeypatch):
-    monkeypatch.setattr(harness, "SECONDS", 2.0)
+    monkeypatch.setattr(harness, "SECONDS", 1.0)
     mistake = verdict_on("entropy", tried).mistake
     assert words in mistake
     assert "\n" not in mistake

@@ -391,16 +391,6 @@ def test_a_damaged_log_is_named_and_costs_neither_history_nor_session(play):
     ]
 
 
-def test_lines_of_the_log_with_the_same_time_are_told_apart(play, monkeypatch):
-    monkeypatch.setattr("lora_ppo.run.now", lambda: "the same")
-    play(turns(4), save_every=100)
-    text = Path("logs/run.log").read_text()
-    Path("logs/run.log").write_text("".join(text.splitlines(keepends=True)[:2]))
-    shutil.rmtree("checkpoints/step_4")
-    play([])
-    assert Path("logs/run.log").read_text() == text
-
-
 def test_a_journal_that_cannot_be_read_is_one_line(play):
     play(turns(1))
     JOURNAL.unlink()

@@ -1,15 +1,15 @@
 """The maths task: problems of every source, what is held out, what a reply earns, and refusals."""
 
 import json
-import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.training import BASE, ROOT
+from support.training import ROOT
 
 import train
 from lora_ppo.settings import ConfigError, parse
@@ -257,18 +257,9 @@ def test_whatever_is_replied_is_judged(reply):
 
 
 @pytest.fixture
-def run(llama, tmp_path, monkeypatch, capsys):
+def run(train_py):
     """`run(**settings)` trains a tiny model on sums; gives exit status and output."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(**changes):
-        given = BASE | {"task": "maths", "model_name": llama, "samples_per_epoch": 4, "eval_samples": 6, **changes}
-        monkeypatch.setattr(sys, "argv", ["train.py", *(f"{name}={value}" for name, value in given.items())])
-        status = train.main()
-        output = capsys.readouterr()
-        return status, output.out + output.err
-
-    return run
+    return partial(train_py, task="maths", samples_per_epoch=4, eval_samples=6)
 
 
 def test_train_runs_on_sums_and_logs_what_maths_is_watched_by(run):

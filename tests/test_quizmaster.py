@@ -430,16 +430,15 @@ def test_behind_a_shut_gate_no_quiz_is_made(monkeypatch, llama_policy, gate, wor
 
 
 def test_smollm2_makes_sound_quizzes_and_knows_when_not_to(smollm2):
-    """Plain questions, and one that has no answer. Nobody trained this model here."""
+    """A plain question, and one that has no answer. Nobody trained this model here."""
     policy = load_policy(Config(model_name="smollm2", device="cpu"))[0]
     policy.quiz_gate = Gate("agreement", agreement=12, lead=1.0, right=9, shown=10, asked=40)
-    keys = {"What is the capital of France?": "Paris", "Which planet is known as the red planet?": "Mars"}
-    for question, key in keys.items():
-        torch.manual_seed(0)
-        quiz = make_quiz(policy, question)
-        assert quiz.question == question
-        assert quiz.options[quiz.key] == key
-        assert flaw(question, quiz.options) == ""
+    question = "Which planet is known as the red planet?"
+    torch.manual_seed(0)
+    quiz = make_quiz(policy, question)
+    assert quiz.question == question
+    assert quiz.options[quiz.key] == "Mars"
+    assert flaw(question, quiz.options) == ""
     why: list[str] = []
     assert make_quiz(policy, "What should I cook tonight?", why=why) is None
     assert "short answers agree" in why[0]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from support.session import SETTINGS, log_lines, same, scripted_quiz, turns, wei
 from support.tiny import save_tiny, tiny_config
 
 import lora_ppo_demo as demo
+from config import Config
 from lora_ppo.checkpoint import checkpoints, verify_checkpoint
 from lora_ppo.journal import Journal, LineFile
 from lora_ppo.loading import load_policy
+from lora_ppo.policy import Policy
 from lora_ppo.run import Run
 from lora_ppo.terminal import Terminal
 
@@ -328,7 +331,6 @@ def test_saving_writes_what_the_disk_refused_before(play, monkeypatch):
 
 def test_the_effective_configuration_reads_back(play):
     play(turns(1), cliprange=0.13)
-    from config import Config
     from lora_ppo.settings import parse
 
     again = parse(Config, ["--config", "checkpoints/effective_config.yaml"])
@@ -336,11 +338,11 @@ def test_the_effective_configuration_reads_back(play):
     assert again.learning_rate == 1e-2
 
 
-def scripted_child(llama: Path, folder: Path, count: int, pipe: int) -> None:
+def scripted_child(loaded: tuple[Policy, Config], folder: Path, count: int, pipe: int) -> None:
     """Plays the turns that the run has not had yet, and tells the pipe which ones were acknowledged."""
     demo.make_quiz = scripted_quiz
-    config = tiny_config(llama, **SETTINGS, checkpoint_dir=str(folder / "checkpoints"), log_dir=str(folder / "logs"))
-    policy, config = load_policy(config)
+    policy, config = loaded
+    config = replace(config, checkpoint_dir=str(folder / "checkpoints"), log_dir=str(folder / "logs"))
     run = Run(policy, config, lambda text: None)
     Terminal.say = lambda *_: None
     Terminal.write = lambda *_: None
@@ -362,12 +364,13 @@ def test_sigkill_at_thirty_moments_loses_no_acknowledged_turn(llama, tmp_path):
     count, rng = 40, random.Random(4)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads don't survive a fork
+    loaded = load_policy(tiny_config(llama, **SETTINGS))  # once: each child has a fresh copy
     try:
         reference, killed = tmp_path / "reference", tmp_path / "killed"
-        play_in_child(llama, reference, count, None)
+        play_in_child(loaded, reference, count, None)
         kills, acknowledged = 0, set()
         while kills < 30:
-            finished, seen = play_in_child(llama, killed, count, rng.uniform(0.05, 0.9))
+            finished, seen = play_in_child(loaded, killed, count, rng.uniform(0.02, 0.6))
             acknowledged |= seen
             journal = LineFile(killed / "checkpoints" / "journal.jsonl")
             there = {record["number"] for record in journal.read()[0] if record["type"] == "turn"}
@@ -377,8 +380,8 @@ def test_sigkill_at_thirty_moments_loses_no_acknowledged_turn(llama, tmp_path):
             kills += not finished
             if finished:
                 count += 10  # it was quicker than the killer: more turns to kill in
-        play_in_child(llama, killed, count, None)
-        play_in_child(llama, reference, count, None)
+        play_in_child(loaded, killed, count, None)
+        play_in_child(loaded, reference, count, None)
     finally:
         torch.set_num_threads(threads)
     a, b = (checkpoints(folder / "checkpoints")[0] for folder in (reference, killed))
@@ -391,14 +394,16 @@ def test_sigkill_at_thirty_moments_loses_no_acknowledged_turn(llama, tmp_path):
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
 
 
-def play_in_child(llama: Path, folder: Path, count: int, seconds: float | None) -> tuple[bool, set[int]]:
+def play_in_child(
+    loaded: tuple[Policy, Config], folder: Path, count: int, seconds: float | None
+) -> tuple[bool, set[int]]:
     """Runs `scripted_child` in a fork, killed after `seconds`; (whether it finished, the turns it acknowledged)."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            scripted_child(llama, folder, count, writer)
+            scripted_child(loaded, folder, count, writer)
             status = 0
         finally:
             os._exit(status)

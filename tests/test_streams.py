@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.evaluation import Letters
 from support.session import log_lines, same, turns, weights
 from support.tiny import tiny_policy
 
 import evaluate
 import lora_ppo_demo as demo
-import train
 from config import Config
 from lora_ppo.checkpoint import checkpoints, save_checkpoint
 from lora_ppo.files import replace_file
@@ -80,10 +78,17 @@ def test_a_simulated_run_that_was_killed_is_the_run_that_would_have_been(play, q
     assert run.policy.step == 6
     assert same(weights(run), weights(whole))
     assert [line["question"] for line in log_lines()] == [line["question"] for line in whole.history()]
-    _, _, more = play([], learner="simulated", **settings)  # that run is over: this one is another
-    assert more.policy.step == 12
+
+
+def test_a_simulated_run_that_is_over_is_followed_by_another(play, questions):
+    settings = {"questions": questions, "steps": 2}
+    play([], learner="simulated", checkpoint_dir="whole", log_dir="whole_log", **settings)
+    killed(play, 1, **settings)
+    for end in (2, 4):
+        _, _, run = play([], learner="simulated", **settings)
+        assert run.policy.step == end
     _, _, again = play([], learner="simulated", checkpoint_dir="whole", log_dir="whole_log", **settings)
-    assert same(weights(more), weights(again))
+    assert same(weights(run), weights(again))
 
 
 @pytest.mark.parametrize(("changes", "step", "first"), [
@@ -188,8 +193,8 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("shell", "status", "words"), [
     (">/dev/full", 1, "error: [Errno 28] No space left on device"),
-    (">/dev/full 2>/dev/full", 1, ""),
-    (">&-", 0, ""),
+    (">/dev/full 2>/dev/full --help", 1, ""),
+    (">&- --help", 0, ""),
     (">&- 2>&-", 0, ""),
     ("2>/dev/full checkpoint_dir=", 2, ""),
     (">/dev/full --help", 1, "error: [Errno 28] No space left on device"),
@@ -221,7 +226,7 @@ def test_training_writes_its_report_whatever_its_output_meets(llama, tmp_path):
     assert (tmp_path / "runs/train/report.html").exists()
 
 
-@pytest.mark.parametrize(("shell", "status"), [("", 0), (">/dev/full", 1), (">&-", 0)])
+@pytest.mark.parametrize(("shell", "status"), [("", 0), (">/dev/full", 1)])
 def test_results_are_on_disk_before_they_are_shown_in_any_encoding(llama, tmp_path, shell, status):
     name = "模型_ü\U0001f600"
     save_checkpoint(tmp_path / name, tiny_policy(llama), {}, "A test.")
@@ -237,38 +242,23 @@ def test_results_are_on_disk_before_they_are_shown_in_any_encoding(llama, tmp_pa
     assert record["models"][1]["name"] == name
 
 
-def test_training_that_can_not_save_its_last_checkpoint_exits_with_1(llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train.TASKS, "letters", lambda config: Letters)
-    monkeypatch.setattr(
-        "lora_ppo.trainer.save_checkpoint", full(save_checkpoint, lambda: Path("runs/train/step_0").exists())
-    )
-    settings = {"task": "letters", "model_name": llama, "samples_per_epoch": 4, "batch_size": 4, "mini_batch_size": 4}
-    settings |= {"device": "cpu", "max_new_tokens": 6, "eval_samples": 2}
-    monkeypatch.setattr(sys, "argv", ["train.py", *(f"{k}={v}" for k, v in settings.items())])
-    assert train.main() == 1
-    assert "could not be written to: the last checkpoint lost" in capsys.readouterr().err
-    assert Path("runs/train/report.html").exists()
+def test_training_that_can_not_save_its_last_checkpoint_exits_with_1(train_py, monkeypatch):
+    monkeypatch.setattr("lora_ppo.trainer.save_checkpoint", full(save_checkpoint, lambda: Path("out/step_0").exists()))
+    status, output = train_py(output_dir="out")
+    assert status == 1
+    assert "could not be written to: the last checkpoint lost" in output
+    assert Path("out/report.html").exists()
 
 
-def test_a_damaged_training_log_is_named_and_the_run_goes_on(llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train.TASKS, "letters", lambda config: Letters)
-    settings = {"task": "letters", "model_name": llama, "samples_per_epoch": 8, "batch_size": 4, "mini_batch_size": 4}
-    settings |= {"device": "cpu", "max_new_tokens": 6, "eval_samples": 2}
-
-    def run(**changes):
-        monkeypatch.setattr(sys, "argv", ["train.py", *(f"{k}={v}" for k, v in (settings | changes).items())])
-        return train.main(), capsys.readouterr().err
-
-    run()
-    log = Path("runs/train/train.log")
+def test_a_damaged_training_log_is_named_and_the_run_goes_on(train_py):
+    train_py(output_dir="out")
+    log = Path("out/train.log")
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"\r\n".join([lines[0].strip(), b"\xff", *map(bytes.strip, lines[1:]), b""]))
-    status, output = run(num_epochs=2, resume_from="latest")
+    status, output = train_py(output_dir="out", num_epochs=2, resume_from="latest")
     assert status == 0
     assert "left out what can't be read: line 2." in output
-    assert [json.loads(line)["step"] for line in log.read_bytes().splitlines()] == [0, 1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in log.read_bytes().splitlines()] == [*range(7)]
 
 
 # -------------------------------------------------------------------------------------------------- modes and names

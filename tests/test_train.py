@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import filelock
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.echo import EchoTask
-from support.training import BASE, ROOT, loaded, run_out_of_memory, same
+from support.training import ROOT, loaded, run_out_of_memory, same
 
 import lora_ppo.trainer
 import train
@@ -20,22 +19,6 @@ from lora_ppo.episodes import Outcome, play
 from lora_ppo.settings import ConfigError, parse
 from lora_ppo.trainer import Training
 from lora_ppo.watching import in_short, without_contrast
-
-
-@pytest.fixture
-def run(llama, tmp_path, monkeypatch, capsys):
-    """`run(**settings)` runs the program in its own folder; gives exit status and output."""
-    monkeypatch.setitem(train.TASKS, "echo", lambda config: lambda policy: EchoTask(turns=2))
-    monkeypatch.chdir(tmp_path)
-
-    def run(**changes):
-        given = BASE | {"task": "echo", "model_name": llama, "samples_per_epoch": 12, "eval_samples": 4, **changes}
-        monkeypatch.setattr(sys, "argv", ["train.py", *(f"{name}={value}" for name, value in given.items())])
-        status = train.main()
-        output = capsys.readouterr()
-        return status, output.out + output.err
-
-    return run
 
 
 def log(folder: str) -> list[dict]:
@@ -50,8 +33,8 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     return {k: t for name in names for k, t in load_file(Path(folder) / f"{name}.safetensors").items()}
 
 
-def test_a_run_writes_log_checkpoints_stats_and_report(run):
-    status, output = run(output_dir="out", num_epochs=2)
+def test_a_run_writes_log_checkpoints_stats_and_report(train_py):
+    status, output = train_py(plots=6, output_dir="out", num_epochs=2)
     assert status == 0, output
     lines = log("out")
     assert [line["step"] for line in lines] == list(range(7))
@@ -80,9 +63,9 @@ def test_a_run_writes_log_checkpoints_stats_and_report(run):
 
 
 @pytest.mark.parametrize("changes", [{}, {"algorithm": "grpo", "group_size": 2, "lora_dropout": 0.2, "ppo_epochs": 2}])
-def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(run, monkeypatch, changes):
+def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(train_py, monkeypatch, changes):
     changes |= {"num_epochs": 2, "eval_every": 2, "adaptive_kl": True, "samples_per_epoch": 12}
-    run(output_dir="whole", **changes)
+    train_py(output_dir="whole", **changes)
     real = Training.step
 
     def interrupted(training):
@@ -91,16 +74,16 @@ def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(run, monkeypatch, changes
         return real(training)
 
     monkeypatch.setattr(Training, "step", interrupted)
-    status, output = run(output_dir="out", **changes)
+    status, output = train_py(output_dir="out", **changes)
     assert status == 130
     assert "Stopped after step 2, saved in out/step_2." in output
     assert "resume_from=latest" in output
     with Path("out/train.log").open("a") as file:
         file.write('{"step": 3, "of a run": "that was killed"}\n{"half')
-    status, output = run(output_dir="out", resume_from="latest", **changes)
+    status, output = train_py(output_dir="out", resume_from="latest", **changes)
     assert f"Resuming from {Path('out/step_2')} at step 2." in output
     if status:
-        status, output = run(output_dir="out", resume_from="latest", **changes)
+        status, output = train_py(output_dir="out", resume_from="latest", **changes)
     assert status == 0
     assert log("out") == log("whole")
     for epoch in (1, 2):
@@ -108,21 +91,21 @@ def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(run, monkeypatch, changes
     assert Path("out/report.html").read_text() == Path("whole/report.html").read_text()
 
 
-def test_a_second_ctrl_c_ends_at_once_and_saves_nothing_half_done(run, monkeypatch):
+def test_a_second_ctrl_c_ends_at_once_and_saves_nothing_half_done(train_py, monkeypatch):
     def learn(*_):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
 
     monkeypatch.setattr("lora_ppo.trainer.learn", learn)
-    status, output = run(output_dir="out")
+    status, output = train_py(output_dir="out")
     assert status == 130
     assert "Stopped at once. To go on: python train.py" in output
     assert [path.name for path in Path("out").glob("*_*/")] == ["step_0"]  # what resume_from=latest goes on from
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_before_anything_is_saved_says_so(run, monkeypatch):
+def test_ctrl_c_before_anything_is_saved_says_so(train_py, monkeypatch):
     """In the first evaluation: the first one is acknowledged, the second ends the run."""
 
     def evaluate(training):
@@ -130,47 +113,47 @@ def test_ctrl_c_before_anything_is_saved_says_so(run, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Training, "evaluate", evaluate)
-    status, output = run(output_dir="out")
+    status, output = train_py(output_dir="out")
     assert status == 130
     assert "Stopping after this step. Ctrl-C again stops at once." in output
     assert "Stopped at once. Nothing was saved yet." in output
 
 
-def test_checkpoints_within_an_epoch_are_few_and_a_damaged_one_is_passed_over(run):
-    run(output_dir="out", samples_per_epoch=24, save_every=1)
+def test_checkpoints_within_an_epoch_are_few_and_a_damaged_one_is_passed_over(train_py):
+    train_py(output_dir="out", samples_per_epoch=24, save_every=1)
     assert sorted(path.name for path in Path("out").glob("*_*/")) == ["epoch_1", "step_4", "step_5"]
     os.truncate("out/epoch_1/adapter_model.safetensors", 10)
-    status, output = run(output_dir="out", samples_per_epoch=24, resume_from="latest")
+    status, output = train_py(output_dir="out", samples_per_epoch=24, resume_from="latest")
     assert status == 0
     assert "epoch_1 can't be used (adapter_model.safetensors has 10 bytes" in output
     assert "Resuming from out/step_5" in output
     verify_checkpoint(Path("out/epoch_1"))
 
 
-def test_a_run_that_goes_on_under_other_prompts_is_told_so(run):
-    run(output_dir="out")
+def test_a_run_that_goes_on_under_other_prompts_is_told_so(train_py):
+    train_py(output_dir="out")
     Path("mine.yaml").write_text("quizmaster:\n  system: Ask.\n", encoding="utf-8")
-    status, output = run(output_dir="out", num_epochs=2, resume_from="latest", prompts="mine.yaml")
+    status, output = train_py(output_dir="out", num_epochs=2, resume_from="latest", prompts="mine.yaml")
     assert status == 0
     line = "out/epoch_1 was trained under other prompts of quizmaster: set prompts=out/epoch_1/prompts.yaml to keep to"
     assert output.count(line) == 1
-    assert "other prompts" not in run(output_dir="out", num_epochs=3, resume_from="latest", prompts="mine.yaml")[1]
+    assert "other prompts" not in train_py(output_dir="out", num_epochs=3, resume_from="latest", prompts="mine.yaml")[1]
 
 
-def test_a_run_is_never_overwritten_and_another_folder_branches_off(run):
-    run(output_dir="out", num_epochs=2)
+def test_a_run_is_never_overwritten_and_another_folder_branches_off(train_py):
+    train_py(output_dir="out", num_epochs=2)
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     for changes in ({}, {"resume_from": "out/epoch_1"}):
-        status, output = run(output_dir="out", **changes)
+        status, output = train_py(output_dir="out", **changes)
         assert status == 2
         assert "output_dir=out holds a run" in output
-    status, output = run(output_dir="branch", resume_from="out/epoch_1", num_epochs=2)
+    status, output = train_py(output_dir="branch", resume_from="out/epoch_1", num_epochs=2)
     assert status == 0
     assert same(weights("branch/epoch_2"), weights("out/epoch_2"))
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_memory_that_runs_out_while_answers_are_written_costs_their_step_alone(run, monkeypatch):
+def test_memory_that_runs_out_while_answers_are_written_costs_their_step_alone(train_py, monkeypatch):
     real, calls = play, []
 
     def forgetful(*arguments):
@@ -178,7 +161,7 @@ def test_memory_that_runs_out_while_answers_are_written_costs_their_step_alone(r
         return run_out_of_memory() if len(calls) in (1, 3) else real(*arguments)  # evaluation, and the second step
 
     monkeypatch.setattr("lora_ppo.trainer.play", forgetful)
-    status, output = run(output_dir="out")
+    status, output = train_py(output_dir="out")
     assert status == 0, output
     assert [line.get("outcome") for line in log("out")] == [None, "taken", "skipped", "taken"]
     assert "out of memory" in log("out")[2]["why"]
@@ -186,16 +169,16 @@ def test_memory_that_runs_out_while_answers_are_written_costs_their_step_alone(r
     assert "Step 0 was not evaluated: out of memory" in output
 
 
-def test_a_folder_takes_one_run_at_a_time(run, monkeypatch):
+def test_a_folder_takes_one_run_at_a_time(train_py, monkeypatch):
     Path("out").mkdir()
     with filelock.FileLock("out/.lock"), monkeypatch.context() as patch:
         patch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
-        status, output = run(output_dir="out")
+        status, output = train_py(output_dir="out")
     assert (status, output.count("\n")) == (2, 1)
     assert "another run is writing to output_dir=out" in output
-    assert run(output_dir="out")[0] == 0
+    assert train_py(output_dir="out")[0] == 0
     Path("file").touch()
-    status, output = run(output_dir="file")
+    status, output = train_py(output_dir="file")
     assert (status, output.count("\n")) == (2, 1)
     assert "output_dir=file can't be written" in output
 
@@ -230,12 +213,12 @@ def test_samples_come_in_whole_shuffled_passes(llama, accelerator):
         ({"questions": "nowhere.txt"}, ("nowhere.txt",)),
     ],
 )
-def test_bad_input_gets_one_line_before_any_model_is_loaded(run, monkeypatch, capsys, changes, words):
+def test_bad_input_gets_one_line_before_any_model_is_loaded(train_py, monkeypatch, capsys, changes, words):
     Path("questions.txt").write_bytes(b"What is it?\n" * 16 + b"\xff\xfe\n")
     monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     changes = {"task": "quiz"} | changes
     try:
-        status, output = run(**changes)
+        status, output = train_py(**changes)
     except SystemExit as ended:
         status, output = ended.code, capsys.readouterr().err
     assert status == 2
@@ -244,38 +227,38 @@ def test_bad_input_gets_one_line_before_any_model_is_loaded(run, monkeypatch, ca
     assert not Path("runs").exists()
 
 
-def test_a_finished_run_says_so_at_once(run, monkeypatch):
-    run(output_dir="out")
+def test_a_finished_run_says_so_at_once(train_py, monkeypatch):
+    train_py(output_dir="out")
     with monkeypatch.context() as patch:
         patch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
-        status, output = run(output_dir="out", resume_from="latest")
+        status, output = train_py(output_dir="out", resume_from="latest")
     assert status == 0
     assert "out is finished: step 3 is its last. Set num_epochs higher to go on." in output
     Path("out/report.html").unlink()  # a crash before the report: it is written now
-    status, output = run(output_dir="out", resume_from="latest")
+    status, output = train_py(output_dir="out", resume_from="latest")
     assert "finished" not in output
     assert Path("out/report.html").exists()
-    status, output = run(output_dir="out", resume_from="latest", num_epochs=2)
+    status, output = train_py(output_dir="out", resume_from="latest", num_epochs=2)
     assert "Resuming from out/epoch_1 at step 3." in output
     assert [line["step"] for line in log("out")] == list(range(7))
 
 
-def test_an_epoch_may_grow_and_gets_the_samples_it_would_have_had(run):
-    run(output_dir="whole", samples_per_epoch=24)
-    run(output_dir="out")
-    status, output = run(output_dir="out", resume_from="latest", samples_per_epoch=24)
+def test_an_epoch_may_grow_and_gets_the_samples_it_would_have_had(train_py):
+    train_py(output_dir="whole", samples_per_epoch=24)
+    train_py(output_dir="out")
+    status, output = train_py(output_dir="out", resume_from="latest", samples_per_epoch=24)
     assert status == 0, output
     assert same(weights("out/epoch_1"), weights("whole/epoch_1"))
     assert verify_checkpoint(Path("out/epoch_1"))["step"] == 6
     assert verify_checkpoint(Path("out/step_3"))["step"] == 3  # what was epoch_1 is kept
-    status, output = run(output_dir="out", resume_from="latest", samples_per_epoch=12)
+    status, output = train_py(output_dir="out", resume_from="latest", samples_per_epoch=12)
     assert status == 2
     assert "samples_per_epoch=24, now it is 12" in output
 
 
-def test_what_decides_the_order_of_samples_can_not_change_on_resume(run):
-    run(output_dir="out")
-    status, output = run(output_dir="out", resume_from="latest", seed=5)
+def test_what_decides_the_order_of_samples_can_not_change_on_resume(train_py):
+    train_py(output_dir="out")
+    status, output = train_py(output_dir="out", resume_from="latest", seed=5)
     assert status == 2
     assert "seed=0" in output
     assert "now it is 5" in output
@@ -286,7 +269,7 @@ def test_eight_bit_adam_is_refused_without_cuda(llama):
         loaded(llama, optimizer="adamw_8bit")
 
 
-def test_the_control_tosses_coins_and_the_log_still_knows_what_is_right(run, monkeypatch):
+def test_the_control_tosses_coins_and_the_log_still_knows_what_is_right(train_py, monkeypatch):
     """Its coins come from the seed and the step; a run that was stopped tosses the same again."""
     seen, real = [], lora_ppo.trainer.learn
 
@@ -295,7 +278,7 @@ def test_the_control_tosses_coins_and_the_log_still_knows_what_is_right(run, mon
         return real(policy, accelerator, config, trajectories)
 
     monkeypatch.setattr("lora_ppo.trainer.learn", learn)
-    assert run(output_dir="out", control="random", samples_per_epoch=40, seed=3)[0] == 0
+    assert train_py(output_dir="out", control="random", samples_per_epoch=40, seed=3)[0] == 0
     rewards = [reward for step in seen for reward, _ in step]
     assert set(rewards) == {0.0, 1.0}
     assert 10 < sum(rewards) < 30
@@ -303,11 +286,11 @@ def test_the_control_tosses_coins_and_the_log_still_knows_what_is_right(run, mon
     share = [sum(v == "correct" for _, v in step) / len(step) for step in seen]
     assert [line["accuracy"] for line in log("out")[1:]] == share
     first, seen[:] = list(seen), []
-    assert run(output_dir="again", control="random", samples_per_epoch=40, seed=3)[0] == 0
+    assert train_py(output_dir="again", control="random", samples_per_epoch=40, seed=3)[0] == 0
     assert seen == first
 
 
-def test_a_linear_schedule_ends_near_0_and_a_resumed_run_takes_it_up(run, monkeypatch):
+def test_a_linear_schedule_ends_near_0_and_a_resumed_run_takes_it_up(train_py, monkeypatch):
     rates, real = [], lora_ppo.trainer.learn
 
     def learn(policy, accelerator, config, trajectories):
@@ -318,8 +301,8 @@ def test_a_linear_schedule_ends_near_0_and_a_resumed_run_takes_it_up(run, monkey
 
     monkeypatch.setattr("lora_ppo.trainer.learn", learn)
     settings = {"output_dir": "out", "lr_schedule": "linear", "samples_per_epoch": 16, "learning_rate": 0.01}
-    assert run(**settings)[0] == 130
-    assert run(**settings, resume_from="latest")[0] == 0
+    assert train_py(**settings)[0] == 130
+    assert train_py(**settings, resume_from="latest")[0] == 0
     assert [rate for rate, _ in rates] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert len({head for _, head in rates}) == 1  # the value head keeps its own
 
@@ -333,10 +316,10 @@ class Flat(EchoTask):
         return episode
 
 
-def test_a_run_without_contrast_says_so_once_and_what_to_change(run, monkeypatch):
+def test_a_run_without_contrast_says_so_once_and_what_to_change(train_py, monkeypatch):
     monkeypatch.setitem(train.TASKS, "echo", lambda config: lambda policy: Flat())
     settings = {"algorithm": "grpo", "group_size": 2, "samples_per_epoch": 44, "save_every": 21}
-    status, output = run(output_dir="out", **settings)
+    status, output = train_py(output_dir="out", **settings)
     assert status == 0
     assert output.count("For 20 steps no group of answers has had contrast") == 1
     assert "are cut off: raise max_new_tokens" in output
@@ -367,9 +350,9 @@ def test_a_step_in_short_names_what_it_is_watched_by():
     )
 
 
-def test_answers_without_an_end_are_counted_as_cut_off(run):
+def test_answers_without_an_end_are_counted_as_cut_off(train_py):
     """The tiny model rarely writes its end token: with one token an answer, all but those that are nothing else."""
-    assert run(output_dir="out", max_new_tokens=1)[0] == 0
+    assert train_py(output_dir="out", max_new_tokens=1)[0] == 0
     assert all(line["cut_off"] > 0.9 for line in log("out")[1:])
 
 

@@ -1,10 +1,12 @@
 """The bundled model, its data and its build, and the program on it as a user runs it."""
 
 import argparse
+import io
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from lora_ppo.quiz import LETTERS, learner_choices, learner_probabilities, optio
 from lora_ppo.quizmaster import make_quiz
 from lora_ppo.run import Run
 from lora_ppo.settings import BUNDLED_MODEL, PROMPTS_FILE
+from lora_ppo.signals import LEAVING
 from lora_ppo.terminal import Terminal
 from tasks.facts import arithmetic_facts, in_words, subjects, table_facts
 from tasks.quiz import QuizTask, split_samples
@@ -39,13 +42,24 @@ def policy():
     return load_policy(Config(model_name=str(BUNDLED_MODEL), device="cpu"))[0]
 
 
-def tutor(folder: Path, text: str, *settings: str) -> subprocess.CompletedProcess:
-    """The program in a process of its own, in `folder`, with `text` on its standard input."""
-    command = [sys.executable, str(ROOT / "lora_ppo_demo.py"), "model_name=auto", "device=cpu", *settings]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(
-        command, input=text, capture_output=True, encoding="utf-8", cwd=folder, env=environment, timeout=120
-    )
+@pytest.fixture
+def tutor(tmp_path, monkeypatch, capsys):
+    """`tutor(text, *settings)` runs the program in its own folder on these lines; gives its output."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str, *settings: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["lora_ppo_demo.py", "model_name=auto", "device=cpu", *settings])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        try:
+            assert demo.main() == 0
+        finally:
+            for number in LEAVING:  # at its end the program no longer listens to them
+                signal.signal(number, signal.SIG_DFL)
+        output = capsys.readouterr()
+        assert output.err == ""
+        return output.out
+
+    return run
 
 
 def test_the_model_is_small_and_standard():
@@ -184,8 +198,17 @@ def test_the_solver_can_do_sums(policy):
     assert right / len(facts) >= 0.95
 
 
-def test_the_program_as_a_user_runs_it(tmp_path):
-    result = tutor(tmp_path, "What is the capital of France?\nB\nWhat is the opposite of hot?\nA\n")
+def test_the_program_as_a_user_runs_it(tmp_path, tutor):
+    """In a process of its own; then it goes on."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "lora_ppo_demo.py"), "model_name=auto", "device=cpu"],
+        input="What is the capital of France?\nB\nWhat is the opposite of hot?\nA\n",
+        capture_output=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        timeout=120,
+    )
     assert result.returncode == 0
     assert result.stderr == ""
     assert result.stdout.startswith("model    bundled:tutor-tiny")
@@ -195,9 +218,9 @@ def test_the_program_as_a_user_runs_it(tmp_path):
     assert [line["step"] for line in lines] == [1, 2]
     assert {line["reward"] for line in lines} <= {1.0, -1.0}
     assert (tmp_path / "checkpoints" / "step_2" / "manifest.json").exists()
-    again = tutor(tmp_path, "/progress\n")
-    assert "step     2" in again.stdout
-    assert "of 2, mean reward" in again.stdout
+    again = tutor("/progress\n")
+    assert "step     2" in again
+    assert "of 2, mean reward" in again
 
 
 def test_the_key_is_in_no_prompt_file_or_output(policy, tmp_path, monkeypatch, capsys):
@@ -250,23 +273,20 @@ def test_a_quiz_does_not_depend_on_what_is_written_beside_it(policy):
     assert alone.written == together.written
 
 
-def test_what_it_never_saw_it_says_so_and_makes_no_quiz(tmp_path):
-    result = tutor(tmp_path, "How do I repair a clock?\nA\n")
-    assert result.returncode == 0
-    assert "I do not know that. I know about capitals" in result.stdout
-    assert "I couldn't write a reliable quiz" in result.stdout
-    assert "Reward" not in result.stdout
+def test_what_it_never_saw_it_says_so_and_makes_no_quiz(tutor):
+    output = tutor("How do I repair a clock?\nA\n")
+    assert "I do not know that. I know about capitals" in output
+    assert "I couldn't write a reliable quiz" in output
+    assert "Reward" not in output
 
 
-def test_a_simulated_learner_sits_at_the_tutor(tmp_path):
+def test_a_simulated_learner_sits_at_the_tutor(tmp_path, tutor):
     (tmp_path / "questions.txt").write_text("What is the capital of France?\n\nWho wrote Hamlet?\n", encoding="utf-8")
-    result = tutor(tmp_path, "", "learner=simulated", "questions=questions.txt", "steps=3")
-    assert result.returncode == 0, result.stderr
+    tutor("", "learner=simulated", "questions=questions.txt", "steps=3")
     lines = [json.loads(line) for line in (tmp_path / "logs" / "run.log").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert [line["question"] for line in lines] == ["What is the capital of France?", "Who wrote Hamlet?"] * 1 + [
-        "What is the capital of France?"
-    ]
+    france, hamlet = "What is the capital of France?", "Who wrote Hamlet?"
+    assert [line["question"] for line in lines] == [france, hamlet, france]
 
 
 def choices(policy, answers, quizzes) -> list[int]:

@@ -1,5 +1,6 @@
 """Trajectories with given rewards, and a step on them, for the tests of training."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import train
-from lora_ppo import training
+from lora_ppo import report, training
 from lora_ppo.episodes import Outcome, Trajectory, play
 from lora_ppo.forward import Batch, collate
 from lora_ppo.loading import load_policy
@@ -38,6 +39,28 @@ def accelerator():
     from accelerate import Accelerator
 
     return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def train_py(llama, tmp_path, monkeypatch, capsys):
+    """`train_py(**settings)` runs train.py on a tiny model in a folder of its own; gives exit status and output.
+
+    The task is a stand-in of two turns, unless the settings say another. Of the report's plots, which take longer than
+    all else, it draws one, or so many as `plots` says.
+    """
+    every_plot = list(report.PLOTS.items())
+    monkeypatch.setitem(train.TASKS, "echo", lambda config: lambda policy: EchoTask(turns=2))
+    monkeypatch.chdir(tmp_path)
+
+    def run(plots=1, **changes):
+        monkeypatch.setattr(report, "PLOTS", dict(every_plot[:plots]))
+        given = BASE | {"task": "echo", "model_name": llama, "samples_per_epoch": 12, "eval_samples": 4, **changes}
+        monkeypatch.setattr(sys, "argv", ["train.py", *(f"{name}={value}" for name, value in given.items())])
+        status = train.main()
+        output = capsys.readouterr()
+        return status, output.out + output.err
+
+    return run
 
 
 def settings(llama, **changes) -> train.TrainConfig:
