@@ -1,6 +1,6 @@
 """The gate of a model's quizzes: which signal tells a sound quiz from an unsound one on it, and how well, as measured.
 
-It stands in the model's own folder, or in the user's cache once it was measured there (`tasks/gate.py`).
+It stands in the model's own folder, or in the user's cache once it was measured there (`tasks/quiz_gate.py`).
 """
 
 import hashlib
