@@ -8,7 +8,7 @@
     python tools/bench/learning.py --learner rules --steps 150 --seeds 3 --set model_name=smollm2          a real model
 
 One answer a step, as a person drives the tutor, with the simulated learner of `tasks/quiz.py` in the person's place, or
-with one by rules (`--learner rules`, half_known.py).
+with one by rules (`--learner rules`, half_known.py). A benchmark that was stopped goes on from its output file.
 Every run of a seed has the same start, questions in the same order, random numbers and held-out facts; the quizzes are
 written beforehand by the base model, and are the same for all. Seconds are those of sampling, judging and steps.
 
@@ -21,6 +21,7 @@ temperature 1.
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import platform
 import random
@@ -271,21 +272,38 @@ def divergence(trainer: Ours | Trl, answers: Sequence[Answer]) -> float:
 
 
 def experiment(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """Every arm with every seed: lists of runs by arm. A run is its seed and its points."""
+    """Every arm with every seed: lists of runs by arm. A run is its seed and its points.
+
+    After each run the output file has it; what it has already, of a call with the same options, isn't run again.
+    """
     arms = ["ours"] + (["trl", "trl-defaults"] if arguments.trl and not arguments.control else [])
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    runs = earlier_runs(arguments, arms)
     settings = dict(pair.split("=", 1) for pair in arguments.set)
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         config = replace(settings_with(settings), seed=seed)
+        missing = [arm for arm in arms if seed not in [run["seed"] for run in runs[arm]]]
+        if not missing:
+            continue
         say(f"seed {seed}: writing quizzes")
         counts = arguments.steps, arguments.samples
         material = prepare(config, arguments.learner, *counts, arguments.control, arguments.validation)
-        for arm in arms:
+        for arm in missing:
             points = train(make_trainer(arm, config), material, seed, arguments.every)
             runs[arm].append({"seed": seed, "points": points})
             curve = ", ".join(f"{point['step']}: {100 * fmean(point['right']):.1f} %" for point in points)
             say(f"seed {seed}: {ARMS[arm]}: {curve}; {sum(points[-1]['seconds'].values()):.1f} s")
+            write_json(Path(arguments.output), {"arguments": vars(arguments), "versions": versions(), "runs": runs})
     return runs
+
+
+def earlier_runs(arguments: argparse.Namespace, arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The runs in the output file, by arm, for the seeds that are asked for; none if it is of other options."""
+    file, seeds = Path(arguments.output), range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"arguments": {}, "runs": {}}
+    counts = ("seeds", "first_seed", "output", "trl")
+    same = all(record["arguments"].get(k) == v for k, v in vars(arguments).items() if k not in counts)
+    runs = record["runs"] if same else {}
+    return {arm: [run for run in runs.get(arm, []) if run["seed"] in seeds] for arm in arms}
 
 
 def settings_with(settings: dict[str, str]) -> Config:
