@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lora_ppo.caches import roomy_cache, sharded
 from lora_ppo.policy import Policy
-from lora_ppo.recording import distinct, roomy_cache, sharded
+from lora_ppo.recording import distinct
 
 TOP = 64  # tokens among which the nucleus is looked for first
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+ROUND = 8  # tokens: oneDNN compiles a product for each number of rows, and keeps it
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -77,16 +79,16 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
 
     A prompt that several rows share is read once, forward and backward: gradients reach it through the cache. How the
     base model's prompts begin is not read at all, once it was. None where fewer than half of the prompts could be
-    spared, there is no such beginning, and the pass is none to be recorded, or the model is none for it.
+    spared and there is no such beginning, or the model is none for it.
     """
     import torch
     from transformers import DynamicCache
 
-    from lora_ppo.recording import distinct, roomy_cache, sharded, takes
+    from lora_ppo.caches import sharded, takes
+    from lora_ppo.recording import distinct
 
     model, (count, t), training = policy.model.get_base_model(), batch.response_mask.shape, torch.is_grad_enabled()
-    covered = policy.recorder.covers(count, batch.input_ids.shape[1] - 1)
-    if count == 1 and policy.gate.share is not False and not covered:  # no need to look at the tokens
+    if count == 1 and policy.gate.share is not False:  # no need to look at the tokens
         return None
     if sharded(policy) or not takes(policy):
         return None
@@ -96,12 +98,11 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     different, which = distinct([tuple(itertools.compress(*row)) for row in rows])
     known = known_beginning(policy, different)
     shared = last > 0 and 2 * len(different) <= count
-    if not (known or shared or covered) or (training and model.is_activation_checkpointing):
+    if not (known or shared) or (training and model.is_activation_checkpointing):
         return None  # layers that are recomputed fill no cache
     readers = [which.index(i) for i in range(len(different))] if shared else list(range(count))
     adapted = torch.full((count,), policy.gate.share, device=policy.device)
-    config = model.config.get_text_config()
-    cache = DynamicCache(config=config) if training else roomy_cache(config, ids.shape[1])
+    cache = DynamicCache(config=model.config.get_text_config())
     if known:
         beginning = [x.expand(len(readers), -1, -1, -1) for x in policy.beginnings[known]]
         for layer, *pair in zip(cache.layers, beginning[::2], beginning[1::2], strict=True):
@@ -117,15 +118,13 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
 
 
 def rounded_up(policy: Policy, batch: Batch) -> "dict[str, Tensor | None]":
-    """The inputs of a pass over a batch but its last token; on a CPU with padding on the right, `round_up`."""
+    """The inputs of a pass over a batch but its last token; on a CPU padded on the right to a multiple of `ROUND`."""
     import torch
-
-    from lora_ppo.recording import round_up
 
     ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
     tokens, padded = ids.shape[1], not real.all()
     if policy.device.type == "cpu":  # what is added on the right, none of the others sees
-        extra = max(min(round_up(tokens), policy.context) - tokens, 0)
+        extra = max(min(-(-tokens // ROUND) * ROUND, policy.context) - tokens, 0)
         ids, real = (torch.nn.functional.pad(x, (0, extra)) for x in (ids, real))
         positions = torch.cat([positions, positions[:, -1:] + torch.arange(1, extra + 1)], 1)
     return {"input_ids": ids, "attention_mask": real.long() if padded else None, "position_ids": positions}
@@ -139,7 +138,7 @@ def known_beginning(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> tuple
     import torch
     from transformers import DynamicCache
 
-    from lora_ppo.recording import cached
+    from lora_ppo.caches import cached
 
     begins = policy.beginnings if policy.gate.share is False else ()
     known = next((b for b in begins if b and all(p[: len(b)] == b and len(p) > len(b) for p in prompts)), ())

@@ -30,7 +30,14 @@ class Policy:
     numbers `step` and `kl_coef`.
     """
 
-    def __init__(self, model, tokenizer, config: Settings, prompts: Prompts):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        config: Settings,
+        prompts: Prompts,
+        notice: Callable[[str], None] = lambda text: None,
+    ):
         import torch
         from peft import LoraConfig, get_peft_model
 
@@ -51,6 +58,7 @@ class Policy:
         spare_activations(model)
         self.model = get_peft_model(model, lora).eval()
         self.tokenizer, self.config, self.prompts, self.targets = tokenizer, config, prompts, targets
+        self.notice = notice
         self.head = model.get_output_embeddings()
         self.device = self.head.weight.device
         self.value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(self.device)
@@ -85,7 +93,8 @@ class Policy:
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
             layer.forward = gated_forward(layer, name, self.gate)
-        self.recorder = Recorder(self)
+        self.layers, self.recorder = layers, None
+        self.recorder = Recorder(self, name)
         return layers
 
     def configure(self, config: Settings) -> None:
@@ -139,7 +148,7 @@ class Policy:
         """
         import torch
 
-        from lora_ppo.recording import steady
+        from lora_ppo.caches import steady
 
         if not steady(self.model.config.get_text_config()) or self.model.dtype != torch.float32:
             return {}
@@ -242,11 +251,7 @@ def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "
             low_rank = linear(dropout(rows), down.weight.to(x.dtype))
             if gate.share is not True:
                 low_rank = (low_rank.unflatten(0, x.shape[:-1]) * gate.share).to(x.dtype).flatten(0, -2)
-            up_weight = up.weight.to(x.dtype)
-            if result.is_contiguous():
-                result = result.addmm_(low_rank, up_weight.t(), alpha=scaling)
-            else:  # it was taken as W x^T
-                result = result.t().addmm_(up_weight, low_rank.t(), alpha=scaling).t()
+            result = result.addmm_(low_rank, up.weight.to(x.dtype).t(), alpha=scaling)
         return result.unflatten(0, x.shape[:-1])
 
     return forward

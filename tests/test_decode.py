@@ -7,12 +7,12 @@ from support.tiny import CHATML, PROMPTS, randomize_adapter, save_tiny, tiny_con
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from lora_ppo import decode
+from lora_ppo.caches import takes
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import Request, generate, plain_reply, replies
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import QuizGrammar
-from lora_ppo.recording import takes
 
 
 def greedy(policy, prompt: list[int], adapter: bool) -> list[int]:
@@ -102,7 +102,7 @@ def test_replies_are_the_same_through_either_path(tiny_folder, monkeypatch):
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
     torch.manual_seed(3)
     fast = replies(policy, requests)
-    monkeypatch.setattr("lora_ppo.recording.takes", lambda policy: False)
+    monkeypatch.setattr("lora_ppo.caches.takes", lambda policy: False)
     torch.manual_seed(3)
     assert replies(policy, requests) == fast
 

@@ -8,9 +8,9 @@ from support.tiny import CHATML, randomize_adapter, tiny_config, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import OPTConfig, OPTForCausalLM
 
-from lora_ppo.forward import collate, known_beginning, read_sparingly, token_logprobs_and_values
+from lora_ppo.caches import sees_all
+from lora_ppo.forward import ROUND, collate, known_beginning, read_sparingly, token_logprobs_and_values
 from lora_ppo.loading import load_policy
-from lora_ppo.recording import ROUND, round_up, sees_all
 from lora_ppo.step import ppo_step
 
 
@@ -73,6 +73,10 @@ def test_logits_exist_for_response_positions_only():
     assert batch.input_ids.shape[1] > t + 1
     assert seen == [((b, t, 32), (b, t, 64))] * 3  # reference, gradient pass, trust region
     assert token_logprobs_and_values(policy, batch)[2].shape == (b, t, 64)
+
+
+def round_up(tokens: int) -> int:
+    return -(-tokens // ROUND) * ROUND
 
 
 ANSWERS = [[7, 9, 4], [5], [11, 12, 13, 14, 15, 16], [3, 4], [8, 8, 8], [20], [1], [2, 1]]

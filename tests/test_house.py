@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground floor up. A room imports from rooms above it in this list, never from itself or below.
 ROOMS = (
-    "settings ppo statistics chat layers recording policy gguf loading checkpoint decode generate forward journal quiz "
-    "step episodes terminal report adapters processes training evaluation run trainer"
+    "settings ppo statistics chat layers caches compiled recording policy gguf loading checkpoint decode generate "
+    "forward journal quiz step episodes terminal report adapters processes training evaluation run trainer"
 ).split()
 FLOORS = {"lora_ppo": 0, "config": 1, "tasks": 1, "scripts": 2, "tools": 3}
 SCRIPTS = ("lora_ppo_demo", "train", "evaluate")

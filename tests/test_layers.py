@@ -9,7 +9,7 @@ from support.tiny import ARCHITECTURES, randomize_adapter, tiny_config
 
 from config import Config
 from lora_ppo.forward import collate, token_logprobs_and_values
-from lora_ppo.layers import FEW_ROWS, LeanLayer, made_again, speed_up_products
+from lora_ppo.layers import LeanLayer, made_again, speed_up_products
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import gradient_dropout
 from lora_ppo.training import recomputing
@@ -17,7 +17,7 @@ from tools.bench.measure import MB, profile
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1, 150])
+@pytest.mark.parametrize("rows", [1, 2, 17, 150])
 def test_quick_products_and_their_gradients_are_those_of_float64(rows, bias):
     torch.manual_seed(0)
     layer = torch.nn.Linear(48, 80, bias=bias).requires_grad_(False)
