@@ -196,7 +196,8 @@ class AsFunction(torch.nn.Module):
         if layer.bias is not None:
             result = result + layer.bias.float()
         if hasattr(layer, "down"):
-            result = result + self.share * product(product(row, layer.down), layer.up)
+            down, up = layer.down.to(x.dtype), layer.up.to(x.dtype)
+            result = result + self.share * product(product(row, down).to(x.dtype), up)
         return result.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def call(self, weights: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -195,7 +195,8 @@ def is_gated(mlp) -> bool:
         return False
     gate, up, down, act = parts
     with torch.no_grad():
-        x = torch.linspace(-1, 1, gate.in_features, dtype=gate.weight.dtype, device=gate.weight.device).view(1, 1, -1)
+        dtype = getattr(gate, "compute_dtype", gate.weight.dtype)  # of weights in 4 bits
+        x = torch.linspace(-1, 1, gate.in_features, dtype=dtype, device=gate.weight.device).view(1, 1, -1)
         return torch.equal(mlp(x), down(act(gate(x)) * up(x)))
 
 
