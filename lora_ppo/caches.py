@@ -4,10 +4,12 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+ROUND = 8  # oneDNN compiles a product for each number of rows, and keeps it: a CPU reads a multiple of so many tokens
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -58,6 +60,11 @@ def read(
             use_cache=True,
             logits_to_keep=last,
         )
+
+
+def round_up(tokens: int, device: torch.device) -> int:
+    """How many tokens of a prompt, or of it and an answer, are read in place of so many."""
+    return -(-tokens // ROUND) * ROUND if device.type == "cpu" else tokens
 
 
 def together(adapted: Tensor) -> bool | Tensor:

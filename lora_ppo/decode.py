@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_ppo.caches import roomy_cache, sharded
+from lora_ppo.caches import roomy_cache, round_up, sharded
 from lora_ppo.policy import Policy
 from lora_ppo.recording import distinct
 
@@ -75,7 +75,7 @@ def decode(policy: Policy, requests: Sequence, seeds: Sequence[int]) -> list[Rep
 
 def padded_left(policy: Policy, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Tensor, Tensor]:
     """The prompts (B, P), which of the P + `room` places of each row are real (B, P + room), and positions (B, P)."""
-    longest = max(map(len, prompts))
+    longest = round_up(max(map(len, prompts)), policy.device)
     pad = [longest - len(prompt) for prompt in prompts]
     rows = [[policy.pad_id] * p + list(prompt) for p, prompt in zip(pad, prompts, strict=True)]
     places = torch.arange(longest + room, device=policy.device)

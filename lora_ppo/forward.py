@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ROUND = 8  # tokens: oneDNN compiles a product for each number of rows, and keeps it
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -77,9 +75,8 @@ def token_logprobs_and_values(
 def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | None":
     """`Policy.read` on the response positions of a batch, (B, T, V) and (B, T, H), with nothing read twice.
 
-    A prompt that several rows share is read once, forward and backward: gradients reach it through the cache. How the
-    base model's prompts begin is not read at all, once it was. None where fewer than half of the prompts could be
-    spared and there is no such beginning, or the model is none for it.
+    A prompt that several rows share is read once, forward and backward: gradients reach it through the cache. None
+    where fewer than half of the prompts could be spared, or the model is none for it.
     """
     import torch
     from transformers import DynamicCache
@@ -88,64 +85,34 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     from lora_ppo.recording import distinct
 
     model, (count, t), training = policy.model.get_base_model(), batch.response_mask.shape, torch.is_grad_enabled()
-    if count == 1 and policy.gate.share is not False:  # no need to look at the tokens
-        return None
-    if sharded(policy) or not takes(policy):
+    if count == 1 or sharded(policy) or not takes(policy):
         return None
     ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
     last = ids.shape[1] - t  # where the prompts' last tokens are
     rows = zip(ids[:, :last].tolist(), real[:, :last].tolist(), strict=True)
     different, which = distinct([tuple(itertools.compress(*row)) for row in rows])
-    known = known_beginning(policy, different)
     shared = last > 0 and 2 * len(different) <= count
-    if not (known or shared) or (training and model.is_activation_checkpointing):
+    if not shared or (training and model.is_activation_checkpointing):
         return None  # layers that are recomputed fill no cache
-    readers = [which.index(i) for i in range(len(different))] if shared else list(range(count))
+    readers = [which.index(i) for i in range(len(different))]
     adapted = torch.full((count,), policy.gate.share, device=policy.device)
     cache = DynamicCache(config=model.config.get_text_config())
-    if known:
-        beginning = [x.expand(len(readers), -1, -1, -1) for x in policy.beginnings[known]]
-        for layer, *pair in zip(cache.layers, beginning[::2], beginning[1::2], strict=True):
-            layer.update(*pair)
-    start, real = len(known), real & (positions >= len(known))
-    real[:, :start] = True  # the cache's places
-    if shared:
-        one = ids[readers, start:last], positions[readers, start:last], real[readers, :last], adapted[: len(readers)]
-        policy.recorder.read(*one, cache)
-        cache.batch_select_indices(torch.tensor(which, device=policy.device))
-        start = last
-    return policy.recorder.read(ids[:, start:], positions[:, start:], real, adapted, cache, t)
+    one = ids[readers, :last], positions[readers, :last], real[readers, :last], adapted[: len(readers)]
+    policy.recorder.read(*one, cache)
+    cache.batch_select_indices(torch.tensor(which, device=policy.device))
+    return policy.recorder.read(ids[:, last:], positions[:, last:], real, adapted, cache, t)
 
 
 def rounded_up(policy: Policy, batch: Batch) -> "dict[str, Tensor | None]":
-    """The inputs of a pass over a batch but its last token; on a CPU padded on the right to a multiple of `ROUND`."""
+    """The inputs of a pass over a batch but its last token; on a CPU padded on the right (`round_up`)."""
     import torch
+
+    from lora_ppo.caches import round_up
 
     ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
     tokens, padded = ids.shape[1], not real.all()
-    if policy.device.type == "cpu":  # what is added on the right, none of the others sees
-        extra = max(min(-(-tokens // ROUND) * ROUND, policy.context) - tokens, 0)
+    extra = max(min(round_up(tokens, policy.device), policy.context) - tokens, 0)
+    if extra:  # what is added on the right, none of the others sees
         ids, real = (torch.nn.functional.pad(x, (0, extra)) for x in (ids, real))
         positions = torch.cat([positions, positions[:, -1:] + torch.arange(1, extra + 1)], 1)
     return {"input_ids": ids, "attention_mask": real.long() if padded else None, "position_ids": positions}
-
-
-def known_beginning(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The one of `Policy.beginnings` that all the prompts go on from, if it is the base model that reads; else ().
-
-    Its keys and values stand there then.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    from lora_ppo.caches import cached
-
-    begins = policy.beginnings if policy.gate.share is False else ()
-    known = next((b for b in begins if b and all(p[: len(b)] == b and len(p) > len(b) for p in prompts)), ())
-    if known and not policy.beginnings[known]:
-        model = policy.model.get_base_model()
-        cache = DynamicCache(config=model.config.get_text_config())
-        with torch.no_grad():
-            model(torch.tensor([known], device=policy.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        policy.beginnings[known] = cached(cache)
-    return known

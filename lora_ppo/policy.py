@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.chat import ROLES, Prompts, encode_chat
+from lora_ppo.chat import Prompts
 from lora_ppo.settings import ConfigError, Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import: it is imported where it is used
@@ -139,25 +139,6 @@ class Policy:
                 _, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(place)
         ids = self.tokenizer(after, add_special_tokens=False).input_ids
         return next((i for i in ids if i in self.stop_ids), self.stop_ids[0])
-
-    @cached_property
-    def beginnings(self) -> dict[tuple[int, ...], list["Tensor"]]:
-        """How the prompts of each role begin, whatever is asked, and its keys and values, once the base model read it.
-
-        Nothing where that would show: in 16 bits, read apart and read together round to different numbers.
-        """
-        import torch
-
-        from lora_ppo.caches import steady
-
-        if not steady(self.model.config.get_text_config()) or self.model.dtype != torch.float32:
-            return {}
-        begins: dict[tuple[int, ...], list[Tensor]] = {}
-        for role in (getattr(self.prompts, name) for name in ROLES):
-            first, second = (encode_chat(self.tokenizer, role.messages(text)) for text in "AB")
-            same = next(i for i, ids in enumerate(zip(first, second, strict=False)) if ids[0] != ids[1])
-            begins[tuple(first[:same])] = []
-        return begins
 
     @property
     def pad_id(self) -> int:
