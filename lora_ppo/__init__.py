@@ -5,7 +5,8 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     settings, statistics        how settings are declared and checked; intervals and tests
     ppo                         the mathematics, pure functions of tensors
     chat                        roles and their prompts; chats as token ids
-    layers, recording           layers that are quicker or keep less; passes recorded and played
+    layers                      layers that are quicker or keep less
+    caches, compiled, recording one pass behind a cache; passes compiled (CPU) and recorded (CUDA)
     policy, loading, gguf       base model, gated LoRA adapters, value head, optimizer; how they are loaded; GGUF files
     checkpoint, adapters        folders written whole or not at all; adapters from elsewhere, merging
     decode, generate, forward   replies, token by token; one pass over prompts and responses

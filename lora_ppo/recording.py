@@ -18,7 +18,7 @@ KEPT_TOKENS = 4096  # of all rows: a graph's cache is kept, and what it fills is
 
 
 class Graph:
-    """`OnePass` over one token of each row as a CUDA graph: its thousands of kernels are started as one.
+    """`read` of one token of each row as a CUDA graph: its thousands of kernels are started as one.
 
     A graph reads and writes where it was captured. So its tensors are its own; only those of the cache, `kept`, with
     room for more tokens and perhaps more rows, it may share with graphs of more rows. It returns them, and given those
