@@ -2,6 +2,7 @@
 
     python evaluate.py --config configs/quiz.yaml --adapter runs/quiz/epoch_*                   a learning curve
     python evaluate.py --mode merge --adapter runs/quiz/epoch_3 --merged_model_path merged      a standalone model
+    python evaluate.py --mode quizmaster model_name=smollm2                                     what quizzes are worth
     python evaluate.py --help                                                                   every setting
 
 Base model and adapters answer the same held-out samples under the same seeds. Accuracies come with Wilson intervals;
@@ -12,22 +13,24 @@ Left out on purpose: splits of its own. What is held out is the task's decision;
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lora_ppo.adapters import IN_FULL, attach, base_settings, check_empty, merge, read_adapter, suited
+from lora_ppo.adapters import IN_FULL, attached, base_settings, check_empty, merge, read_adapter, suited
 from lora_ppo.checkpoint import other_prompts
 from lora_ppo.evaluation import METHODS, Answer, Result, answer_all, comparison, figures, held_out, write_json
 from lora_ppo.journal import now
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
+from lora_ppo.quizmaster import ANSWERS
 from lora_ppo.settings import ConfigError, help_text, known_name, parse, setting, split_arguments, version
+from lora_ppo.statistics import wilson_interval
+from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
-from train import CHOICES, TASKS, TrainConfig
+from train import TASK_MODULES, TASKS, TrainConfig
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -36,9 +39,14 @@ from train import CHOICES, TASKS, TrainConfig
 class EvaluateConfig(TrainConfig):
     """Training's settings, so that one file serves both, and evaluation's own."""
 
-    mode: str = setting("evaluate", "evaluate, merge, or both: merge, then evaluate", group="evaluation")
+    mode: str = setting(
+        "evaluate",
+        "evaluate, merge, or both: merge, then evaluate; quizmaster: measure what the base model's quizzes are worth",
+        group="evaluation",
+    )
     adapter: list[str] = setting(["none"], "adapter folders, several give a learning curve; none: the base alone")
     num_samples: int = setting(200, "held-out samples to answer")
+    samples_per_problem: int = setting(1, "answers to each sample; with several, pass@k is told for k up to so many")
     eval_batch_size: int = setting(32, "samples answered at a time")
     merged_model_path: str = setting("", "folder of the merged model: merge writes it, use_merged_model reads it")
     use_merged_model: bool = setting(False, "evaluate the model in merged_model_path too")
@@ -48,10 +56,11 @@ class EvaluateConfig(TrainConfig):
 # What evaluation uses. A config file may hold training's settings beside these; the command line may not.
 SETTINGS = (
     "model_name load_in_4bit bf16_copy device dtype prompts target_modules temperature quiz_temperature top_p "
-    "max_new_tokens quiz_tries questions seed mode task quiz_learner test_share adapter num_samples eval_batch_size "
+    "max_new_tokens quiz_tries seed mode task test_share adapter num_samples samples_per_problem eval_batch_size "
     "merged_model_path use_merged_model output_file"
-).split()
-MODES = ("evaluate", "merge", "both")
+).split() + [field.name for module in TASK_MODULES.values() for field in fields(module.TaskSettings)]
+ROUND = 1_000_003  # between the seeds of a sample's answers
+MODES = ("evaluate", "merge", "both", "quizmaster")
 USAGE = """usage: python evaluate.py [--config FILE] [--adapter DIR ...] [name=value ...]
 
 Accuracy of base model, adapters and merged model on held-out samples; merging
@@ -77,27 +86,28 @@ def settings_from(arguments: Sequence[str]) -> EvaluateConfig:
             words.append("--use_merged_model=true")
         else:
             words += [word, *values]
-    if folders:
-        words.append(f"--adapter=[{', '.join(map(json.dumps, folders))}]")
     for name, _ in split_arguments(EvaluateConfig, words)[1]:
         known_name(EvaluateConfig, name)
         if name not in SETTINGS:
             raise ConfigError(f"{name} is a setting of training: evaluation has no use for it (see --help)")
-    return check_settings(parse(EvaluateConfig, words))
+    return check_settings(parse(EvaluateConfig, words, {"adapter": folders} if folders else None))
 
 
 def check_settings(config: EvaluateConfig) -> EvaluateConfig:
     """Returns `config` if its settings fit together; raises ConfigError naming what does not, before a model loads."""
     folders = adapters(config)
-    choices = {"mode": MODES, "task": tuple(TASKS), "quiz_learner": CHOICES["quiz_learner"]}
-    for name, allowed in choices.items():
+    for name, allowed in {"mode": MODES, "task": tuple(TASKS)}.items():
         if getattr(config, name) not in allowed:
             raise ConfigError(f"{name}={getattr(config, name)} is unknown: expected one of {', '.join(allowed)}")
-    for name in ("num_samples", "eval_batch_size"):
+    for name in ("num_samples", "samples_per_problem", "eval_batch_size"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} is out of range: expected at least 1")
     if not 0 < config.test_share < 1:
         raise ConfigError(f"test_share={config.test_share:g} is out of range: expected above 0 and below 1")
+    if config.mode == "quizmaster":
+        if folders or config.use_merged_model:
+            raise ConfigError("mode=quizmaster measures the base model: it takes no adapter and no merged model")
+        return config
     if (config.mode != "evaluate" or config.use_merged_model) and not config.merged_model_path:
         what = "use_merged_model=true" if config.mode == "evaluate" else f"mode={config.mode}"
         raise ConfigError(f"{what} needs merged_model_path=DIR")
@@ -117,15 +127,6 @@ def adapters(config: EvaluateConfig) -> list[Path]:
     return [Path(name) for name in config.adapter if name != "none"]
 
 
-# -------------------------------------------------------------------------------------------------------- statistics
-
-
-# --------------------------------------------------------------------------------------------------------- answering
-
-
-# ---------------------------------------------------------------------------------------------------------- adapters
-
-
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -137,27 +138,30 @@ def evaluate(config: EvaluateConfig, notice: Callable[[str], None]) -> tuple[lis
     trained = [*folders, Path(config.merged_model_path)] if config.use_merged_model else folders
     policy, config = load_policy(base_settings(config, trained, states, notice), notice)
     for folder, state in zip(folders, states, strict=True):
-        suited(config, folder, state)
+        suited(policy, folder, state)
         if line := other_prompts(folder, policy):
             notice(line)
     task = build_task(policy)
     samples = held_out(task, config.num_samples, config.seed)
 
-    def answers(answering: Policy, name: str, adapter: bool) -> list[Answer]:
-        with progress(f"{name} answers {len(samples)} samples", len(samples), notice) as show:
-            return answer_all(answering, task, samples, adapter, config.seed, config.eval_batch_size, show)
+    def asked(answering: Policy, name: str, adapter: bool, folder: str = "", step: int | None = None) -> Result:
+        rounds: list[list[Answer]] = []
+        for number in range(config.samples_per_problem):
+            again = f", time {number + 1}" if number else ""
+            with progress(f"{name} answers {len(samples)} samples{again}", len(samples), notice) as show:
+                seed = config.seed + number * ROUND
+                rounds.append(answer_all(answering, task, samples, adapter, seed, config.eval_batch_size, show))
+        return Result(name, folder, step, rounds[0], rounds[1:])
 
-    results = [Result("base", "", None, answers(policy, "base", adapter=False))]
+    results = [asked(policy, "base", adapter=False)]
     for i, (folder, state) in enumerate(zip(folders, states, strict=True)):
-        attach(policy, folder, f"adapter_{i}")
-        results.append(Result(folder.name, str(folder), state.get("step"), answers(policy, folder.name, adapter=True)))
-        policy.use_adapter()
-        policy.model.delete_adapter(f"adapter_{i}")
+        with attached(policy, folder, f"adapter_{i}"):
+            results.append(asked(policy, folder.name, True, str(folder), state.get("step")))
     if all(state for state in states):  # a learning curve, whatever the order in which the shell named the folders
         results[1:] = sorted(results[1:], key=lambda result: result.step)
     if config.use_merged_model:
         merged, _ = load_policy(replace(config, model_name=config.merged_model_path, **IN_FULL), notice)
-        results.append(Result("merged", config.merged_model_path, None, answers(merged, "merged", adapter=False)))
+        results.append(asked(merged, "merged", False, config.merged_model_path))
     return results, config
 
 
@@ -167,7 +171,7 @@ def report(config: EvaluateConfig, results: Sequence[Result]) -> dict[str, Any]:
     for model, result in zip(models[1:], results[1:], strict=True):
         model["versus_base"] = comparison(result, results[0], config.seed)
     answers = [
-        {"question": row[0].question}
+        {"question": row[0][0].question}
         | {
             result.folder or result.name: {
                 "answer": answer.text,
@@ -176,9 +180,10 @@ def report(config: EvaluateConfig, results: Sequence[Result]) -> dict[str, Any]:
                 "why": answer.outcome.why,
                 "tokens": answer.tokens,
             }
-            for result, answer in zip(results, row, strict=True)
+            | ({"verdicts": [said.outcome.verdict for said in (answer, *again)]} if again else {})
+            for result, (answer, *again) in zip(results, row, strict=True)
         }
-        for row in zip(*(result.answers for result in results), strict=True)
+        for row in zip(*(zip(result.answers, *result.more, strict=True) for result in results), strict=True)
     ]
     settings = {name: getattr(config, name) for name in SETTINGS}
     return {"timestamp": now(), "settings": settings, "methods": METHODS, "models": models, "answers": answers}
@@ -199,6 +204,23 @@ def progress(text: str, count: int, notice: Callable[[str], None]) -> Iterator[C
     with Progress(*columns, console=console) as bar:
         item = bar.add_task(clean(text), total=count)
         yield lambda done: bar.update(item, completed=done)
+
+
+def measure_quizzes(config: EvaluateConfig, notice: Callable[[str], None]) -> None:
+    """Measures what the base model's quizzes are worth, and keeps it for the tutor. Raises ConfigError."""
+    from tasks.quiz_gate import QUESTIONS, measure
+
+    policy, config = load_policy(config, notice)
+    with progress(f"{config.model_name} is asked {QUESTIONS} questions", QUESTIONS, notice) as show:
+        gate = measure(policy, show)
+    notice(f"quizzes: {gate.worth()}")
+    if gate.signal:
+        interval = percent(gate.right / gate.shown, wilson_interval(gate.right, gate.shown))
+        notice(f"{gate.shown} of {gate.asked} questions got a quiz; sound: {gate.right}, {interval}")
+    if gate.signal == "agreement":
+        notice(f"gate: {gate.agreement} of {ANSWERS} short answers agree, likelier by {gate.lead:g} nats than others")
+    elif gate.signal:
+        notice("gate: the model, shown the options, picks the key in most of their orders")
 
 
 def points(difference: float | None, interval: Sequence[float]) -> str:
@@ -224,18 +246,31 @@ def show(record: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     models = record["models"]
     table = Table(title=f"{models[0]['samples']} held-out samples of task {record['settings']['task']}")
-    for heading in ("model", "step", "accuracy (95 %, Wilson)", "states the fact", "reward", "tokens"):
+    some = [("facts_stated_share", "states the fact"), ("strict_accuracy", "in the form asked for")]
+    some = [(key, heading) for key, heading in some if models[0][key] is not None]
+    headings = ("model", "step", "accuracy (95 %, Wilson)", *(h for _, h in some), "reward", "tokens", "cut off")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for model in models:
         table.add_row(
             clean(model["name"]),
             "-" if model["step"] is None else str(model["step"]),
             percent(model["accuracy"], model["accuracy_interval"]),
-            percent(model["facts_stated_share"]),
+            *(percent(model[key]) for key, _ in some),
             "-" if model["mean_reward"] is None else f"{model['mean_reward']:+.3f}",
             f"{model['mean_tokens']:.1f}",
+            percent(model["cut_off_share"]),
         )
     console.print(table)
+    for title, key, share in (("accuracy by level", "by_level", "accuracy"), ("pass@k", "pass_at", "share")):
+        if models[0][key]:
+            table = Table(title=title)
+            for heading in ("model", *map(str, models[0][key])):
+                table.add_column(heading, justify="left" if heading == "model" else "right")
+            for model in models:
+                cells = [percent(cell[share], cell["interval"]) for cell in model[key].values()]
+                table.add_row(clean(model["name"]), *cells)
+            console.print(table)
     if models[0]["unknown"]:
         console.print(f"{models[0]['unknown']} more samples had no outcome (no sound quiz) and are left out.")
     if len(models) == 1:
@@ -252,11 +287,8 @@ def show(record: dict[str, Any]) -> None:
     console.print(table)
 
 
-# ----------------------------------------------------------------------------------------------------------- merging
-
-
 def main() -> int:
-    """The program. Exit status: 0; 1 if the results can't be written; 2 for bad settings; 130 after Ctrl-C."""
+    """The program. Exit status: 0; 1 if results can't be written or shown; 2 for bad settings; 130 after Ctrl-C."""
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         print(help_text(EvaluateConfig, USAGE, only=SETTINGS))
@@ -266,21 +298,25 @@ def main() -> int:
         return 0
 
     def notice(text: str) -> None:
-        print(clean(text), flush=True)
+        with contextlib.suppress(OSError):  # results come first; that nobody can be shown anything is told at the end
+            print(clean(text), flush=True)
 
     try:
         config = settings_from(arguments)
-        if config.mode != "evaluate":
+        if config.mode == "quizmaster":
+            measure_quizzes(config, notice)
+        if config.mode in ("merge", "both"):
             merge(config, notice)
-        if config.mode != "merge":
+        if config.mode in ("evaluate", "both"):
             results, resolved = evaluate(config, notice)
             record = report(resolved, results)
-            show(record)
             try:
                 write_json(Path(config.output_file), record)
             except OSError as error:
+                show(record)
                 print(f"error: output_file={config.output_file}: {error.strerror or error}", file=sys.stderr)
                 return 1
+            show(record)
             notice(f"wrote {config.output_file}")
         return 0
     except ConfigError as error:
@@ -292,4 +328,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

@@ -20,7 +20,6 @@ reference policy is the same model with its adapters off), and training without 
 """
 
 import math
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -28,24 +27,35 @@ from typing import Any
 
 from config import Config
 from lora_ppo.chat import encode_chat
+from lora_ppo.disk import users_folder
 from lora_ppo.generate import Request, replies
 from lora_ppo.journal import turn_seed
 from lora_ppo.loading import base_name, is_bundled, load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import LETTERS, Quiz, make_quiz, quiz_request, quiz_text, reshuffled
-from lora_ppo.run import Run, Turn, is_right, users_folder
+from lora_ppo.quiz import LETTERS, Quiz, quiz_text, reshuffled
+from lora_ppo.quizmaster import first_requests, make_quiz
+from lora_ppo.run import Run, is_right
 from lora_ppo.settings import ConfigError, from_command_line
+from lora_ppo.signals import (
+    Leave,
+    SecondInterrupt,
+    asked_to_leave,
+    interrupts_deferred,
+    leave_on_signals,
+)
 from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, ppo_step
+from lora_ppo.streams import run_program
 from lora_ppo.terminal import (
     COMMANDS,
-    SecondInterrupt,
+    INPUT_CLOSED,
     SimulatedLearner,
     Terminal,
     clean,
-    interrupts_deferred,
     progress_chart,
     read_questions,
 )
+from lora_ppo.turns import Turn
+from tasks.quiz_gate import QUESTIONS, ensure_gate
 
 USAGE = f"""usage: python lora_ppo_demo.py [--config FILE] [name=value ...]
 
@@ -84,15 +94,16 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         quiz, guess, knew = pretest(question, policy, run, terminal) if config.pretest else (None, None, False)
         terminal.write("Tutor: ")
         answering = Request(prompt, config.temperature, on_text=terminal.stream)
-        response, *written = replies(policy, [answering, *([] if config.pretest else [quiz_request(policy, question)])])
+        beside = [] if config.pretest else first_requests(policy, question)
+        response, *written = replies(policy, [answering, *beside])
         answer = tokenizer.decode(response, skip_special_tokens=True)
         terminal.end_stream("" if answer.strip() else "(no answer)")
 
         # 3. The quiz knows the question, never the answer, and is written by the base model: the policy can't learn to
-        #    make it easy. The base model, blind to the key, must pick it in most orders of the options.
+        #    make it easy. Its key must be what the base model says again and again, blind to the options.
         if not config.pretest:
             with terminal.busy("making a quiz"):
-                quiz = make_quiz(policy, question, *written, why=run.no_quiz)
+                quiz = make_quiz(policy, question, written, why=run.no_quiz)
         if quiz is None:
             terminal.say(
                 "I couldn't write a reliable quiz for that, so nothing was learned (/quiz says why).", "yellow"
@@ -209,11 +220,11 @@ def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
 def session(policy: Policy, run: Run, terminal: Terminal) -> int:
     """Turns and commands, until the person leaves. Returns the exit status."""
     interrupted = False
-    while True:
+    while not asked_to_leave:
         try:
             question = terminal.ask("\nYou: ")
             interrupted = False
-        except EOFError:
+        except (EOFError, Leave):
             return 0
         except KeyboardInterrupt:
             return 130 if interrupted else 0
@@ -223,7 +234,8 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
                     return 0
             elif question:
                 take_turn(question, policy, run, terminal)
-        except EOFError:
+        except (EOFError, Leave):
+            terminal.say("")  # an answer may have been cut off
             return 0
         except SecondInterrupt:
             return 130
@@ -234,6 +246,7 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
             if not out_of_memory(error):
                 raise
             terminal.say(f"\nThe turn ended: {OUT_OF_MEMORY}", "yellow")
+    return 0
 
 
 def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
@@ -247,8 +260,7 @@ def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
         lines = run.history()
         terminal.say(progress_chart([is_right(line) for line in lines], [line["reward"] for line in lines]))
     elif name == "/quiz":
-        tries = [f"try {i}: {reason}" for i, reason in enumerate(run.no_quiz, 1)]
-        terminal.say("\n".join(tries) or "The last question got its quiz at once, or none was asked yet.")
+        terminal.say("\n".join(run.no_quiz) or "The last question got its quiz at once, or none was asked yet.")
     elif name == "/undo":
         step = policy.step
         with interrupts_deferred():
@@ -282,6 +294,7 @@ def banner(policy: Policy, config: Config, run: Run) -> str:
         [
             f"model    {base_name(config)} ({total / 1e6:,.1f} M parameters, {precision}, on {config.device})",
             f"adapter  LoRA rank {config.lora_r} on {len(policy.targets)} layer types, {size / 1e6:.2f} M trainable",
+            f"quizzes  {policy.quiz_gate.worth()}",
             f"step     {policy.step}, saved every {config.save_every} steps in {run.folder}",
             f"log      {run.log.path}",
             "ask      What is the capital of Norway?",
@@ -293,47 +306,55 @@ def banner(policy: Policy, config: Config, run: Run) -> str:
 
 
 def main() -> int:
-    """The program. Exit status: 0; 2 for a setting that can't be used; 130 after a second Ctrl-C."""
+    """The program. Exit status: 0; 1 if a disk kept nothing of it; 2 for bad settings; 130 after a second Ctrl-C."""
     run, status = None, 0
     try:
         config = from_command_line(Config, USAGE)
         questions = read_questions(config.questions) if config.learner == "simulated" else []
+        if INPUT_CLOSED and not questions:
+            raise ConfigError("standard input is closed: expected a terminal, a pipe or a file, or learner=simulated")
         terminal = Terminal(users_folder(config.log_dir, config.user) / "history")
 
         def notice(text: str) -> None:
             terminal.say(text, "yellow")
 
-        try:
-            # The base model (in 4 bits on a GPU), LoRA adapters on its linear layers, a float32 value head, AdamW; then
-            # the run on disk: the newest whole checkpoint, and the turns after it replayed from the journal.
-            with terminal.busy("Loading the model ..."):
-                policy, config = load_policy(config, notice)
-                run = Run(policy, config, notice)
-            if questions:
-                terminal = SimulatedLearner(policy, questions, config.steps)
-            terminal.say(banner(policy, config, run), "cyan")
-            with terminal.keys_kept():
-                status = session(policy, run, terminal)
-        except KeyboardInterrupt:  # while loading
-            terminal.say("\nInterrupted.")
-        # After a second Ctrl-C nothing is saved: the journal has every turn, and the weights may be half of a step.
-        if run and status == 0 and run.policy.step > run.saved_step and run.save():
-            terminal.say(f"Saved step {policy.step} in {run.folder}. Goodbye.")
-        if run and run.journal.unwritten:
-            terminal.say(f"{run.folder} could not be written to: what was learned since step {run.saved_step} is lost.")
-        return status
+        with leave_on_signals(terminal.end_prompt):
+            try:
+                # The base model (in 4 bits on a GPU), LoRA adapters on its linear layers, a float32 value head, AdamW;
+                # then the run on disk: the newest whole checkpoint, and the turns after it replayed from the journal.
+                with terminal.busy("Loading the model ..."):
+                    policy, config = load_policy(config, notice)
+                    run = Run(policy, config, notice)
+                with terminal.busy("Measuring ...") as show:
+                    ensure_gate(policy, notice, lambda count: show(f"Measuring: {count} of {QUESTIONS} questions"))
+                if questions:
+                    terminal = SimulatedLearner(policy, questions, config.steps, run.simulation)
+                    run.simulation = terminal.place
+                terminal.say(banner(policy, config, run), "cyan")
+                with terminal.keys_kept():
+                    status = session(policy, run, terminal)
+            except Leave:  # while loading
+                pass
+            except KeyboardInterrupt:
+                terminal.say("\nInterrupted.")
+            asked_to_leave.append(0)  # it is leaving: another signal changes nothing
+            # After a second Ctrl-C nothing is saved: the journal has every turn, and the weights may be half of a step.
+            if run and status == 0 and (run.unsafe or run.policy.step > run.saved_step) and run.save():
+                terminal.say(f"Saved step {policy.step} in {run.folder}. Goodbye.")
+            if run and run.unsafe:
+                terminal.say(
+                    f"{run.folder} could not be written to: what was learned since step {run.safe_step} is lost."
+                )
+        return status or int(run is not None and run.unsafe)
     except ConfigError as error:
         print(f"error: {clean(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read our output is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except KeyboardInterrupt as interrupt:
+        return 0 if isinstance(interrupt, Leave) else 130
     finally:
         if run:
             run.close()
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

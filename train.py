@@ -22,13 +22,16 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import tasks
 from config import Config
-from lora_ppo.checkpoint import find_checkpoint
+from lora_ppo.checkpoint import all_checkpoints, find_checkpoint
 from lora_ppo.episodes import Task
-from lora_ppo.loading import is_bundled, load_policy
+from lora_ppo.functions import load_functions, replaced
+from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.processes import shard
 from lora_ppo.settings import ConfigError, Settings, from_command_line, save_yaml, setting
+from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
 from lora_ppo.trainer import Training, locked
 from lora_ppo.training import prepare
@@ -44,8 +47,12 @@ def shared(name: str, group: str = "") -> Any:
     return setting(f.default_factory() if f.default is MISSING else f.default, f.metadata["help"], group)
 
 
+TASK_MODULES = tasks.found()
+TASKS: dict[str, Callable[[Any], Callable[[Policy], Task]]] = {n: m.prepare for n, m in TASK_MODULES.items()}
+
+
 @dataclass
-class TrainConfig(Settings):
+class TrainSettings(Settings):
     task: str = setting("quiz", "what earns the reward", group="what is learned, and how long")
     algorithm: str = setting("ppo", "ppo, or grpo (group_size answers per prompt, no value head)")
     output_dir: str = setting("runs/train", "where log, checkpoints and report are written")
@@ -56,13 +63,16 @@ class TrainConfig(Settings):
     save_every: int = setting(50, "steps between checkpoints within an epoch")
     keep_checkpoints: int = setting(2, "checkpoints step_N that are kept; every epoch_N is")
     resume_from: str = setting("", "latest (of output_dir), or the folder of a checkpoint; empty: a fresh start")
-    report_to: str = setting("none", "tracker: none, tensorboard, wandb or trackio")
-    seed: int = shared("seed")
-    questions: str = setting(
-        "", "text file of questions, one per line; empty: the bundled fact tables", group="the quiz task"
+    functions: str = setting("", "module or .py file whose functions replace those of lora_ppo/ppo.py (see exercises/)")
+    baseline: str = setting(
+        "auto",
+        "folder of a run that the report draws beside this one; auto: with functions, the library's own, which is made "
+        "first in output_dir/library; none",
     )
-    quiz_learner: str = setting("auto", "reader, gain, or auto: reader for the bundled model, gain for any other")
-    test_share: float = setting(0.2, "share of the facts that is kept for the test split")
+    report_to: str = setting("none", "tracker: none, tensorboard, wandb or trackio")
+    test_share: float = setting(0.2, "share of the samples that a task keeps for its test split", split=True)
+    control: str = setting("none", "none, or random: the reward is a coin, and nothing must be learned")
+    seed: int = shared("seed")
     model_name: str = shared("model_name", "model")
     load_in_4bit: str = shared("load_in_4bit")
     bf16_copy: str = shared("bf16_copy")
@@ -80,6 +90,7 @@ class TrainConfig(Settings):
     max_new_tokens: int = shared("max_new_tokens")
     quiz_tries: int = shared("quiz_tries")
     learning_rate: float | None = shared("learning_rate", "the update")
+    lr_schedule: str = setting("constant", "constant, or linear: down to 0 at the run's last step")
     optimizer: str = setting("adamw", "adamw; on CUDA also adamw_8bit, paged_adamw_8bit (bitsandbytes)")
     batch_size: int = setting(16, "answers per step, on all processes together")
     mini_batch_size: int = setting(16, "answers in one forward and backward pass, on all processes together")
@@ -101,8 +112,20 @@ class TrainConfig(Settings):
     max_grad_norm: float = shared("max_grad_norm")
 
     @property
+    def baseline_folder(self) -> Path | None:
+        """The folder of the run that the report draws beside this one."""
+        if self.baseline == "auto":
+            return Path(self.output_dir) / "library" if self.functions else None
+        return None if self.baseline == "none" else Path(self.baseline)
+
+    @property
     def prompts_per_step(self) -> int:
         return self.batch_size // (self.group_size if self.algorithm == "grpo" else 1)
+
+
+@dataclass
+class TrainConfig(*(module.TaskSettings for module in reversed(TASK_MODULES.values())), TrainSettings):
+    """Training's settings, and those that the tasks bring."""
 
 
 RANGES = {
@@ -118,7 +141,8 @@ CHOICES = {
     "algorithm": ("ppo", "grpo"),
     "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
     "report_to": ("none", "tensorboard", "wandb", "trackio"),
-    "quiz_learner": ("auto", "reader", "gain"),
+    "control": ("none", "random"),
+    "lr_schedule": ("constant", "linear"),
 }
 
 
@@ -156,25 +180,11 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             f"samples_per_epoch={config.samples_per_epoch} is not divisible by the {config.prompts_per_step} prompts "
             f"of a step (batch_size={config.batch_size})"
         )
+    if config.baseline not in ("auto", "none") and not (Path(config.baseline) / "train.log").is_file():
+        raise ConfigError(f"baseline={config.baseline} holds no run (no train.log): expected auto, none, or its folder")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise ConfigError(f"report_to={config.report_to} needs a package: pip install {config.report_to}")
 
-
-def quiz_task(config: TrainConfig) -> Callable[[Policy], Task]:
-    """Checks the questions now, before any model is loaded; what it returns builds the task."""
-    from tasks.quiz import QuizTask, split_samples
-
-    split_samples("train", config.seed, config.questions, config.test_share)
-
-    def build(policy: Policy) -> Task:
-        default = "reader" if is_bundled(policy.config.model_name) else "gain"
-        learner = default if config.quiz_learner == "auto" else config.quiz_learner
-        return QuizTask(policy, config.seed, learner, config.questions, config.test_share)
-
-    return build
-
-
-TASKS: dict[str, Callable[[TrainConfig], Callable[[Policy], Task]]] = {"quiz": quiz_task}
 
 # ----------------------------------------------------------------------------------------------------------- the run
 
@@ -192,6 +202,7 @@ def finished(config: TrainConfig, folder: Path, state: dict[str, Any]) -> bool:
 def train(config: TrainConfig) -> int:
     """The whole run; settings and data are checked before any model is loaded. Raises ConfigError."""
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    functions = load_functions(config.functions) if config.functions else {}
     build_task = TASKS[config.task](config)
     main_process = os.environ.get("RANK", "0") == "0"
 
@@ -204,7 +215,16 @@ def train(config: TrainConfig) -> int:
         notice(f"{config.output_dir} is finished: step {found[1]['step']} is its last. Set num_epochs higher to go on.")
         return 0
     with locked(Path(config.output_dir)) if main_process else contextlib.nullcontext():
-        return begin(config, build_task, found, notice)
+        if functions and config.baseline == "auto":
+            folder = config.baseline_folder
+            there = "latest" if all_checkpoints(folder) else ""
+            notice(f"First the run of the library's own functions, in {folder}, for comparison.")
+            own = replace(config, functions="", baseline="none", output_dir=str(folder), resume_from=there)
+            if status := train(own):
+                return status
+            notice(f"Now the run of {config.functions}.")
+        with replaced(functions):
+            return begin(config, build_task, found, notice)
 
 
 def begin(
@@ -260,4 +280,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

@@ -1,17 +1,27 @@
 """Adapters from checkpoints and from elsewhere: read, put beside the policy's own, and merged into the base model."""
 
-import json
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ppo.chat import Prompts, encode_chat, load_prompts
-from lora_ppo.checkpoint import Damaged, prompt_note, verify_checkpoint
+from lora_ppo.checkpoint import Damaged, adapter_config, other_base, prompt_note, tensors_in, verify_checkpoint
+from lora_ppo.files import apply_umask, utf8_path
+from lora_ppo.gate import write_gate
 from lora_ppo.loading import base_name, find_prompts, load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
+from lora_ppo.settings import (
+    BUNDLED_MODEL,
+    DEFAULT_PROMPTS,
+    GATE_FILE,
+    PROMPTS_FILE,
+    ConfigError,
+    Settings,
+    split_settings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,25 +44,24 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     try:
         ours = any((folder / name).exists() for name in ("manifest.json", "state.json"))
         state = verify_checkpoint(folder) if ours else {}
-        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+        adapter_config(folder)
+    except ConfigError:
+        raise
     except Damaged as error:
         raise ConfigError(f"adapter={folder} is damaged: {error}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"adapter={folder} has no usable adapter_config.json ({type(error).__name__})") from None
-    if kind != "LORA" or not (folder / "adapter_model.safetensors").exists():
-        raise ConfigError(f"adapter={folder}: expected peft_type LORA (found {kind}) and an adapter_model.safetensors")
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ConfigError(f"adapter={folder} has no adapter_model.safetensors")
     return state
 
 
-def suited(config: Settings, folder: Path, state: dict[str, Any]) -> None:
+def suited(policy: Policy, folder: Path, state: dict[str, Any]) -> None:
     """Raises ConfigError if the adapter belongs to another base model, or if training saw what is held out here."""
-    if state and state["base_model"] != base_name(config):
-        raise ConfigError(
-            f"adapter={folder} was trained on model_name={state['base_model']}, now it is {base_name(config)}: "
-            "set model_name to the former"
-        )
-    trained = state.get("config", {})
-    for name in ("questions", "test_share"):
+    if state and (difference := other_base(state, policy)):
+        raise ConfigError(f"adapter={folder} was trained {difference}")
+    config, trained = policy.config, state.get("config", {})
+    for name in split_settings(config):
         here, there = getattr(config, name), trained.get(name)
         if "task" in trained and config.mode != "merge" and there is not None and there != here:
             raise ConfigError(
@@ -75,23 +84,87 @@ def base_settings(
     return replace(config, lora_r=1)  # the adapters come from their folders: the policy's own one is idle
 
 
-def attach(policy: Policy, folder: Path, name: str) -> None:
-    """Puts the adapter of `folder` beside the policy's own and makes it the active one. Raises ConfigError."""
+def attach(policy: Policy, folder: Path, name: str) -> "Tensor":
+    """Puts the adapter of `folder` beside the policy's own and makes it the active one. Raises ConfigError.
+
+    What is accepted is proved on the probes: with the adapter on, the logits are those that PEFT computes itself, and
+    with it off those of the base model, to the bit. Returns the latter (N, V).
+    """
     from safetensors import SafetensorError
 
+    base = probe_logits(policy, adapter=False)
     try:
-        result = policy.model.load_adapter(str(folder), adapter_name=name, torch_device=str(policy.device))
-        missing = result.missing_keys
+        adapter_config(folder)
+        # A layer that is saved whole would take the place of the base's own.
+        tensors = tensors_in(folder, "adapter_model")
+        head = policy.head.weight.cpu()  # PEFT saves a head with its adapters: the base's own is no other
+
+        def plain(key: str) -> bool:
+            own_head = key.endswith(".base_layer.weight") and tensors[key].equal(head.to(tensors[key].dtype))
+            return own_head or key.endswith((".lora_A.weight", ".lora_B.weight"))
+
+        if more := [key for key in tensors if not plain(key)]:
+            raise ConfigError(f"adapter={folder} holds {more[0]}: expected lora_A and lora_B of linear layers alone")
+        with utf8_path(folder) as place:
+            result = policy.model.load_adapter(str(place), adapter_name=name, torch_device=str(policy.device))
+        policy.model.eval()
+        for keys, what in ((result.missing_keys, "lacks"), (result.unexpected_keys, "has, and nothing takes,")):
+            if keys:
+                raise ConfigError(f"adapter={folder} {what} {len(keys)} tensors, such as {keys[0]}")
+        layers = policy.use_adapter(name)
+        prove(policy, folder, base, layers)
+        return base
+    except ConfigError as error:
+        detach(policy, name)
+        raise ConfigError(f"adapter={folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
+        detach(policy, name)
         raise ConfigError(f"adapter={folder} does not fit model_name={base_name(policy.config)}: {reason}") from None
-    if missing:
-        raise ConfigError(f"adapter={folder} lacks {len(missing)} tensors, such as {missing[0]}")
-    added = policy.model.peft_config[name]
-    if added.use_dora or added.lora_bias:
-        raise ConfigError(f"adapter={folder} uses DoRA or biases: expected plain LoRA")
-    policy.use_adapter(name)
-    policy.model.eval()
+
+
+def prove(policy: Policy, folder: Path, base: "Tensor", layers: Sequence) -> None:
+    """Raises ConfigError unless the adapter on `layers` acts as PEFT has it, and not at all when it is off."""
+    import torch
+
+    gated = [layer.__dict__.pop("forward") for layer in layers]  # without it there is PEFT's own
+    try:
+        wanted = probe_logits(policy, adapter=True)
+    finally:
+        for layer, forward in zip(layers, gated, strict=True):
+            layer.forward = forward
+    found = probe_logits(policy, adapter=True)
+    if not (wanted.isfinite().all() and found.isfinite().all()):
+        raise ConfigError(f"adapter={folder} makes logits that are not finite")
+    if not torch.equal(probe_logits(policy, adapter=False), base):
+        raise ConfigError(f"adapter={folder} changes the base model, also when it is off: expected plain LoRA")
+    difference, scale = (found - wanted).abs().max().item(), wanted.abs().max().item()
+    if difference > MERGE_TOLERANCE[policy.config.dtype] * scale:
+        raise ConfigError(
+            f"adapter={folder} does more than low-rank updates of linear layers: with these alone, logits differ from "
+            f"PEFT's by {difference:.3g}"
+        )
+
+
+def detach(policy: Policy, name: str) -> None:
+    """Takes an adapter off again; the policy's own is the active one."""
+    policy.use_adapter()
+    if name in policy.model.peft_config:
+        policy.model.delete_adapter(name)
+
+
+@contextlib.contextmanager
+def attached(policy: Policy, folder: Path, name: str) -> Iterator[None]:
+    """In here the adapter of `folder` is the active one. Raises ConfigError if it can't be, or leaves a trace."""
+    import torch
+
+    base = attach(policy, folder, name)
+    try:
+        yield
+    finally:
+        detach(policy, name)
+    if not torch.equal(probe_logits(policy, adapter=False), base):
+        raise ConfigError(f"adapter={folder} changed the base model for good: what was measured after it is wrong")
 
 
 def probe_logits(policy: Policy, adapter: bool) -> "Tensor":
@@ -123,18 +196,22 @@ def merge(config: Settings, notice: Callable[[str], None]) -> dict[str, float]:
     if in_4bit and config.dtype == "auto":
         config.dtype = "bfloat16"
     policy, config = load_policy(config, notice)
-    suited(config, folder, state)
-    base = probe_logits(policy, adapter=False)
-    attach(policy, folder, "trained")
+    suited(policy, folder, state)
+    base = attach(policy, folder, "trained")
     wanted = probe_logits(policy, adapter=True)
     new = out.with_name(f".{out.name}.new")
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        policy.model.merge_and_unload(adapter_names=["trained"]).save_pretrained(new)
-        policy.tokenizer.save_pretrained(new)
-        (new / "README.md").write_text(merged_card(config, policy.prompts, folder, state), encoding="utf-8")
+        with utf8_path(new) as place:
+            policy.model.merge_and_unload(adapter_names=["trained"]).save_pretrained(place)
+            policy.tokenizer.save_pretrained(place)
+        card = merged_card(config, policy.prompts, folder, state)
+        (new / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         (new / PROMPTS_FILE).write_text(policy.prompts.as_yaml(), encoding="utf-8")
+        if policy.quiz_gate.signal == "options":  # trained to write and to solve quizzes, as its prompts have it
+            write_gate(new / GATE_FILE, policy.quiz_gate)
+        apply_umask(new)
         del policy
         found = probe_logits(load_policy(replace(config, model_name=str(new)), notice)[0], adapter=False)
         difference, effect = (found - wanted).abs().max().item(), (wanted - base).abs().max().item()

@@ -1,6 +1,7 @@
 """Checkpoints: folders that are written whole or not at all, and verified when they are read."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -14,11 +15,23 @@ from textwrap import indent
 from typing import Any
 
 from lora_ppo.chat import Prompts, load_prompts
+from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
-from lora_ppo.settings import DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings
+from lora_ppo.settings import DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings, split_settings
 
-CHECKPOINT_FILES = {"adapter_model.safetensors", "value_head.safetensors", "optimizer.safetensors", "state.json"}
+PARTS = ("adapter_model", "value_head", "optimizer")  # files of tensors
+CHECKPOINT_FILES = {*(f"{name}.safetensors" for name in PARTS), "state.json"}
+
+# What an adapter_config.json may say and be plain LoRA; anything else that is set is more than low-rank parts.
+PLAIN = set(
+    "peft_type peft_version auto_mapping task_type base_model_name_or_path revision inference_mode r lora_alpha "
+    "lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern "
+    "use_rslora fan_in_fan_out init_lora_weights eva_config loftq_config megatron_core qalora_group_size "
+    "runtime_config".split()
+)
+SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others take a part of the base weights away
 
 
 class Damaged(Exception):
@@ -39,18 +52,19 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        policy.model.save_pretrained(new, safe_serialization=True, save_embedding_layers=False)
-        save_file(policy.value_head.state_dict(), new / "value_head.safetensors")
-        tensors = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
-        save_file(tensors, new / "optimizer.safetensors")
+        slots = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
+        with utf8_path(new) as place:
+            policy.model.save_pretrained(place, safe_serialization=True, save_embedding_layers=False)
+            save_file(policy.value_head.state_dict(), place / "value_head.safetensors")
+            save_file(slots, place / "optimizer.safetensors")
         config = policy.config
-        kept = {"step": policy.step, "kl_coef": policy.kl_coef, "base_model": base_name(config)}
-        kept |= {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
-        state = kept | {"target_modules": policy.targets, "config": asdict(config)} | state
+        kept = {"step": policy.step, "kl_coef": policy.kl_coef} | identity(policy)
+        state = kept | {"config": asdict(config)} | state
         texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)}
         texts |= {PROMPTS_FILE: policy.prompts.as_yaml()} | (extra or {})
         for name, text in texts.items():
-            (new / name).write_text(text, encoding="utf-8")
+            (new / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        apply_umask(new)
         files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(new.iterdir())}
         (new / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
         for path in (*new.iterdir(), new):
@@ -106,6 +120,39 @@ def other_prompts(folder: Path, policy: Policy) -> str:
     )
 
 
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The `adapter_config.json` of a PEFT folder. Raises ConfigError for anything but plain LoRA, by the setting."""
+    told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kind, start = told["peft_type"], told.get("init_lora_weights")
+    more = {
+        name: value for name, value in told.items() if name not in PLAIN and value not in (None, False, [], {}, "none")
+    }
+    more |= {} if start in HARMLESS_STARTS else {"init_lora_weights": start}
+    if kind != "LORA":
+        raise ConfigError(f"adapter={folder} has peft_type {kind}: expected LORA")
+    if more:
+        name, value = min(more.items())
+        raise ConfigError(f"adapter={folder} has {name}={str(value)[:60]}: expected plain LoRA on linear layers")
+    return told
+
+
+def other_base(state: dict[str, Any], policy: Policy) -> str:
+    """How the base model of a checkpoint differs from the policy's, and what to do; "" if it does not.
+
+    Weights make a base model, by whatever name they are called: a folder's can be spelt in many ways, and what a name
+    on the hub means can change.
+    """
+    then, now = state.get("base_model"), base_name(policy.config)
+    prints = state.get("base_fingerprint"), policy.fingerprint
+    if all(prints) and prints[0] == prints[1]:
+        return ""
+    if not all(prints) and then and Path(then).resolve() == Path(now).resolve():
+        return ""
+    if then != now:
+        return f"with model_name={then}, now it is {now}: set model_name back"
+    return f"on other weights than model_name={now} has now ({prints[0]}, now {prints[1]}): put those back"
+
+
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The `state.json` of a whole checkpoint. Raises Damaged if a file is missing, cut short or altered."""
     try:
@@ -126,28 +173,54 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         raise Damaged(f"unreadable: {error}") from None
 
 
+def identity(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint and the policy that it is loaded into must have in common."""
+    config = policy.config
+    same = {"base_model": base_name(config), "base_fingerprint": policy.fingerprint, "target_modules": policy.targets}
+    return same | {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
+
+
+def tensors_in(folder: Path, name: str) -> dict[str, Any]:
+    """The tensors of one of a checkpoint's safetensors files."""
+    from safetensors.torch import load_file
+
+    with utf8_path(folder) as place:
+        return load_file(place / f"{name}.safetensors")
+
+
 def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Verifies a checkpoint, puts it into `policy`, and returns its state.
 
     Raises Damaged, or ConfigError where it belongs to another base model, rank or set of layers.
     """
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     state = verify_checkpoint(folder)
-    here = {"base_model": base_name(policy.config), "target_modules": policy.targets}
-    here |= {name: getattr(policy.config, name) for name in ("lora_r", "lora_alpha")}
     new_run = "start a new run with resume=none" if hasattr(policy.config, "resume") else "name another output_dir"
-    for name, value in here.items():
+    if difference := other_base(state, policy):
+        raise ConfigError(f"{folder} was trained {difference}, or {new_run}")
+    for name, value in identity(policy).items():
+        if name.startswith("base_"):
+            continue
         if state.get(name) != value:
-            setting = {"base_model": "model_name"}.get(name, name)
             raise ConfigError(
-                f"{folder} was trained with {setting}={state.get(name)}, now it is {value}: "
-                f"set {setting} back, or {new_run}"
+                f"{folder} was trained with {name}={state.get(name)}, now it is {value}: set {name} back, or {new_run}"
             )
-    set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
-    policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
-    slots = {f"optimizer.{name}": tensor for name, tensor in load_file(folder / "optimizer.safetensors").items()}
+    told, ours = adapter_config(folder), policy.model.peft_config["default"].to_dict()
+    adapter, head, optimizer = (tensors_in(folder, name) for name in PARTS)
+    if different := [name for name in SCALING if told.get(name) != ours[name]]:
+        raise ConfigError(
+            f"{folder} has {different[0]}={told.get(different[0])}, expected {ours[different[0]]}: {new_run}"
+        )
+    expected = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    if strange := adapter.keys() ^ expected.keys() or {n for n, x in expected.items() if adapter[n].shape != x.shape}:
+        raise Damaged(f"its adapter has other tensors than this policy's, such as {min(strange)}")
+    for name, tensor in (adapter | head | optimizer).items():
+        if not tensor.isfinite().all():
+            raise Damaged(f"its {name} is not finite")
+    set_peft_model_state_dict(policy.model, adapter)
+    policy.value_head.load_state_dict(head)
+    slots = {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
     own = {name: tensor for name, tensor in policy.tensors().items() if name.startswith("optimizer.")}
     if {name: x.shape for name, x in slots.items()} != {name: x.shape for name, x in own.items()}:
         raise ConfigError(f"{folder} holds the state of another optimizer: set optimizer back, or {new_run}")
@@ -157,6 +230,21 @@ def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] 
     if line := other_prompts(folder, policy):
         notice(line)
     return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` says, whether the rest is whole or not; {} where it says nothing."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        state = json.loads((folder / "state.json").read_bytes())
+        if isinstance(state, dict) and isinstance(state.get("journal", {}), dict):
+            return state
+    return {}
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether that is what an error says; safetensors' have no errno."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number})" in str(error) for number in full)
 
 
 def remove_folder(folder: Path) -> None:
@@ -198,7 +286,7 @@ def all_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 # What decides which samples a step gets, or belongs to it: a run can't go on under another value.
-COURSE = ("task", "algorithm", "batch_size", "group_size", "samples_per_epoch", "questions", "test_share", "seed")
+COURSE = ("task", "algorithm", "batch_size", "group_size", "samples_per_epoch", "seed")
 
 
 def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -232,8 +320,9 @@ def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Pa
                 f"resume_from={folder} is at step {state['step']}, and output_dir={root} holds a run ({newest}): "
                 "set resume_from=latest, or another output_dir"
             )
-    for name in COURSE:
-        before, now = state["config"].get(name), getattr(config, name)
+    for name in (*COURSE, *split_settings(config)):
+        now = getattr(config, name)
+        before = state["config"].get(name, now)  # an older checkpoint knows fewer settings
         if before == now or (name == "samples_per_epoch" and 0 < before < (now or math.inf)):
             continue  # an epoch may become longer: which samples a step gets stays as it was
         raise ConfigError(

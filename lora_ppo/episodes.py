@@ -37,7 +37,7 @@ class Episode(Protocol):
         """The environment's next message to the policy's reply; None when the episode is over."""
 
     def outcome(self) -> Outcome:
-        """The verdict, once `step` returned None."""
+        """The verdict, once `step` returned None or its message left no room in the context for another reply."""
 
 
 class Task(Protocol):
@@ -60,6 +60,7 @@ class Trajectory:
     replies: list[str]
     outcome: Outcome | None = None
     question: str = ""  # the last message of the prompt
+    cut_off: bool = False  # whether its last reply ended at max_new_tokens
 
     @property
     def length(self) -> int:
@@ -68,19 +69,20 @@ class Trajectory:
 
 
 def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> list[Trajectory]:
-    """Plays the episodes, all of one task, to their ends; those that outgrow the model's context end as unknown."""
+    """Plays the episodes, all of one task, to their ends.
+
+    One that outgrows the model's context ends with the reply that it has, and is judged: that is the policy's doing.
+    Only where the opening leaves no room for a first reply it is unknown.
+    """
     tokenizer = policy.tokenizer
     trajectories = []
     for episode in episodes:
         messages = episode.reset()
         trajectories.append(Trajectory(encode_chat(tokenizer, messages), [], [], [], question=messages[-1]["content"]))
-    active = list(range(len(episodes)))
+        if room(policy, trajectories[-1]) < 0:
+            set_aside(policy, trajectories[-1])
+    active = [i for i, trajectory in enumerate(trajectories) if trajectory.outcome is None]
     while active:
-        for i in active:
-            end_without_room(policy, trajectories[i])
-        active = [i for i in active if trajectories[i].outcome is None]
-        if not active:
-            break
         contexts = [trajectories[i].prompt + trajectories[i].response for i in active]
         written = replies(policy, [Request(context, policy.config.temperature, adapter) for context in contexts])
         finished = []
@@ -88,12 +90,13 @@ def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> l
             trajectory = trajectories[i]
             trajectory.response += ids
             trajectory.chosen += [True] * len(ids)
+            trajectory.cut_off = ids[-1] not in policy.stop_ids
             trajectory.replies.append(tokenizer.decode(ids, skip_special_tokens=True))
             said = episodes[i].step(trajectory.replies[-1])
-            if said is None:
+            said_ids = [] if said is None else environment_ids(policy, said, ids[-1] in policy.stop_ids)
+            if said is None or room(policy, trajectory) < len(said_ids):
                 finished.append(i)
             else:
-                said_ids = environment_ids(policy, said, ids[-1] in policy.stop_ids)
                 trajectory.response += said_ids
                 trajectory.chosen += [False] * len(said_ids)
         for i, outcome in zip(finished, judge([episodes[i] for i in finished]), strict=True):
@@ -108,15 +111,17 @@ def judge(episodes: Sequence[Episode]) -> list[Outcome]:
     return at_once(episodes) if at_once else [episode.outcome() for episode in episodes]
 
 
-def end_without_room(policy: Policy, trajectory: Trajectory) -> None:
-    """Ends an episode as unknown if another reply doesn't fit into the model's context."""
-    needed = len(trajectory.prompt) + len(trajectory.response) + policy.config.max_new_tokens
-    if needed > policy.context:
-        why = f"{needed} tokens do not fit into the model's context of {policy.context}"
-        trajectory.outcome = Outcome("unknown", 0.0, why)
-        if not trajectory.response or len(trajectory.prompt) + len(trajectory.response) > policy.context:
-            trajectory.prompt = trajectory.prompt[:1]  # a row that takes part in nothing
-            trajectory.response, trajectory.chosen = [policy.pad_id], [False]
+def room(policy: Policy, trajectory: Trajectory) -> int:
+    """Tokens that the model's context has left beside another reply; negative where that does not fit."""
+    return policy.context - len(trajectory.prompt) - len(trajectory.response) - policy.config.max_new_tokens
+
+
+def set_aside(policy: Policy, trajectory: Trajectory) -> None:
+    """Ends an episode whose prompt doesn't fit, as unknown. The row that is left of it takes part in nothing."""
+    needed = policy.context - room(policy, trajectory)
+    why = f"{needed} tokens do not fit into the model's context of {policy.context}"
+    trajectory.outcome = Outcome("unknown", 0.0, why)
+    trajectory.prompt, trajectory.response, trajectory.chosen = trajectory.prompt[:1], [policy.pad_id], [False]
 
 
 def environment_ids(policy: Policy, text: str, ended: bool) -> list[int]:

@@ -1,7 +1,6 @@
 """Models that answer the same held-out samples under the same seeds, and what can be said of the difference."""
 
 import json
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,23 @@ from typing import Any
 
 from lora_ppo.chat import Message
 from lora_ppo.episodes import Episode, Outcome, Task, judge, play
+from lora_ppo.files import replace_file
 from lora_ppo.journal import turn_seed
 from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError
-from lora_ppo.statistics import RESAMPLES, bootstrap_interval, mcnemar_exact, newcombe_interval, wilson_interval
+from lora_ppo.statistics import (
+    RESAMPLES,
+    bootstrap_interval,
+    mcnemar_exact,
+    newcombe_interval,
+    pass_at_k,
+    wilson_interval,
+)
 from lora_ppo.training import chunks
 
 METHODS = {
     "accuracy": "Wilson score interval, 95 %",
+    "pass@k": "unbiased estimator of Chen et al. 2021, bootstrap over samples, 95 %",
     "accuracy difference": "Newcombe's interval for paired proportions (1998, method 10), 95 %",
     "p": "exact McNemar test, two-sided",
     "reward difference": f"paired bootstrap, percentiles of {RESAMPLES} resamples, 95 %",
@@ -33,16 +41,21 @@ class Answer:
     text: str
     tokens: int
     outcome: Outcome
+    cut_off: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
-    """A model's answers. `folder` is its adapter or merged model, `step` the PPO steps that trained it, if known."""
+    """A model's answers. `folder` is its adapter or merged model, `step` the PPO steps that trained it, if known.
+
+    `more` are further answers to the same samples, a list for each time that they were asked again.
+    """
 
     name: str
     folder: str
     step: int | None
     answers: list[Answer]
+    more: Sequence[list[Answer]] = ()
 
 
 class Unjudged:
@@ -96,7 +109,7 @@ def answer_all(
         torch.manual_seed(turn_seed(seed, -1 - number))
         outcomes = judge([unjudged.episode for unjudged in episodes])
         for episode, text, t, outcome in zip(episodes, texts, trajectories, outcomes, strict=True):
-            answers.append(Answer(episode.question, text, t.length, t.outcome or outcome))
+            answers.append(Answer(episode.question, text, t.length, t.outcome or outcome, t.cut_off))
         done(len(answers))
     return answers
 
@@ -106,6 +119,7 @@ def figures(result: Result) -> dict[str, Any]:
     known = [answer for answer in result.answers if answer.outcome.verdict != "unknown"]
     right = sum(answer.outcome.verdict == "correct" for answer in known)
     stated = [a.outcome.details["states_fact"] for a in result.answers if "states_fact" in a.outcome.details]
+    strict = [a.outcome.details["strict"] for a in known if "strict" in a.outcome.details]
     return {
         "name": result.name,
         "folder": result.folder,
@@ -115,6 +129,18 @@ def figures(result: Result) -> dict[str, Any]:
         "correct": right,
         "accuracy": right / len(known) if known else None,
         "accuracy_interval": wilson_interval(right, len(known)),
+        "strict_accuracy": sum(strict) / len(strict) if strict else None,
+        "strict_interval": wilson_interval(sum(strict), len(strict)) if strict else None,
+        "by_level": {
+            level: {
+                "samples": len(some),
+                "accuracy": sum(some) / len(some),
+                "interval": wilson_interval(sum(some), len(some)),
+            }
+            for level, some in by_level(known).items()
+        },
+        "pass_at": passed(result),
+        "cut_off_share": fmean(answer.cut_off for answer in result.answers),
         "facts": len(stated),
         "facts_stated": sum(stated),
         "facts_stated_share": sum(stated) / len(stated) if stated else None,
@@ -125,30 +151,66 @@ def figures(result: Result) -> dict[str, Any]:
     }
 
 
+def by_level(answers: Sequence[Answer]) -> dict[str, list[bool]]:
+    """Which answers are right, level by level, where the task has levels."""
+    levels: dict[str, list[bool]] = {}
+    for answer in answers:
+        if level := answer.outcome.details.get("level"):
+            levels.setdefault(level, []).append(answer.outcome.verdict == "correct")
+    return dict(sorted(levels.items()))
+
+
+def passed(result: Result) -> dict[int, dict[str, Any]]:
+    """pass@k where samples were answered several times, n: for k = 1, 2, 4, ... and n, over those judged each time."""
+    rows = zip(result.answers, *result.more, strict=True)
+    verdicts = [[answer.outcome.verdict for answer in row] for row in rows]
+    right = [row.count("correct") for row in verdicts if "unknown" not in row]
+    n = 1 + len(result.more)
+    if n == 1 or not right:
+        return {}
+    found = {}
+    for k in sorted({*(2**i for i in range(n.bit_length())), n}):
+        chances = [pass_at_k(n, count, k) for count in right]
+        found[k] = {"share": fmean(chances), "interval": bootstrap_interval(chances)}
+    return found
+
+
 def comparison(result: Result, base: Result, seed: int = 0) -> dict[str, Any]:
-    """`result` minus `base` over the samples whose outcome both know."""
+    """`result` minus `base` over the samples whose outcome both know: in all, in the strict sense, level by level."""
     pairs = [(a.outcome, b.outcome) for a, b in zip(result.answers, base.answers, strict=True)]
     pairs = [(a, b) for a, b in pairs if "unknown" not in (a.verdict, b.verdict)]
     table = [(a.verdict == "correct", b.verdict == "correct") for a, b in pairs]
-    both, only_here, only_base = (table.count(cell) for cell in ((True, True), (True, False), (False, True)))
-    neither = len(table) - both - only_here - only_base
+    levels = [a.details.get("level") for a, _ in pairs]
+    strict = [(a.details["strict"], b.details["strict"]) for a, b in pairs if "strict" in a.details]
     rewards = [a.reward - b.reward for a, b in pairs]
     return {
         "samples": len(pairs),
+        **paired(table),
+        "reward_difference": fmean(rewards) if pairs else None,
+        "reward_difference_interval": bootstrap_interval(rewards, seed) if pairs else None,
+        "strict": paired(strict) if strict else None,
+        "by_level": {
+            level: paired([pair for pair, its in zip(table, levels, strict=True) if its == level])
+            for level in sorted({level for level in levels if level})
+        },
+    }
+
+
+def paired(table: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    """What two models got right of the same samples, (this, base) each, and the difference of their shares."""
+    both, only_here, only_base = (table.count(cell) for cell in ((True, True), (True, False), (False, True)))
+    neither = len(table) - both - only_here - only_base
+    return {
         "both_right": both,
         "only_this_right": only_here,
         "only_base_right": only_base,
         "neither_right": neither,
-        "accuracy_difference": (only_here - only_base) / len(pairs) if pairs else None,
+        "accuracy_difference": (only_here - only_base) / len(table) if table else None,
         "accuracy_difference_interval": newcombe_interval(both, only_here, only_base, neither),
         "p": mcnemar_exact(only_here, only_base),
-        "reward_difference": fmean(rewards) if pairs else None,
-        "reward_difference_interval": bootstrap_interval(rewards, seed) if pairs else None,
     }
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes `record` as ASCII JSON; a reader sees the old file or the new one, whole."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(record, indent=1), encoding="ascii")
-    os.replace(new, path)
+    replace_file(path, json.dumps(record, indent=1).encode("ascii"))

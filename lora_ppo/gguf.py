@@ -101,7 +101,7 @@ def dequantize(path: Path, dtype: str):
     with tempfile.TemporaryDirectory() as place:  # alone in a folder: no neighbour is taken for its config
         link = Path(place) / "model.gguf"
         link.symlink_to(path.resolve())
-        source = {"pretrained_model_name_or_path": place, "gguf_file": str(link)}
+        source = {"pretrained_model_name_or_path": place, "gguf_file": str(link), "trust_remote_code": False}
         try:
             config = AutoConfig.from_pretrained(**source)
         except Exception:

@@ -1,15 +1,20 @@
 """Loads the base model that the settings name, in the precision and on the device that they name, as a policy."""
 
 import contextlib
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_ppo.chat import Prompts, load_prompts
+from lora_ppo.checks import check_loaded, check_policy, check_weights
+from lora_ppo.files import utf8_path
+from lora_ppo.gate import read_gate
 from lora_ppo.gguf import unpacked
-from lora_ppo.policy import Policy
+from lora_ppo.policy import Policy, is_experts
 from lora_ppo.settings import (
     BUNDLED_LEARNING_RATE,
     BUNDLED_MODEL,
@@ -22,6 +27,9 @@ from lora_ppo.settings import (
     ConfigError,
     Settings,
 )
+
+QUANTIZATION = ("quantization_config", "compression_config")  # as config.json calls it, and called it
+PIECE, PIECES = 1024, 4096  # bytes of each piece of a file that its fingerprint reads, and about how many
 
 
 def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: None) -> tuple[Policy, Settings]:
@@ -65,55 +73,138 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
         notice("There is no C++ compiler (g++ or clang++): answers are written by slower passes. See compile=off.")
         config.compile = "off"
     policy = Policy(model, tokenizer, config, prompts, notice)
+    policy.fingerprint = fingerprint(weight_files(config))
+    if any(type(module).__name__.endswith("Experts") for module in model.modules()):
+        spared = [name for name in config.target_modules if is_experts(model, name)]
+        others = f", nor do dense layers with their names ({', '.join(spared)})" if spared else ""
+        notice(f"Adapters go on {', '.join(policy.targets)}: the experts get none{others}.")
+    policy.quiz_gate = read_gate(own_folder(config), policy)
     copied = copy_weights(model, config.bf16_copy)
     if config.bf16_copy == "true" and not copied:
         notice("bf16_copy=true changes nothing: the weights are not in 4 bits.")
     config.bf16_copy = "true" if copied else "false"
-    if config.max_new_tokens >= policy.context:
-        raise ConfigError(
-            f"max_new_tokens={config.max_new_tokens} leaves no room in a context of {policy.context} tokens"
-        )
+    check_policy(policy)
     return policy, config
 
 
 def load_base(config: Settings):
-    """The base model and its tokenizer; resolves `load_in_4bit` and `dtype` in place. Raises ConfigError."""
+    """The base model and its tokenizer; resolves `load_in_4bit` and `dtype` in place. Raises ConfigError.
+
+    No code that comes with a model is run, whatever its files ask for.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     on_cuda = config.device.startswith("cuda")
-    if config.load_in_4bit == "auto":
-        config.load_in_4bit = "true" if on_cuda and not is_bundled(config.model_name) else "false"
-    four_bit = config.load_in_4bit == "true"
-    if four_bit and not on_cuda:
-        raise ConfigError(f"load_in_4bit=true needs CUDA, and device is {config.device}: set load_in_4bit=false")
-    if config.dtype == "auto":
-        halved = on_cuda or (config.device.startswith("cpu") and multiplies_bfloat16())
-        config.dtype = "bfloat16" if four_bit or (halved and not is_bundled(config.model_name)) else "float32"
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
-    if four_bit:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        options["device_map"] = {"": config.device}
     try:
+        stored = stored_quantization(config)
+        if stored:
+            check_quantization(config, stored, on_cuda)
+        if config.load_in_4bit == "auto":
+            config.load_in_4bit = "true" if stored or (on_cuda and not is_bundled(config.model_name)) else "false"
+        four_bit = config.load_in_4bit == "true"
+        if four_bit and not on_cuda:
+            raise ConfigError(f"load_in_4bit=true needs CUDA, and device is {config.device}: set load_in_4bit=false")
+        if config.dtype == "auto":
+            halved = on_cuda or (config.device.startswith("cpu") and multiplies_bfloat16())
+            config.dtype = "bfloat16" if four_bit or (halved and not is_bundled(config.model_name)) else "float32"
+        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+        if four_bit:
+            options["device_map"] = {"": config.device}
+        if four_bit and not stored:
+            from transformers import BitsAndBytesConfig
+
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        # Tensors of another shape are told with the others that don't fit, by name.
+        options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         with source(config) as name:
-            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            return (model if four_bit else model.to(config.device)), tokenizer
+            model, found = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+            check_loaded(found, config.model_name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        check_weights(model, config.model_name)
+        return (model if four_bit else model.to(config.device)), tokenizer
     except ConfigError:
         raise
     except Exception as error:  # hub, files, architecture: the libraries raise anything from OSError to KeyError
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, which is never run here"
         raise ConfigError(
             f"model_name={config.model_name} can't be loaded ({reason}): "
             "check the name and the network, name a local folder, or use model_name=auto"
         ) from error
+
+
+def stored_quantization(config: Settings) -> dict[str, Any]:
+    """The `quantization_config` that the model's own config.json has; {} for weights that are stored in full."""
+    from transformers import PreTrainedConfig
+
+    if Path(config.model_name).is_file():
+        return {}  # a GGUF file is unpacked
+    with source(config) as name:
+        stored, _ = PreTrainedConfig.get_config_dict(name)
+    parts = (stored, stored.get("text_config") or {})
+    return next((q for part in parts for key in QUANTIZATION if (q := part.get(key))), {})
+
+
+def check_quantization(config: Settings, stored: dict[str, Any], on_cuda: bool) -> None:
+    """Raises ConfigError for weights that are stored in a form that is not trained on here.
+
+    bitsandbytes' 4 bits are, on CUDA. On a CPU they train wrongly in silence; of other forms nothing is known.
+    """
+    four_bit = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
+    method = stored.get("quant_method") or ("bitsandbytes" if "load_in_8bit" in stored else "an unknown method")
+    instead = "name the model that they were made of"
+    if not four_bit or method != "bitsandbytes":
+        raise ConfigError(
+            f"model_name={config.model_name}: its weights are stored quantized ({method}), expected in full or in "
+            f"bitsandbytes' 4 bits: {instead}"
+        )
+    if not on_cuda:
+        raise ConfigError(
+            f"model_name={config.model_name}: its weights are stored in 4 bits, which need CUDA, and device is "
+            f"{config.device}: {instead}"
+        )
+    if config.load_in_4bit == "false":
+        raise ConfigError(
+            f"load_in_4bit=false, and the weights of model_name={config.model_name} are in 4 bits: {instead}"
+        )
+
+
+def weight_files(config: Settings) -> list[Path]:
+    """The files that hold the base model's weights; none where that is not known."""
+    if Path(config.model_name).is_file():
+        return [Path(config.model_name)]
+    from transformers.utils import cached_file
+
+    with source(config) as name, contextlib.suppress(OSError, ValueError, KeyError):
+        folder = Path(cached_file(name, "config.json", local_files_only=True)).parent.resolve()  # a link may be gone
+        if (folder / "model.safetensors").is_file():
+            return [folder / "model.safetensors"]
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return [folder / file for file in sorted(set(index["weight_map"].values()))]
+    return []
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """What tells weights from others under the same name: a digest of the files' sizes and of pieces all over them.
+
+    To read 8 GB would take seconds at each start. "" without files.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8))
+        with path.open("rb") as file:
+            for place in range(0, size, max(PIECE, size // PIECES)):
+                file.seek(place)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()[:16] if files else ""
 
 
 @contextlib.contextmanager
@@ -128,7 +219,8 @@ def source(config: Settings) -> Iterator[str]:
         with unpacked(path, config.dtype) as folder:
             yield str(folder)
     elif path.is_dir():
-        yield str(path)
+        with utf8_path(path) as place:
+            yield str(place)
     elif path.suffix == ".gguf" or name.startswith((".", "/")):
         kind = "file" if path.suffix == ".gguf" else "folder"
         raise ConfigError(f"model_name={name}: there is no such {kind}")
@@ -147,11 +239,15 @@ def multiplies_bfloat16() -> bool:
 def find_prompts(config: Settings) -> Prompts:
     """Each role's prompts, from the first of these that has them: the setting, the model folder's own, the default."""
     files = [config.prompts] if config.prompts else []
-    folder = SMOLLM2_FOLDER if base_name(config) == SMOLLM2 else config.model_name
-    own = os.path.join(folder, PROMPTS_FILE)
+    own = os.path.join(own_folder(config), PROMPTS_FILE)
     if os.path.isfile(own):
         files.append(own)
     return load_prompts(*files, DEFAULT_PROMPTS)
+
+
+def own_folder(config: Settings) -> str:
+    """The folder in which files of this program may lie beside the model's."""
+    return str(SMOLLM2_FOLDER) if base_name(config) == SMOLLM2 else config.model_name
 
 
 def is_bundled(model_name: str) -> bool:

@@ -4,13 +4,14 @@ The reference policy is the same model with the adapters off: there is no second
 """
 
 import contextlib
+import difflib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.chat import Prompts
+from lora_ppo.chat import Prompts, reply_end
 from lora_ppo.settings import ConfigError, Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import: it is imported where it is used
@@ -43,7 +44,7 @@ class Policy:
 
         from lora_ppo.layers import spare_activations, speed_up_products
 
-        targets = lora_targets(model, config.target_modules)
+        targets = lora_targets(model, config)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         torch.manual_seed(config.seed)
@@ -56,12 +57,16 @@ class Policy:
         )
         speed_up_products(model)
         spare_activations(model)
-        self.model = get_peft_model(model, lora).eval()
+        try:
+            self.model = get_peft_model(model, lora).eval()
+        except ValueError as error:  # there are linear layers that it does not take, such as Mamba's out_proj
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"target_modules={','.join(targets)} can't be adapted: {reason}") from None
         self.tokenizer, self.config, self.prompts, self.targets = tokenizer, config, prompts, targets
         self.notice = notice
         self.head = model.get_output_embeddings()
-        self.device = self.head.weight.device
-        self.value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(self.device)
+        self.device, self.vocabulary = self.head.weight.device, self.head.out_features
+        self.value_head = torch.nn.Linear(self.head.in_features, 1).to(self.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
         self.gate = AdapterGate()
@@ -73,6 +78,7 @@ class Policy:
             slots = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
             self.optimizer.state[p] = slots | {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
         self.step, self.kl_coef = 0, config.kl_coef
+        self.fingerprint = ""  # of the base model's weights, if they were loaded from files
 
     def groups(self) -> list[dict[str, Any]]:
         """What the optimizer trains, and at what rates: the adapters, the value head."""
@@ -119,44 +125,41 @@ class Policy:
         """Tokens that fit into the model's context."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
-    @property
+    @cached_property
     def stop_ids(self) -> list[int]:
-        """The tokens that end a reply."""
-        ids = self.model.generation_config.eos_token_id
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return ids if isinstance(ids, list) else [ids]
+        """The tokens that end a reply: those that model and tokenizer name, and what the chat template puts there.
+
+        Any of the three may be wrong, as hubs have it, and a reply that does not stop goes on as the user.
+        """
+        named = self.model.generation_config.eos_token_id
+        named = [*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id]
+        ids = dict.fromkeys([*named, reply_end(self.tokenizer)])
+        return [i for i in ids if i is not None and i < self.vocabulary]
 
     @cached_property
     def end_id(self) -> int:
         """The one of `stop_ids` that the chat template puts behind a reply."""
-        from jinja2 import TemplateError
-
-        place = "\ue000reply\ue001"
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": place}]
-        after = ""
-        with contextlib.suppress(TemplateError):
-            if self.tokenizer.chat_template is not None:
-                _, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(place)
-        ids = self.tokenizer(after, add_special_tokens=False).input_ids
-        return next((i for i in ids if i in self.stop_ids), self.stop_ids[0])
+        end = reply_end(self.tokenizer)
+        return end if end in self.stop_ids else self.stop_ids[0]
 
     @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return self.stop_ids[0] if pad is None else pad
+        return pad if pad is not None and pad < self.vocabulary else self.stop_ids[0]  # it has to have an embedding
 
     @cached_property
     def ll_tokenizer(self):
-        """The tokenizer as llguidance takes it; its vocabulary is as large as the logits."""
+        """The tokenizer as llguidance takes it; its vocabulary is at least as large as the logits."""
         import llguidance.hf
 
-        size = max(self.model.config.get_text_config().vocab_size, len(self.tokenizer))
-        return llguidance.hf.from_tokenizer(self.tokenizer, n_vocab=size)
+        size = max(self.vocabulary, len(self.tokenizer))
+        return llguidance.hf.from_tokenizer(self.tokenizer, n_vocab=size, eos_token=self.end_id)
 
     @cached_property
     def quote_tokens(self) -> dict[int, str]:
         """The tokens with a quotation mark in them, and their texts."""
-        return {i: self.tokenizer.decode([i]) for token, i in self.tokenizer.get_vocab().items() if '"' in token}
+        vocabulary = self.tokenizer.get_vocab().items()
+        return {i: self.tokenizer.decode([i]) for token, i in vocabulary if '"' in token and i < self.vocabulary}
 
     @contextlib.contextmanager
     def adapter(self, on: "bool | Tensor") -> Iterator[None]:
@@ -214,13 +217,16 @@ def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "
     """A LoRA layer's forward with adapter `name`: base(x) + share * scaling * B(A(dropout(x))), in the compute dtype.
 
     In PEFT's place, which switches adapters for a whole batch only and takes longer to do so than a small model's pass.
-    For the same reason the parts are looked up here and not at every call.
+    For the same reason the parts are looked up here and not at every call. Raises ConfigError for an adapter on another
+    kind of layer, an embedding or the experts of a mixture.
     """
     from torch.nn.functional import linear
 
     base = layer.base_layer
-    if name not in layer.lora_A:  # an adapter on fewer layers than the policy's own
+    if name not in layer.lora_A and name not in layer.lora_embedding_A:  # an adapter on fewer layers than the policy's
         return base.__call__
+    if "Linear" not in type(base).__name__:
+        raise ConfigError(f"adapter {name} is on a layer of kind {type(base).__name__}: expected linear layers alone")
     down, up, scaling, dropout = (
         parts[name] for parts in (layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
     )
@@ -250,18 +256,49 @@ def gradient_dropout(policy: Policy) -> Iterator[None]:
             module.eval()
 
 
-def lora_targets(model, wanted: Sequence[str]) -> list[str]:
-    """Those of the `wanted` module names that `model` has. Raises ConfigError listing its linear layers if none."""
-    head = model.get_output_embeddings()
+def lora_targets(model, config: Settings) -> list[str]:
+    """The names of the linear layers that get adapters: those of `target_modules` that `model` has.
+
+    The default names what most models have; of names that a person chose, each has to be there. Raises ConfigError.
+    """
+    wanted, head = config.target_modules, model.get_output_embeddings()
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if "Linear" in type(module).__name__ and module is not head
     }
-    found = [name for name in wanted if name in linear]
-    if not found:
+    if getattr(head, "out_features", None) is None:
+        raise ConfigError(f"model_name={config.model_name} has no linear layer that makes logits: name another model")
+    experts = {name for name in wanted if is_experts(model, name)}
+    found = [name for name in wanted if name in linear and name not in experts]
+    default = next(f.default_factory() for f in fields(config) if f.name == "target_modules")
+    strange = [name for name in wanted if name not in linear]
+    if found and (wanted == default or not (strange or experts)):
+        return found
+    listed = f"its linear layers are {', '.join(sorted(linear - experts)) or 'none'}"
+    if found and strange:
+        near = difflib.get_close_matches(strange[0], linear, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"target_modules={','.join(wanted)}: the model has no {strange[0]}; {hint}{listed}")
+    if experts:
         raise ConfigError(
-            f"target_modules={','.join(wanted)}: the model has none of these; its linear layers are "
-            f"{', '.join(sorted(linear)) or 'none'}"
+            f"target_modules={','.join(wanted)}: PEFT takes {', '.join(sorted(experts))} for the experts, which get no "
+            f"adapters here; {listed}"
         )
-    return found
+    raise ConfigError(f"target_modules={','.join(wanted)}: the model has none of these; {listed}")
+
+
+def is_experts(model, name: str) -> bool:
+    """Whether PEFT would take `name` for the experts of a mixture, which are no layers but tensors of many matrices.
+
+    It would for dense layers of that name, too, here and wherever the adapters are loaded.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    lora = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(lora, model, None)
+    except ValueError:  # one of several that are fused
+        return True
+    return name not in lora.target_modules

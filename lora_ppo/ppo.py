@@ -6,12 +6,14 @@ it NaN, has no influence.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PIECE = {"cpu": 2**17, "cuda": 2**24}  # elements of a tensor as wide as the vocabulary that are worked on at a time
 LEAST_LOGP = -60.0  # e^-60 counts for nothing, and is above float32's subnormals, which take a CPU ten times as long
+NEVER = -1e4  # below it are tokens that a vocabulary is padded with, by logits of -inf or the lowest number there is
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -61,9 +63,13 @@ class ChosenLogprobs(torch.autograd.Function):
         return result, None, None
 
 
-def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) of the chosen tokens: (B, T, V), (B, T) -> (B, T), in float32 at least."""
-    return ChosenLogprobs.apply(logits, tokens, temperature)
+def chosen_logprobs(logits: Tensor, input_ids: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) of the tokens that were written: (B, T, V), (B, T + 1) -> (B, T).
+
+    In float32 at least. What the model computed after reading input_ids[:, t] is logits[:, t]: it is about the token
+    that comes next, input_ids[:, t + 1].
+    """
+    return ChosenLogprobs.apply(logits, input_ids[:, 1:], temperature)
 
 
 def probabilities(logp: Tensor) -> Tensor:
@@ -75,11 +81,13 @@ def exact_kl(logits: Tensor, other_logits: Tensor, temperature: float = 1.0) -> 
     """KL(p || q) in nats, each a softmax(logits / temperature) over the vocabulary: (..., V), (..., V) -> (...).
 
     Never negative, unlike the sampled estimate log p(token) - log q(token), whose mean over truncated samples can be.
+    Where p is 0 (logits of -inf), as in a padded vocabulary, nothing is added; where q alone is, it is infinite.
     """
 
     def of_rows(logits: Tensor, other_logits: Tensor) -> Tensor:
         p, q = log_softmax(logits, temperature), log_softmax(other_logits, temperature)
-        return (probabilities(p) * (p - q)).sum(-1).clamp(min=0.0)
+        # What p never writes adds nothing, whatever q says of it. Left at -inf, 0 * inf would be NaN, its gradient too.
+        return (probabilities(p) * (p - q).masked_fill(p < NEVER, 0.0)).sum(-1).clamp(min=0.0)
 
     return by_pieces(of_rows, logits, other_logits)
 
@@ -89,9 +97,11 @@ def compute_rewards(
 ) -> Tensor:
     """Reward per token (B, T): -kl_coef * (logprobs - ref_logprobs) on each, and the score (B,) on the last.
 
-    Ziegler et al. 2019, equation 2 (https://arxiv.org/abs/1909.08593).
+    Ziegler et al. 2019, equation 2 (https://arxiv.org/abs/1909.08593). What was earned is a number: it has no gradient.
     """
-    rewards = (-kl_coef * (logprobs - ref_logprobs)).masked_fill(~response_mask, 0.0)
+    logprobs = logprobs.detach()
+    ratios = logprobs - ref_logprobs if kl_coef else torch.zeros_like(logprobs)  # a price of 0 is none, of infinity too
+    rewards = (-kl_coef * ratios).masked_fill(~response_mask, 0.0)
     # argmax gives the first of equal maxima, and positions differ: the last token that the policy chose.
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = (positions * response_mask).argmax(-1)  # (B,)
@@ -102,7 +112,8 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
     """Generalized advantage estimates and returns, both (B, T), zero outside `response_mask`.
 
     Schulman et al. 2016, equations 11 to 16 (https://arxiv.org/abs/1506.02438). A token's successor is the policy's
-    next token: what the environment wrote between them is passed over. After the last one the value is zero.
+    next token: what the environment wrote between them is passed over. After the last one the value is zero. Both are
+    targets: they have no gradient.
     """
     rows = []
     for reward, value, chosen in zip(rewards.tolist(), values.tolist(), response_mask.tolist(), strict=True):
@@ -116,7 +127,7 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
                 row[t] = advantage
         rows.append(row)
     advantages = torch.tensor(rows, dtype=rewards.dtype, device=rewards.device)
-    return advantages, torch.where(response_mask, advantages + values, 0.0)
+    return advantages, torch.where(response_mask, advantages + values.detach(), 0.0)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -160,10 +171,57 @@ def entropy(logits: Tensor, response_mask: Tensor, temperature: float = 1.0) -> 
     """Mean entropy, in nats, of softmax(logits / temperature) at response positions; logits (B, T, V)."""
 
     def of_rows(logits: Tensor, real: Tensor) -> Tensor:
-        logp = log_softmax(logits.masked_fill(~real, 0.0), temperature)
+        logp = log_softmax(logits.masked_fill(~real, 0.0), temperature).clamp(min=NEVER)  # 0 log 0 is 0, and no NaN
         return -(probabilities(logp) * logp).sum(-1)
 
     return masked_mean(by_pieces(of_rows, logits, response_mask), response_mask)
+
+
+def ppo_losses(
+    logprobs: Tensor,
+    values: Tensor,
+    logits: Tensor,
+    old_logprobs: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    response_mask: Tensor,
+    config: Any,
+) -> dict[str, Tensor]:
+    """PPO's loss and its parts, each a mean over the response tokens; all but logits (B, T, V) is (B, T).
+
+    loss = policy_loss + vf_coef * value_loss - entropy_coef * entropy (Schulman et al. 2017, equation 9). logprobs,
+    values and logits are the present policy's, with their graph; old_logprobs and old_values were kept at the rollout.
+    `config` has cliprange, cliprange_value, vf_coef, entropy_coef and temperature. Without an entropy bonus the entropy
+    is measured alone.
+    """
+    pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, response_mask, config.cliprange)
+    vf_loss, _ = value_loss(values, old_values, returns, response_mask, config.cliprange_value)
+    mean_entropy = entropy(logits if config.entropy_coef else logits.detach(), response_mask, config.temperature)
+    loss = pg_loss
+    if config.vf_coef:  # times 0, a metric that is not finite would still decide the step
+        loss = loss + config.vf_coef * vf_loss
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * mean_entropy
+    parts = {"loss": loss, "policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy}
+    return parts | {"clip_fraction": clip_fraction}
+
+
+def minibatch_update(
+    gradients: Callable[[], dict[str, Any]], optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> dict[str, Any]:
+    """One optimizer step on one minibatch; returns its losses, and `grad_norm`, the gradient's norm before clipping.
+
+    `gradients()` runs the policy on the minibatch and returns the losses. It adds their gradient to what stands in the
+    parameters' `grad`. The norm is that of the gradients of all parameters together (Pascanu et al. 2013, section 3.2,
+    https://arxiv.org/abs/1211.5063).
+    """
+    optimizer.zero_grad()
+    losses = gradients()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    return losses | {"grad_norm": grad_norm}
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, kl_horizon: int, answers: int) -> float:

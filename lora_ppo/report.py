@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_ppo.files import replace_file
+
 # file name: (title, what the vertical axis shows, the log's key of each step, the log's key of each evaluation)
 PLOTS = {
     "reward": ("Reward", "mean reward of a step", "reward", "eval_reward"),
@@ -23,8 +25,11 @@ STYLE = (
 )
 
 
-def draw(path: Path, lines: Sequence[dict[str, Any]], name: str) -> None:
-    """One plot as PNG: what every step had in grey and its running mean, evaluations as points, with their interval."""
+def draw(path: Path, lines: Sequence[dict[str, Any]], name: str, baseline: Sequence[dict[str, Any]] = ()) -> None:
+    """One plot as PNG: what every step had in grey and its running mean, evaluations as points, with their interval.
+
+    The `baseline`, another run's log lines, is dashed.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -49,7 +54,14 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], name: str) -> None:
             ]
             axes.set_ylim(0, 1.02)
         axes.errorbar(steps, values, yerr=bars, fmt="o-", color="tab:red", capsize=3, label="held out")
-    if points or found:
+    other = [(line["step"], line[key]) for line in baseline if line["step"] > 0 and line.get(key) is not None]
+    if other:
+        steps, values = zip(*other, strict=True)
+        axes.plot(steps, running_mean(values), "--", color="tab:green", label="baseline, training")
+    other = [(line["step"], line[eval_key]) for line in baseline if eval_key and line.get(eval_key) is not None]
+    if other:
+        axes.plot(*zip(*other, strict=True), "s--", color="tab:olive", label="baseline, held out")
+    if axes.lines or axes.containers:
         axes.legend()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -63,12 +75,16 @@ def running_mean(values: Sequence[float], window: int = 20) -> list[float]:
 
 
 def write_report(
-    folder: Path, lines: Sequence[dict[str, Any]], answers: Sequence[tuple[str, list[str], list[str]]], result: str
+    folder: Path,
+    lines: Sequence[dict[str, Any]],
+    answers: Sequence[tuple[str, list[str], list[str]]],
+    result: str,
+    baseline: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Writes report.html and plots/*.png to `folder`; returns the path of the first.
 
-    `lines` are the run's log lines, `answers` (question, replies before training, replies after it). Model text is
-    shown as text, whatever it contains.
+    `lines` are the run's log lines, `answers` (question, replies before training, replies after it), `baseline` the log
+    lines of a run to compare with. Model text is shown as text, whatever it contains.
     """
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
@@ -76,7 +92,7 @@ def write_report(
     for name, (title, _, key, _) in PLOTS.items():
         if not any(line.get(key) is not None for line in lines):
             continue  # with GRPO there is no value loss
-        draw(plots / f"{name}.png", lines, name)
+        draw(plots / f"{name}.png", lines, name, baseline)
         data = base64.b64encode((plots / f"{name}.png").read_bytes()).decode("ascii")
         images.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
     rows = [
@@ -96,7 +112,7 @@ def write_report(
         "</table></body></html>",
     ]
     path = folder / "report.html"
-    path.write_text("\n".join(page) + "\n", encoding="utf-8")
+    replace_file(path, ("\n".join(page) + "\n").encode("utf-8", "backslashreplace"))
     return path
 
 

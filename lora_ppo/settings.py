@@ -6,23 +6,35 @@ object as an argument and never imports one.
 """
 
 import difflib
+import io
+import os
 import re
 import sys
 import textwrap
 import tomllib
 from collections.abc import Container
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from lora_ppo.files import hidden, replace_file, shown
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tutor-tiny"
 # A small model that others trained, which `make smollm2` fetches: what `model_name` calls it, and where it then lies.
 SMOLLM2, SMOLLM2_FOLDER = "smollm2", BUNDLED_MODEL.with_name("smollm2-135m")
 DEFAULT_PROMPTS = Path(__file__).resolve().parent.parent / "prompts" / "default.yaml"
 PROMPTS_FILE = "prompts.yaml"  # in a model's folder, and in every checkpoint
+GATE_FILE = "quiz_gate.json"  # in a model's folder: what its quizzes are worth
 GPU_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 # What `learning_rate=auto` means: the first is right for 3 to 7 billion parameters, the second for the bundled model.
 LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 8e-5
+
+
+# Settings that name files or folders.
+PATHS = (
+    "model_name prompts checkpoint_dir log_dir resume questions output_dir resume_from adapter merged_model_path "
+    "output_file"
+).split()
 
 
 class ConfigError(ValueError):
@@ -33,10 +45,18 @@ class Settings:
     """The settings of a program, one field each: what the dataclasses of scripts derive from."""
 
 
-def setting(default: Any, text: str, group: str = "") -> Any:
-    """A dataclass field with one line of help. `group` is the heading of this setting and of those that follow it."""
+def setting(default: Any, text: str, group: str = "", split: bool = False) -> Any:
+    """A dataclass field with one line of help. `group` is the heading of this setting and of those that follow it.
+
+    A `split` setting decides which samples are held out.
+    """
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": text, "group": group}, **factory)
+    return field(metadata={"help": text, "group": group, "split": split}, **factory)
+
+
+def split_settings(config: Settings) -> list[str]:
+    """The names of the settings that decide which samples are held out."""
+    return [f.name for f in fields(config) if f.metadata.get("split")]
 
 
 RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
@@ -112,8 +132,11 @@ def check(config: Settings) -> Settings:
     return config
 
 
-def parse(schema: type[Settings], arguments: list[str]) -> Settings:
-    """The configuration from `--config FILE`, `key=value` and `--key value` arguments, checked. Raises ConfigError."""
+def parse(schema: type[Settings], arguments: list[str], values: dict[str, Any] | None = None) -> Settings:
+    """The configuration from `--config FILE`, `key=value` and `--key value` arguments, checked. Raises ConfigError.
+
+    `~` is expanded in every path. `values` are settings that are read already; they stand above all others.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -121,23 +144,48 @@ def parse(schema: type[Settings], arguments: list[str]) -> Settings:
     file, pairs = split_arguments(schema, arguments)
     config = OmegaConf.structured(schema)
     if file is not None:
-        try:
-            loaded = OmegaConf.load(file)
-        except OSError as error:
-            raise ConfigError(f"--config {file}: {error.strerror or error}") from None
-        except Exception as error:  # whatever the YAML parser raises
-            raise ConfigError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"--config {file}: expected lines of the form `name: value`")
-        pairs = [*((str(name), value) for name, value in OmegaConf.to_container(loaded).items()), *pairs]
-    for name, value in pairs:
+        pairs = [*read_yaml(file).items(), *pairs]
+    for name, value in [*pairs, *(values or {}).items()]:
         known_name(schema, name)
         try:
-            OmegaConf.update(config, name, typed(name, value, config[name]))
+            OmegaConf.update(config, name, typed(name, hidden(value), config[name]))
         except (OmegaConfBaseException, YAMLError, ValueError):
             kind = next(f.type for f in fields(schema) if f.name == name)
             raise ConfigError(f"{name}={value!r} does not fit: expected {KINDS[kind]}") from None
-    return check(OmegaConf.to_object(config))
+    config = OmegaConf.to_object(config)
+    for f in fields(schema):
+        value = shown(getattr(config, f.name))
+        setattr(config, f.name, expanded(f.name, value) if f.name in PATHS else value)
+    return check(config)
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """The settings in a YAML file, by name. Raises ConfigError."""
+    from omegaconf import OmegaConf
+
+    try:
+        text = Path(os.path.expanduser(file)).read_bytes().decode("utf-8-sig", "surrogateescape")
+        loaded = OmegaConf.load(io.StringIO(hidden(text)))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror or error}") from None
+    except Exception as error:  # whatever the YAML parser raises
+        raise ConfigError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"--config {file}: expected lines of the form `name: value`")
+    return {str(name): shown(value) for name, value in OmegaConf.to_container(loaded).items()}
+
+
+def expanded(name: str, value: str | list[str]) -> str | list[str]:
+    """A path with its `~` expanded, or several. Raises ConfigError where no file can have that name."""
+    if isinstance(value, list):
+        return [expanded(name, item) for item in value]
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name}={value!r}: no file can have this name") from None
+    if "\0" in value:
+        raise ConfigError(f"{name}={value!r}: no file can have this name")
+    return os.path.expanduser(value)
 
 
 def typed(name: str, value: Any, current: Any) -> Any:
@@ -150,7 +198,9 @@ def typed(name: str, value: Any, current: Any) -> Any:
         return None
     if not isinstance(value, str):
         return value
-    if "${" in value or value == "???" or "\n" in value:
+    if isinstance(current, str) and name in PATHS:
+        return value
+    if value == hidden("???") or "\n" in value:
         raise ValueError("OmegaConf would take this for more than a value")
     if isinstance(current, str):
         return value
@@ -230,7 +280,9 @@ def save_yaml(config: Settings, path: Path) -> None:
     """Writes the effective configuration as YAML that `--config` reads back."""
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    plain = replace(config, **{f.name: hidden(getattr(config, f.name)) for f in fields(config)})
+    text = shown(OmegaConf.to_yaml(OmegaConf.structured(plain)))
+    replace_file(path, text.encode("utf-8", "surrogateescape"))
 
 
 def from_command_line(schema: type[Settings], usage: str) -> Settings:

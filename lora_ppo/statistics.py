@@ -16,6 +16,14 @@ def wilson_interval(right: float, count: float) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def pass_at_k(answers: int, right: int, k: int) -> float:
+    """The chance that one at least of k answers is right, estimated without bias from so many, `right` of them right.
+
+    1 - C(n - c, k) / C(n, k): Chen et al. 2021 (https://arxiv.org/abs/2107.03374), equation 1.
+    """
+    return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
+
+
 def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Two-sided p that two models are equally often right, from the samples that one alone got right.
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ppo.forward import Batch, token_logprobs_and_values
 from lora_ppo.policy import Policy, Snapshot, gradient_dropout
-from lora_ppo.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,21 +77,23 @@ def ppo_step(policy: Policy, batch: Batch, scores: Sequence[float], before: Snap
             advantages = ppo.whiten(advantages, mask)
 
         # 5. ppo_epochs times: the loss (Schulman et al. 2017, eq. 7 and 9), its gradient, a step of AdamW.
-        for epoch in range(config.ppo_epochs):
-            if epoch:  # the weights have moved: a new pass, a new ratio
+        def gradients() -> "dict[str, Tensor]":
+            nonlocal forward
+            if forward is None:  # the weights have moved: a new pass, a new ratio
                 with gradient_dropout(policy):
                     forward = token_logprobs_and_values(policy, batch)
-            parts = ppo_losses(config, mask, forward, old_logprobs, old_values, advantages, returns)
-            policy.optimizer.zero_grad()
+            parts = ppo.ppo_losses(*forward, old_logprobs, old_values, advantages, returns, mask, config)
             parts["loss"].backward()
-            parts["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm)
+            forward = None  # the graph: step 7 needs the memory
+            return parts
+
+        for _ in range(config.ppo_epochs):
+            parts = ppo.minibatch_update(gradients, policy.optimizer, config.max_grad_norm)
             if not (torch.isfinite(parts["loss"]) and torch.isfinite(parts["grad_norm"])):
                 loss, norm = parts["loss"].item(), parts["grad_norm"].item()
                 raise StepSkipped(f"the loss is not finite (loss {loss}, gradient norm {norm})")
-            policy.optimizer.step()
         policy.optimizer.zero_grad()
         metrics = {"reward": scores.mean().item()} | {name: value.item() for name, value in parts.items()}
-        del forward, parts  # the graph: step 7 needs the memory
 
         # 6. How far the policy is from the reference, in nats an answer: estimated from the sample, as the rewards have
         #    it, and exactly, summed over the vocabulary. The price of it may follow (Ziegler et al. 2019, section 2.2).
@@ -118,31 +119,6 @@ def ppo_step(policy: Policy, batch: Batch, scores: Sequence[float], before: Snap
         if out_of_memory(error):
             raise StepSkipped(OUT_OF_MEMORY) from error
         raise
-
-
-def ppo_losses(
-    config: Settings,
-    mask: "Tensor",
-    forward: tuple["Tensor", "Tensor", "Tensor"],
-    old_logprobs: "Tensor",
-    old_values: "Tensor",
-    advantages: "Tensor",
-    returns: "Tensor",
-) -> dict[str, "Tensor"]:
-    """PPO's loss of a forward pass and its parts, each a mean over the response tokens; all but logits is (B, T).
-
-    loss = policy_loss + vf_coef * value_loss - entropy_coef * entropy (Schulman et al. 2017, eq. 9). Without an entropy
-    bonus the entropy is measured alone.
-    """
-    from lora_ppo import ppo
-
-    logprobs, values, logits = forward
-    pg_loss, clip_fraction = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
-    vf_loss, _ = ppo.value_loss(values, old_values, returns, mask, config.cliprange_value)
-    mean_entropy = ppo.entropy(logits if config.entropy_coef else logits.detach(), mask, config.temperature)
-    loss = pg_loss + config.vf_coef * vf_loss - config.entropy_coef * mean_entropy
-    parts = {"loss": loss, "policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy}
-    return parts | {"clip_fraction": clip_fraction}
 
 
 def trust_region(policy: Policy, batch: Batch, old_logits: "Tensor", old_logprob_sum: float) -> dict[str, float]:

@@ -1,17 +1,21 @@
 """What a person types and sees. Text of models and of files is shown as text, never as markup or control codes."""
 
 import contextlib
+import errno
+import hashlib
+import os
 import re
 import signal
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, quiz_text
 from lora_ppo.settings import ConfigError
+from lora_ppo.signals import asked_to_leave
 
 COMMANDS = """\
   A B C D      at the quiz: your choice, or type the option's text; s skips it
@@ -24,12 +28,48 @@ COMMANDS = """\
   /config      every setting as it is in force
   /quit        save and leave (so do Ctrl-D and Ctrl-C); also at the quiz"""
 BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+BYTE_ORDER_MARK = "\ufeff"
+INPUT_CLOSED = sys.stdin is None  # as the program was started
 
 
 def clean(text: str) -> str:
     """Untrusted text as a terminal may show it: no control, escape or bidirectional-override characters."""
     keep = (c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in BIDI_CONTROLS))
     return "".join(keep)
+
+
+def as_typed(line: str) -> str:
+    """A line from a person without the marks that keyboards of right-to-left scripts put in, and editors before it."""
+    return "".join(c for c in line if c not in BIDI_CONTROLS and c != BYTE_ORDER_MARK).strip()
+
+
+class Output:
+    """Standard output. Once whoever read it is gone, what is still to come goes nowhere, and the program leaves."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with self.watched():
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with self.watched():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A reader or a terminal that is gone asks the program to leave, as a signal does: not within a turn."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            signal.raise_signal(signal.SIGTERM)
 
 
 class Terminal:
@@ -40,31 +80,36 @@ class Terminal:
     def __init__(self, history: Path | None):
         from rich.console import Console
 
-        class PlainConsole(Console):
-            def on_broken_pipe(self) -> None:
-                raise BrokenPipeError  # for `main`; rich would exit with status 1
-
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(encoding="utf-8", errors="replace")
-        self.console = PlainConsole(highlight=False, markup=False, emoji=False)
-        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self.prompter = None
+        self.console = Console(file=Output(sys.stdout), highlight=False, markup=False, emoji=False)
+        self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        self.prompter, self.prompting = None, False
         self.column, self.word = 0, ""  # where the line is that is being written; the word that is not whole yet
         if self.interactive and history:
             from prompt_toolkit import PromptSession
             from prompt_toolkit.completion import WordCompleter
             from prompt_toolkit.history import FileHistory, InMemoryHistory
 
+            class KeptHistory(FileHistory):
+                def store_string(self, string: str) -> None:
+                    with contextlib.suppress(OSError):  # a full disk costs the line's history, not the session
+                        super().store_string(string)
+
             try:
                 history.parent.mkdir(parents=True, exist_ok=True)
                 history.touch()
-                kept = FileHistory(str(history))
+                kept = KeptHistory(str(history))
             except OSError:
                 kept = InMemoryHistory()
             self.keys = {"completer": WordCompleter(re.findall(r"/\w+", COMMANDS), sentence=True)}
             self.keys |= {"complete_while_typing": False, "enable_suspend": True}  # Tab; Ctrl-Z
             self.prompter = PromptSession(history=kept, **self.keys)
+            if hasattr(self.prompter.input, "stdin_reader"):  # bytes that are no UTF-8 are replaced, as in a pipe
+                from prompt_toolkit.input.posix_utils import PosixStdinReader
+
+                self.prompter.input.stdin_reader = PosixStdinReader(sys.stdin.fileno(), errors="replace")
 
     @contextlib.contextmanager
     def keys_kept(self) -> Iterator[None]:
@@ -83,7 +128,8 @@ class Terminal:
         try:
             yield
         finally:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+            with contextlib.suppress(termios.error):  # the terminal may be gone
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(clean(text), style=style, soft_wrap=not self.interactive)  # in a pipe no line is broken
@@ -118,19 +164,46 @@ class Terminal:
 
     def ask(self, prompt: str, remember: bool = True) -> str:
         """A line from the person. Raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C."""
+        if asked_to_leave:
+            raise EOFError
         if self.prompter is None:
             self.write(prompt)
-            line = sys.stdin.readline()
+            line = ""
+            with contextlib.suppress(OSError):  # of an input that is no longer there
+                line = sys.stdin.readline()
             if not line:
                 self.say("")
                 raise EOFError
             self.say(line.strip())  # the pipe's text is part of the transcript
-            return line.strip()
-        if remember:
-            return self.prompter.prompt(prompt).strip()
+            return as_typed(line)
         from prompt_toolkit import prompt as ask_once
+        from prompt_toolkit.application import get_app
 
-        return ask_once(prompt, **self.keys).strip()
+        def leave_if_asked() -> None:
+            if asked_to_leave:
+                get_app().exit(exception=EOFError)
+
+        line, how = "", {"pre_run": leave_if_asked}
+        self.prompting = True
+        try:
+            with self.console.file.watched():
+                line = self.prompter.prompt(prompt, **how) if remember else ask_once(prompt, **self.keys, **how)
+        finally:
+            self.prompting = False
+        if asked_to_leave:
+            raise EOFError
+        return as_typed(line)
+
+    def end_prompt(self) -> bool:
+        """Ends the prompt that is shown as Ctrl-D does, from a signal's handler; False where none is."""
+        if self.prompting:
+            from prompt_toolkit.application import get_app
+
+            app = get_app()
+            if app.future and app.loop:  # else `leave_if_asked` ends it as it begins
+                with contextlib.suppress(RuntimeError):  # it has ended
+                    app.loop.call_soon_threadsafe(lambda: app.future.done() or app.exit(exception=EOFError))
+        return self.prompting
 
     def choose(self, quiz: Quiz, answer: str, prompt: str = "Your choice (A-D, s skips): ") -> int | str:
         """The person's choice: an option's index, or "skip". Raises EOFError where they leave."""
@@ -148,25 +221,30 @@ class Terminal:
             else:
                 self.say("Please choose A, B, C or D, type the option's text, or s to skip.")
 
-    def busy(self, text: str):
-        """A context that shows `text` and a spinner at a terminal."""
-        return self.console.status(text) if self.interactive else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def busy(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Shows `text` and a spinner at a terminal; what it gives shows another text."""
+        if not self.interactive:
+            yield lambda text: None
+            return
+        with self.console.status(text) as status:
+            yield status.update
 
 
 def parse_choice(text: str, options: Sequence[str]) -> int | str | None:
     """The index of the chosen option, "skip", or None if `text` is no choice. Letters come before options' texts."""
-    text = text.strip().casefold()
+    text, *texts = (visible(each).casefold() for each in (text, *options))
     if text == "s":
         return "skip"
     letter = text.rstrip(").") if len(text) < 3 else text
     if len(letter) == 1 and letter in LETTERS.casefold():
         return LETTERS.casefold().index(letter)
-    texts = [option.strip().casefold() for option in options]
     return texts.index(text) if text in texts else None
 
 
-class SecondInterrupt(KeyboardInterrupt):
-    """Ctrl-C while the first one was still waiting: the program ends now."""
+def visible(text: str) -> str:
+    """`text` without formatting characters, which nobody sees (joiners, marks of direction, spaces of no width)."""
+    return "".join(c for c in text if unicodedata.category(c) != "Cf").strip()
 
 
 class SimulatedLearner(Terminal):
@@ -174,22 +252,30 @@ class SimulatedLearner(Terminal):
 
     waits_for_a_person = False  # it thinks with the policy's own base model
 
-    def __init__(self, policy: Policy, questions: Sequence[str], steps: int):
+    def __init__(self, policy: Policy, questions: Sequence[str], steps: int, before: dict[str, Any] | None = None):
+        """`before` is the `place` that the session before this one had reached: if that was not over, it goes on."""
         super().__init__(None)
-        self.policy, self.questions, self.last = policy, questions, policy.step + steps
-        self.asked, self.chosen, self.chosen_then = 0, 0, -1
+        self.policy, self.questions = policy, questions
+        these = hashlib.sha256("\n".join(questions).encode()).hexdigest()
+        fresh = {"questions": these, "start": policy.step, "steps": steps, "asked": 0, "chosen": 0}
+        over = not before or before["questions"] != these or policy.step >= before["start"] + before["steps"]
+        if not over and before["asked"] and before["asked"] % len(questions) == before["chosen"] == 0:
+            over = True  # it had given up
+        # Questions asked; choices made since the first of them was asked last.
+        self.place = fresh if over else before | {"steps": steps}
 
     def ask(self, prompt: str, remember: bool = True) -> str:
         """The next question, over and over, until the steps are taken; then EOFError, as when a person leaves."""
-        if self.asked % len(self.questions) == 0:
-            if self.chosen == self.chosen_then:
+        place = self.place
+        if self.policy.step >= place["start"] + place["steps"]:
+            raise EOFError
+        if place["asked"] % len(self.questions) == 0:
+            if place["asked"] and not place["chosen"]:
                 self.say("\nNot one of the questions led to a quiz.", "yellow")
                 raise EOFError
-            self.chosen_then = self.chosen
-        if self.policy.step >= self.last:
-            raise EOFError
-        question = self.questions[self.asked % len(self.questions)]
-        self.asked += 1
+            place["chosen"] = 0
+        question = self.questions[place["asked"] % len(self.questions)]
+        place["asked"] += 1
         self.say(f"{prompt}{question}")
         return question
 
@@ -197,7 +283,7 @@ class SimulatedLearner(Terminal):
         read, unread = learner_probabilities(self.policy, [answer], [quiz])
         choice = learner_choices(read, unread)[0] if answer else unread[0].argmax().item()  # before the answer: a guess
         self.say(f"The learner chooses {LETTERS[choice]}.")
-        self.chosen += 1
+        self.place["chosen"] += 1
         return choice
 
 
@@ -210,39 +296,15 @@ def read_questions(path: str) -> list[str]:
     questions = []
     for number, line in enumerate(lines, 1):
         try:
-            questions.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            questions.append(as_typed(line.decode("utf-8")))
         except UnicodeDecodeError:
             raise ConfigError(f"questions={path}: line {number} is not UTF-8 text") from None
-        if clean(questions[-1]) != questions[-1]:
-            raise ConfigError(f"questions={path}: line {number} holds a control character")
+        if control := [c for c in questions[-1] if c != "\t" and unicodedata.category(c) == "Cc"]:
+            raise ConfigError(f"questions={path}: line {number} holds the control character U+{ord(control[0]):04X}")
     questions = [question for question in questions if question]
     if not questions:
         raise ConfigError(f"questions={path} holds no question: write one per line")
     return questions
-
-
-@contextlib.contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """A Ctrl-C in here takes effect at the end; a second one, also after one that is on its way, ends the program."""
-    seen: list[int] = []
-    another = isinstance(sys.exception(), KeyboardInterrupt)
-
-    def note(number: int, frame: Any) -> None:
-        if seen or another:
-            raise SecondInterrupt
-        seen.append(number)
-
-    try:
-        previous = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: no signal arrives here
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if seen:
-        raise KeyboardInterrupt
 
 
 def progress_chart(

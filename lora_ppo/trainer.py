@@ -7,24 +7,24 @@ been.
 import contextlib
 import json
 import math
-import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ppo.checkpoint import (
     Damaged,
     all_checkpoints,
-    checkpoints,
     load_checkpoint,
-    remove_folder,
     save_checkpoint,
 )
+from lora_ppo.disk import Checkpoints
 from lora_ppo.episodes import Task, Trajectory, play
+from lora_ppo.files import replace_file
 from lora_ppo.journal import LineFile, now, turn_seed
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
@@ -34,6 +34,7 @@ from lora_ppo.statistics import wilson_interval
 from lora_ppo.step import StepSkipped
 from lora_ppo.terminal import clean
 from lora_ppo.training import chunks, learn
+from lora_ppo.watching import in_short, shares, training_stats, without_contrast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -87,6 +88,8 @@ class Training:
         self.config, self.policy, self.task, self.accelerator = config, policy, task, accelerator
         self.root = Path(config.output_dir)
         self.log = LineFile(self.root / "train.log")
+        self.shelf = Checkpoints(self.root, self.say)
+        self.lost: set[str] = set()  # what the disk did not take
         self.lines: list[dict[str, Any]] = []
         self.train, self.laps = task.samples("train"), {}
         per_epoch = config.samples_per_epoch or len(self.train)
@@ -104,29 +107,25 @@ class Training:
         except Damaged as error:
             raise ConfigError(f"resume_from={folder}: {error}") from None
         self.policy.configure(self.policy.config)
+        self.shelf.kept["resumed"] = self.root / f"step_{state['step']}"
         if folder.resolve().parent == self.root.resolve() and self.accelerator.is_main_process:
             for step, epoch in all_checkpoints(self.root):  # of epochs that were shorter
                 if epoch.name.startswith("epoch_") and epoch.name != f"epoch_{step / self.steps_per_epoch:g}":
                     epoch.rename(self.root / f"step_{step}")
-            if self.log.size > state["log_offset"]:
-                os.truncate(self.log.path, state["log_offset"])
-            try:
-                self.lines = self.log.read()
-            except Damaged as error:
-                raise ConfigError(f"output_dir={self.root}: {error}; mend or move the file") from None
+            there, damaged = self.log.read()
+            if damaged:
+                self.say(f"{self.log.path}: left out what can't be read: line {', '.join(map(str, damaged))}.")
+            self.lines = [line for line in there if line.get("step", math.inf) <= state["step"]]
+            if damaged or len(self.lines) < len(there):
+                replace_file(self.log.path, b"".join(json.dumps(line).encode("ascii") + b"\n" for line in self.lines))
         self.say(f"Resuming from {folder} at step {self.policy.step}.")
 
     def samples(self, step: int) -> list[Any]:
         """The samples of a step: shuffled passes over the training split, one after the other."""
-        picked = []
-        for place in range(step * self.config.prompts_per_step, (step + 1) * self.config.prompts_per_step):
-            lap, i = divmod(place, len(self.train))
-            if lap not in self.laps:
-                self.laps[lap] = random.Random(f"{self.config.seed}/{lap}").sample(
-                    range(len(self.train)), len(self.train)
-                )
-            picked.append(self.train[self.laps[lap][i]])
-        return picked
+        places = range(step * self.config.prompts_per_step, (step + 1) * self.config.prompts_per_step)
+        for lap in {place // len(self.train) for place in places} - self.laps.keys():
+            self.laps[lap] = shuffled(self.config.seed, lap, len(self.train))
+        return [self.train[self.laps[place // len(self.train)][place % len(self.train)]] for place in places]
 
     def play(self, parts: Sequence[Sequence[Any]], adapter: bool = True) -> list[list[Trajectory]]:
         """Episodes on this process's samples, part by part. Raises StepSkipped where memory runs out."""
@@ -142,6 +141,8 @@ class Training:
         import torch
 
         config, accelerator, number = self.config, self.accelerator, self.policy.step
+        if config.lr_schedule == "linear":
+            self.policy.optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - number / self.last)
         processes = accelerator.num_processes
         torch.manual_seed(turn_seed(config.seed, number * processes + accelerator.process_index))
         mine = self.samples(number)[accelerator.process_index :: processes]
@@ -152,6 +153,8 @@ class Training:
         except StepSkipped as skipped:
             trajectories, metrics = [], {"outcome": "skipped", "why": str(skipped)}
         played = time.perf_counter() - started
+        if config.control == "random":
+            toss_coins(trajectories, f"{config.seed}/{number}/{accelerator.process_index}")
         if trajectories:
             metrics = learn(self.policy, accelerator, config, trajectories)
         self.policy.step = number + 1
@@ -175,16 +178,15 @@ class Training:
         trajectories = [trajectory for part in played for trajectory in part]
         known = [t for t in trajectories if t.outcome.verdict != "unknown"]
         right = sum(t.outcome.verdict == "correct" for t in known)
-        facts = [t.outcome.details["states_fact"] for t in trajectories if "states_fact" in t.outcome.details]
-        count, right, reward, tokens, answers, stated, of = total(
+        count, right, reward, tokens, answers = total(
             self.accelerator,
             *(len(known), right, sum(t.outcome.reward for t in known)),
-            *(sum(t.length for t in trajectories), len(trajectories), sum(facts), len(facts)),
+            *(sum(t.length for t in trajectories), len(trajectories)),
         )
         low, high = wilson_interval(right, count)
         found = {"eval_accuracy": right / max(count, 1), "eval_low": low, "eval_high": high, "eval_samples": int(count)}
         found |= {"eval_reward": reward / max(count, 1), "eval_length": tokens / max(answers, 1)}
-        return found | ({"eval_states_fact": stated / of} if of else {})
+        return found | {f"eval_{name}": share for name, share in shares(self.accelerator, trajectories).items()}
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds a line to the log and to the trackers; a disk that refuses costs a message, not the run."""
@@ -193,13 +195,14 @@ class Training:
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
         if self.accelerator.is_main_process:
             try:
-                self.log.append(line)
+                self.log.add(line)
+                self.shelf.write(self.log.flush)
             except OSError as error:
                 self.say(f"Could not write the log ({error}). The run goes on.")
 
-    def result(self) -> str:
-        """How the run went, in a sentence, for the model card."""
-        found = [line for line in self.lines if "eval_accuracy" in line]
+    def result(self, lines: Sequence[dict[str, Any]] | None = None, what: str = "Held-out accuracy") -> str:
+        """How the run of these log lines went, or this run, in a sentence, for the model card."""
+        found = [line for line in lines or self.lines if "eval_accuracy" in line]
         if not found:
             return "It was not evaluated yet."
 
@@ -208,7 +211,21 @@ class Training:
             return f"{line['eval_accuracy']:.1%} at step {line['step']} (95 % interval {interval})"
 
         samples = found[-1]["eval_samples"]
-        return f"Held-out accuracy {told(found[-1])}, {told(found[0])}, on {samples} samples."
+        return f"{what} {told(found[-1])}, {told(found[0])}, on {samples} samples."
+
+    def compared(self) -> tuple[str, list[dict[str, Any]]]:
+        """`result`, and beside it the baseline's, whose log lines are the second."""
+        folder, name = self.config.baseline_folder, self.checkpoint_name()
+        if not folder:
+            return self.result(), []
+        try:
+            lines, _ = LineFile(folder / "train.log").read()
+        except OSError as error:
+            return f"{self.result()} The baseline's log can't be read ({error}).", []
+        weights = [root / name / "adapter_model.safetensors" for root in (self.root, folder)]
+        same = all(path.is_file() for path in weights) and weights[0].read_bytes() == weights[1].read_bytes()
+        end = "The weights are the baseline's, bit for bit." if same else "The weights are not the baseline's."
+        return f"{self.result()} {self.result(lines, f'The baseline {folder}: held-out accuracy')} {end}", lines
 
     def save(self, name: str) -> None:
         """Writes the checkpoint `name`, on the main process, while the others wait."""
@@ -220,10 +237,12 @@ class Training:
             state |= {"rng": {"seed": self.config.seed, "step": step}, "log_offset": self.log.size}
             stats = {"training_stats.json": json.dumps(training_stats(self.lines), indent=1)}
             try:
-                save_checkpoint(self.root / name, self.policy, state, self.result(), stats)
-                for folder in checkpoints(self.root)[self.config.keep_checkpoints :]:
-                    remove_folder(folder)
+                folder = self.root / name
+                self.shelf.save(folder, lambda: save_checkpoint(folder, self.policy, state, self.result(), stats))
+                self.lost.discard("the last checkpoint")
+                self.shelf.prune(self.config.keep_checkpoints)
             except (OSError, SafetensorError) as error:
+                self.lost.add("the last checkpoint")
                 self.say(f"Could not save {name} ({error}). The run goes on.")
         total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
 
@@ -248,7 +267,13 @@ class Training:
             self.say(self.how_to_go_on())
             return 130
         self.report()
-        return 0
+        with contextlib.suppress(OSError):
+            self.log.flush()
+        if self.log.unwritten:
+            self.lost.add("lines of the log")
+        if self.lost:
+            self.say(f"{self.root} could not be written to: {' and '.join(sorted(self.lost))} lost.")
+        return int(bool(self.lost))
 
     def steps(self, asked: list[int], show: Callable[[dict[str, Any]], None]) -> None:
         """Takes the steps that are left, or those until somebody `asked` to stop."""
@@ -265,6 +290,8 @@ class Training:
                 line |= self.evaluate()
             self.write(line)
             show(line)
+            if advice := without_contrast(self.lines, config.prompts_per_step):
+                self.say(advice)
             if stop or policy.step % self.steps_per_epoch == 0 or policy.step % config.save_every == 0:
                 self.save(self.checkpoint_name())
 
@@ -288,8 +315,7 @@ class Training:
             item = bar.add_task("starting", total=self.last, completed=self.policy.step)
 
             def show(line: dict[str, Any]) -> None:
-                text = f"reward {line.get('reward', 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
-                text += f"  KL {line.get('kl', 0):.2g}  {line['tokens_per_second']:.0f} tokens/s"
+                text = in_short(line, self.config.prompts_per_step)
                 counts = {name: sum(one.get("outcome") == name for one in self.lines) for name in ("undone", "skipped")}
                 text += "".join(f"  {count} {name}" for name, count in counts.items() if count)
                 bar.update(item, completed=line["step"], description=text)
@@ -320,24 +346,23 @@ class Training:
             settings = f"Task {self.config.task}, {self.config.algorithm.upper()}, {base_name(self.config)}, "
             settings += f"learning rate {self.config.learning_rate:g}, {self.config.batch_size} answers per step, "
             settings += f"seed {self.config.seed}."
+            result, other = self.compared()
             try:
-                path = write_report(self.root, self.lines, rows, f"{settings} {self.result()}")
-                self.say(f"{self.result()} The report is {path}.")
+                path = write_report(self.root, self.lines, rows, f"{settings} {result}", other)
+                self.say(f"{result} The report is {path}.")
             except OSError as error:
-                self.say(f"{self.result()} The report could not be written ({error}).")
+                self.lost.add("the report")
+                self.say(f"{result} The report could not be written ({error}).")
         total(self.accelerator, 0)  # the others wait; accelerate's own barrier wants a GPU for each process
 
 
-def training_stats(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The log as columns: `training` has a value for each step, `evaluation` one for each evaluation."""
-    names = (
-        "step reward accuracy kl kl_coef step_kl length loss policy_loss value_loss entropy grad_norm "
-        "equal_groups left_out outcome"
-    )
-    steps = [line for line in lines if line["step"] > 0]
-    found = [line for line in lines if "eval_accuracy" in line]
-    evals = ["step", *(name for name in (found[0] if found else ()) if name.startswith("eval_"))]
-    return {
-        "training": {name: [line.get(name) for line in steps] for name in names.split()},
-        "evaluation": {name.removeprefix("eval_"): [line.get(name) for line in found] for name in evals},
-    }
+def shuffled(seed: int, lap: int, count: int) -> list[int]:
+    """The order of so many samples in a pass over them, of a run with this seed."""
+    return random.Random(f"{seed}/{lap}").sample(range(count), count)
+
+
+def toss_coins(trajectories: Sequence[Trajectory], seed: str) -> None:
+    """Makes each reward 0 or 1 by a coin, whatever was answered: what then seems to be learned is chance."""
+    rng = random.Random(f"control/{seed}")
+    for trajectory in trajectories:
+        trajectory.outcome = replace(trajectory.outcome, reward=float(rng.random() < 0.5))

@@ -8,6 +8,7 @@ Shapes: B trajectories of this process, T response tokens, V vocabulary.
 """
 
 import contextlib
+import functools
 import math
 import random
 from collections import Counter
@@ -20,7 +21,8 @@ from lora_ppo.forward import Batch, collate, token_logprobs_and_values
 from lora_ppo.policy import Policy, Snapshot, gradient_dropout
 from lora_ppo.processes import everywhere, sharded, total, whiten_jointly
 from lora_ppo.settings import Settings
-from lora_ppo.step import StepSkipped, ppo_losses, trust_region
+from lora_ppo.step import StepSkipped, trust_region
+from lora_ppo.watching import shares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,7 +74,6 @@ def learn(
 
     All or nothing, as in the tutor. `outcome` is `taken`, `undone` (beyond the trust region) or `skipped`, with `why`.
     """
-    import torch
 
     from lora_ppo import ppo
 
@@ -93,14 +94,14 @@ def learn(
                 tokens = total(accelerator, mask[rows].sum().item())[0]
                 if not tokens:
                     continue
-                policy.optimizer.zero_grad()
-                parts = gradients(policy, accelerator, config, experience.rows(rows), tokens)
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm).item()
-                if not (math.isfinite(parts["loss"]) and math.isfinite(grad_norm)):
-                    raise StepSkipped(f"the loss is not finite (loss {parts['loss']}, gradient norm {grad_norm})")
-                policy.optimizer.step()
+                joint = functools.partial(gradients, policy, accelerator, config, experience.rows(rows), tokens)
+                parts = ppo.minibatch_update(joint, policy.optimizer, config.max_grad_norm)
+                parts["grad_norm"] = parts["grad_norm"].item()
+                if not (math.isfinite(parts["loss"]) and math.isfinite(parts["grad_norm"])):
+                    loss, norm = parts["loss"], parts["grad_norm"]
+                    raise StepSkipped(f"the loss is not finite (loss {loss}, gradient norm {norm})")
                 taken += 1
-                sums.update(parts | {"grad_norm": grad_norm})
+                sums.update(parts)
         policy.optimizer.zero_grad()
         if not taken:
             raise StepSkipped("no answer has an advantage: every one was left out, or earned what its group earned")
@@ -159,7 +160,7 @@ def examine(
     answers, reward, right, tokens, length, kl, kl_estimate, value = total(
         accelerator, sum(known), scores.sum().item(), right, mask.sum().item(), length, *sums
     )
-    metrics = {
+    metrics = shares(accelerator, trajectories) | {
         "reward": reward / max(answers, 1),
         "accuracy": right / max(answers, 1),
         "answers": int(answers),
@@ -268,15 +269,19 @@ def losses(policy: Policy, config: Settings, piece: Experience) -> dict[str, "Te
     mask, forward = piece.batch.response_mask, piece.first or token_logprobs_and_values(policy, piece.batch)
     logprobs, values, _ = forward
     if not mask.any():
-        nothing = 0.0 * (logprobs.sum() + values.sum())
+        nothing = sum(x.masked_fill(~mask, 0.0).sum() for x in (logprobs, values))  # on padding they may be infinite
         return dict.fromkeys(LOSSES, nothing)
-    parts = ppo_losses(config, mask, forward, piece.logprobs, piece.values, piece.advantages, piece.returns)
+    old = piece.logprobs, piece.values, piece.advantages, piece.returns
+    parts = ppo.ppo_losses(*forward, *old, mask, config)
     if config.algorithm == "grpo":
-        parts["loss"] = parts["policy_loss"] - config.entropy_coef * parts["entropy"]  # no value head
+        parts["loss"] = parts["policy_loss"]  # no value head
+        if config.entropy_coef:
+            parts["loss"] = parts["loss"] - config.entropy_coef * parts["entropy"]
         if policy.kl_coef:
             # Divergence is priced in the loss, by an estimate that is never negative (Shao et al. 2024, equation 4).
             difference = (piece.ref_logprobs - logprobs).masked_fill(~mask, 0.0)
-            parts["loss"] += policy.kl_coef * ppo.masked_mean(difference.exp() - difference - 1.0, mask)
+            k3 = difference.expm1() - difference
+            parts["loss"] = parts["loss"] + policy.kl_coef * ppo.masked_mean(k3, mask)
     return parts
 
 

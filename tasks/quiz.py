@@ -6,82 +6,48 @@ P(key | answer) - P(key | no answer), so that a learner who knows the fact anywa
 """
 
 import hashlib
-import random
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+from itertools import chain
+from typing import Any, Literal
 
 from lora_ppo.chat import Message
-from lora_ppo.episodes import Outcome
+from lora_ppo.episodes import Outcome, Task
 from lora_ppo.generate import replies
+from lora_ppo.loading import is_bundled
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, make_quiz, quiz_request, shuffle_quiz
-from lora_ppo.settings import ConfigError
-from lora_ppo.terminal import read_questions
-from tasks.facts import Fact, table_facts
+from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, shuffle_quiz
+from lora_ppo.quizmaster import first_requests, make_quiz
+from lora_ppo.settings import ConfigError, Settings, setting
+from tasks.questions import Sample, split_samples, states
+from tasks.quiz_gate import ensure_gate
 
 LEARNERS = ("reader", "gain")
 QUIZZES_PER_PASS = 16
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A question, and the fact of the tables that answers it, if it is one of theirs."""
-
-    question: str
-    fact: Fact | None
-
-
-@cache
-def known_questions() -> dict[str, Fact]:
-    """Every phrasing of every fact of the tables, casefolded, and the fact."""
-    return {
-        fact.question(template).casefold(): fact
-        for fact in table_facts()
-        for template in (*fact.subject.ask, *fact.subject.held_out)
-    }
+@dataclass
+class TaskSettings(Settings):
+    questions: str = setting(
+        "", "text file of questions, one per line; empty: the bundled fact tables", group="the quiz task", split=True
+    )
+    quiz_learner: str = setting("auto", "reader, gain, or auto: reader for the bundled model, gain for any other")
 
 
-def states(answer: str, fact: Fact) -> bool:
-    """Whether the answer states the fact, in the words of its table's template (with or without "The")."""
-    return fact.statement[4:].casefold() in answer.casefold()
+def prepare(config: Any) -> Callable[[Policy], Task]:
+    """Checks the questions now, before any model is loaded; what it returns builds the task. Raises ConfigError."""
+    if config.quiz_learner not in ("auto", *LEARNERS):
+        raise ConfigError(f"quiz_learner={config.quiz_learner} is unknown: expected one of auto, {', '.join(LEARNERS)}")
+    split_samples("train", config.seed, config.questions, config.test_share)
 
+    def build(policy: Policy) -> Task:
+        ensure_gate(policy, lambda text: print(text, file=sys.stderr, flush=True))
+        default = "reader" if is_bundled(policy.config.model_name) else "gain"
+        learner = default if config.quiz_learner == "auto" else config.quiz_learner
+        return QuizTask(policy, config.seed, learner, config.questions, config.test_share)
 
-def split_samples(
-    split: Literal["train", "test"], seed: int = 0, questions_file: str = "", test_share: float = 0.2
-) -> tuple[Sample, ...]:
-    """The samples of a split, in an order drawn from `seed`; no fact of one split, nor its mirror, is in the other.
-
-    Which facts are held out is the same with every seed. Without a file: every fact of the tables once, in a phrasing
-    of its `ask` (train) or `held_out` (test). With one: its questions, where the phrasings of one fact stay together.
-    Raises ConfigError where the file can't be used or is too short to be split.
-    """
-    rng = random.Random(f"quiz/{seed}")
-    samples = []
-    if questions_file:
-        for question in dict.fromkeys(read_questions(questions_file)):
-            samples.append(Sample(question, known_questions().get(question.casefold())))
-    else:
-        for fact in table_facts():
-            asked, held_out = rng.choice(fact.subject.ask), rng.choice(fact.subject.held_out)
-            samples.append(Sample(fact.question(asked if split == "train" else held_out), fact))
-    groups: dict[object, list[Sample]] = {}
-    for sample in samples:
-        fact = sample.fact
-        same = frozenset((fact.about.casefold(), fact.answer.casefold())) if fact else sample.question.casefold()
-        groups.setdefault(same, []).append(sample)  # hot is to cold as cold is to hot
-    kept = list(groups.values())
-    random.Random("quiz").shuffle(kept)
-    tests = max(1, round(test_share * len(kept)))
-    if tests >= len(kept):
-        raise ConfigError(
-            f"questions={questions_file or 'the tables'} with test_share={test_share:g} leaves {len(kept) - tests} of "
-            f"{len(kept)} questions to train on: write more, or lower test_share"
-        )
-    chosen = [sample for group in (kept[:tests] if split == "test" else kept[tests:]) for sample in group]
-    rng.shuffle(chosen)
-    return tuple(chosen)
+    return build
 
 
 class QuizTask:
@@ -126,11 +92,13 @@ class QuizTask:
         for some in [new[i : i + QUIZZES_PER_PASS] for i in range(0, len(new), QUIZZES_PER_PASS)]:
             digests = [hashlib.sha256(f"{self.seed}/{question}".encode()).digest()[:6] for question in some]
             seeds = [int.from_bytes(digest, "big") for digest in digests]
-            first_tries = replies(self.policy, [quiz_request(self.policy, question) for question in some], seeds)
-            for question, seed, written in zip(some, seeds, first_tries, strict=True):
+            requests = [first_requests(self.policy, question) for question in some]
+            numbers = [seed + i for seed, own in zip(seeds, requests, strict=True) for i in range(len(own))]
+            first_replies = iter(replies(self.policy, list(chain(*requests)), numbers) if numbers else [])
+            for question, seed, own in zip(some, seeds, requests, strict=True):
                 with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                     torch.manual_seed(seed)
-                    quiz = make_quiz(self.policy, question, written)
+                    quiz = make_quiz(self.policy, question, [next(first_replies) for _ in own])
                 self.written[question] = None
                 if quiz:
                     correct = quiz.options[quiz.key]

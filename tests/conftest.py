@@ -23,6 +23,12 @@ def tiny_folder(tmp_path_factory) -> Callable[[str], Path]:
     return cache(lambda architecture: save_tiny(architecture, tmp_path_factory.mktemp(architecture)))
 
 
+@pytest.fixture(params=["qwen2", "qwen3", "llama", "mistral", "gemma3", "phi3", "smollm3"])
+def folder(request, tiny_folder) -> Path:
+    """The folder of a tiny model, for each of tiny.ARCHITECTURES."""
+    return tiny_folder(request.param)
+
+
 @pytest.fixture
 def llama(tiny_folder) -> Path:
     """The folder of the tiny Llama."""

@@ -1,24 +1,21 @@
 """The whole loop on every supported architecture: tiny random models, loaded from folders as real ones are."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.tiny import ARCHITECTURES, randomize_adapter, save_tiny, tiny_config, tiny_policy
+from support.tiny import randomize_adapter, save_tiny, tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import generate
-from lora_ppo.loading import load_policy
-from lora_ppo.quiz import QuizGrammar, one_line, option_probabilities, parse_quiz, quiz_text
-from lora_ppo.settings import ConfigError
+from lora_ppo.quiz import one_line, option_probabilities, parse_quiz, quiz_text
+from lora_ppo.quizmaster import QuizGrammar
 from lora_ppo.step import ppo_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,12 +23,6 @@ QUESTION = "What is the capital of France?"
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the libraries say about their own future
-
-
-@pytest.fixture(params=ARCHITECTURES)
-def folder(request, tiny_folder):
-    """The folder of a tiny model, for each architecture."""
-    return tiny_folder(request.param)
 
 
 def prompt_of(policy, question: str = QUESTION) -> list[int]:
@@ -61,91 +52,6 @@ def sampled_batch(policy, seed: int = 0):
 def answer_logprob(policy, batch) -> float:
     with torch.no_grad():
         return token_logprobs_and_values(policy, batch)[0].sum().item()
-
-
-# ----------------------------------------------------------------------------------------------------------- loading
-
-
-def test_adapters_sit_on_the_wanted_layers_of_both_blocks(folder, request):
-    """Phi3 fuses its projections: two of the seven names are left."""
-    policy = tiny_policy(folder)
-    expected = ["o_proj", "down_proj"] if "phi3" in request.node.name else ALL_TARGETS
-    assert policy.targets == expected
-    adapted = [name for name in policy.parameters if "lora_A" in name]
-    assert len(adapted) == 2 * len(expected)
-    assert all(f".{target}." in "".join(adapted) for target in expected)
-
-
-def test_only_adapters_and_value_head_are_trainable(folder):
-    policy = tiny_policy(folder)
-    trainable = [name for name, p in policy.model.named_parameters() if p.requires_grad]
-    assert trainable
-    assert all("lora_" in name for name in trainable)
-    assert set(policy.parameters) == {*trainable, "value_head.weight", "value_head.bias"}
-
-
-def test_a_model_without_the_wanted_layers_is_refused_with_a_list_of_its_own(tiny_folder):
-    with pytest.raises(ConfigError) as refusal:
-        load_policy(tiny_config(tiny_folder("phi3"), target_modules=["nope", "c_attn"]))
-    text = str(refusal.value)
-    assert "\n" not in text
-    assert "target_modules=nope,c_attn" in text
-    assert all(name in text for name in ("down_proj", "gate_up_proj", "o_proj", "qkv_proj"))
-    assert "lm_head" not in text
-
-
-def test_a_model_without_linear_layers_is_refused(tmp_path):
-    """GPT-2 is built of Conv1D."""
-    with pytest.raises(ConfigError, match=r"target_modules=.*linear layers are none"):
-        load_policy(tiny_config(save_tiny("gpt2", tmp_path)))
-
-
-def test_four_bits_on_a_cpu_are_refused_in_one_line(folder):
-    with pytest.raises(ConfigError) as refusal:
-        load_policy(tiny_config(folder, load_in_4bit="true", device="cpu"))
-    assert "\n" not in str(refusal.value)
-    assert "load_in_4bit=false" in str(refusal.value)
-
-
-@pytest.mark.parametrize("name", ["no/such/folder/anywhere", "nobody/no-such-model", "/nonexistent/model"])
-def test_a_missing_model_is_named_in_one_line(name):
-    with pytest.raises(ConfigError) as refusal:
-        load_policy(tiny_config(name))
-    assert "\n" not in str(refusal.value)
-    assert f"model_name={name}" in str(refusal.value)
-    assert ("there is no such folder" in str(refusal.value)) == name.startswith("/")
-
-
-def test_the_libraries_are_silent_from_the_first_load_on():
-    """In a process of its own: loading transformers sets levels once."""
-    code = "import logging; from lora_ppo.loading import silence_libraries; silence_libraries(); "
-    code += "print(*(logging.getLogger(name).level for name in ('transformers', 'huggingface_hub', 'peft')))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["50", "50", "50"]
-    assert result.stderr == ""
-
-
-def test_a_context_too_small_for_an_answer_is_refused_with_both_numbers(folder):
-    with pytest.raises(ConfigError, match=r"max_new_tokens=5000 .* context of \d+ tokens"):
-        load_policy(tiny_config(folder, max_new_tokens=5000))
-
-
-@pytest.mark.parametrize("damage", ["weights", "config", "pickle"])
-def test_a_damaged_model_folder_is_refused_in_one_line(damage, tmp_path):
-    """A pickle is never opened, even where it is all there is."""
-    folder = save_tiny("llama", tmp_path)
-    weights = folder / "model.safetensors"
-    if damage == "weights":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    elif damage == "config":
-        (folder / "config.json").write_text('{"model_type": "no-such-architecture"}')
-    else:
-        torch.save(load_file(weights), folder / "pytorch_model.bin")
-        weights.unlink()
-    with pytest.raises(ConfigError) as refusal:
-        load_policy(tiny_config(folder))
-    assert "\n" not in str(refusal.value)
-    assert f"model_name={folder} " in str(refusal.value)
 
 
 # -------------------------------------------------------------------------------------------------- generation, quiz
@@ -258,12 +164,13 @@ def test_option_probabilities_are_the_base_models(folder):
         torch.testing.assert_close(probabilities[row], expected, rtol=2e-3, atol=1e-5)
 
 
-def test_an_option_ends_as_the_template_ends_a_reply_and_its_special_tokens_stay_text(tiny_folder, monkeypatch):
+def test_an_option_ends_as_the_template_ends_a_reply_and_its_special_tokens_stay_text(tmp_path, monkeypatch):
     """Hubs list several end tokens, and the first is often not the one that ends a turn of a chat."""
-
-    policy = tiny_policy(tiny_folder("llama"))
-    end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    policy.model.generation_config.eos_token_id = [policy.tokenizer.convert_tokens_to_ids("<|pad|>"), end]
+    folder = save_tiny("llama", tmp_path)
+    pad, end = tiny_tokenizer().convert_tokens_to_ids(["<|pad|>", "<|im_end|>"])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [pad, end]}))
+    policy = tiny_policy(folder)
+    assert policy.stop_ids == [pad, end]
     seen, real = [], collate
     monkeypatch.setattr("lora_ppo.quiz.collate", lambda *given: seen.append(given[1]) or real(*given))
     options = ("Paris", "Ro<|im_end|>me", "Madrid", "Berlin")

@@ -27,7 +27,7 @@ def cache(monkeypatch, tmp_path):
 
 def greedy(policy, length: int) -> Request:
     policy.config.top_p, policy.config.max_new_tokens = 1e-9, length
-    policy.model.generation_config.eos_token_id = -1
+    policy.stop_ids = [-1]
     return Request(prompts(policy)[0], 1.0)
 
 

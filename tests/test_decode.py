@@ -12,7 +12,7 @@ from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import Request, generate, plain_reply, replies
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import QuizGrammar
+from lora_ppo.quizmaster import QuizGrammar
 
 
 def greedy(policy, prompt: list[int], adapter: bool) -> list[int]:
@@ -70,7 +70,7 @@ def test_a_reply_under_a_grammar_is_that_of_generate_and_its_logprobs_are_the_mo
 
 def test_a_reply_does_not_depend_on_what_is_written_beside_it(tiny_folder):
     policy, _ = load_policy(tiny_config(tiny_folder("qwen3"), max_new_tokens=60))
-    policy.model.generation_config.eos_token_id = list(range(0, 600, 15))  # replies end early, at different times
+    policy.stop_ids = list(range(0, 600, 15))  # replies end early, at different times
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
     prompt = prompts(policy)[0]
     quiz = Request(prompt, 1.0, adapter=False, grammar=QuizGrammar(policy, len(prompt)))

@@ -1,14 +1,15 @@
 """Episodes are played into trajectories of tokens."""
 
+import pytest
 import torch
-from support.echo import EchoTask
+from support.echo import EchoEpisode, EchoTask
 from support.tiny import tiny_policy
 from support.training import loaded
 
 import lora_ppo.episodes
-from lora_ppo import training
+from lora_ppo import evaluation, training
 from lora_ppo.chat import encode_chat
-from lora_ppo.episodes import play
+from lora_ppo.episodes import Outcome, play
 
 
 def test_several_replies_make_one_trajectory_and_only_they_are_chosen(llama_policy):
@@ -68,7 +69,7 @@ def test_without_a_chat_template_the_environment_is_plain_text(tiny_folder):
     assert policy.tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
 
 
-def test_an_episode_that_outgrows_the_context_is_unknown_and_takes_part_in_nothing(llama, accelerator):
+def test_an_episode_whose_opening_does_not_fit_is_unknown_and_takes_part_in_nothing(llama, accelerator):
     policy, config = loaded(llama)
     task = EchoTask()
     task.prompt = lambda number: "word " * (2000 if number == 1 else 2)
@@ -78,3 +79,63 @@ def test_an_episode_that_outgrows_the_context_is_unknown_and_takes_part_in_nothi
     assert "do not fit" in trajectories[1].outcome.why
     metrics = training.learn(policy, accelerator, config, trajectories)
     assert (metrics["outcome"], metrics["left_out"], metrics["answers"]) == ("taken", 1, 3)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_an_episode_that_outgrows_the_context_is_judged_and_learned_from(llama, accelerator, monkeypatch, at_once):
+    """It earns what the policy brought it to, beside others that end in time; `unknown` would spare it the penalty."""
+    policy, config = loaded(llama)
+    task = EchoTask(turns=lambda number: 1 if number == 2 else 10**6)
+    if at_once:
+        judged = staticmethod(lambda episodes: [episode.outcome() for episode in episodes])
+        monkeypatch.setattr(EchoEpisode, "outcomes", judged, raising=False)
+    monkeypatch.setattr(EchoEpisode, "step", long_winded(EchoEpisode.step))
+    monkeypatch.setattr(EchoEpisode, "outcome", lambda episode: Outcome("incorrect", -1.0 - episode.number))
+    torch.manual_seed(0)
+    episodes = [task.episode(i) for i in range(4)]
+    trajectories = play(policy, episodes)
+    assert [(t.outcome.verdict, t.outcome.reward) for t in trajectories] == [("incorrect", -1.0 - i) for i in range(4)]
+    for episode, t in zip(episodes, trajectories, strict=True):
+        assert t.replies == episode.replies
+        assert t.chosen[-1]  # what nobody answered is left out
+        assert len(t.chosen) == len(t.response)
+        assert len(t.prompt) + len(t.response) <= policy.context
+    counts = [len(t.replies) for t in trajectories]
+    assert counts[2] == 1
+    assert min(counts[:2] + counts[3:]) > 1
+    metrics = training.learn(policy, accelerator, config, trajectories)
+    assert (metrics["outcome"], metrics["left_out"], metrics["answers"]) == ("taken", 0, 4)
+    assert metrics["reward"] == pytest.approx(-2.5)
+
+
+def long_winded(step):
+    """A step whose environment says some 100 words more."""
+
+    def longer(episode, reply):
+        said = step(episode, reply)
+        return said and said + " word" * (100 + episode.number)
+
+    return longer
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_the_last_reply_may_fill_the_context_to_its_last_token(llama_policy, monkeypatch, spare):
+    """With one token less there is no second reply."""
+    task = EchoTask(turns=2)
+    torch.manual_seed(0)
+    (whole,) = play(llama_policy, [task.episode(1)])
+    first = len(whole.response) - whole.chosen[::-1].index(False)  # where the second reply begins
+    needed = len(whole.prompt) + first + llama_policy.config.max_new_tokens
+    monkeypatch.setattr(type(llama_policy), "context", needed - spare)
+    torch.manual_seed(0)
+    (trajectory,) = play(llama_policy, [task.episode(1)])
+    assert trajectory.replies == whole.replies[: 2 - spare]
+    assert trajectory.outcome.verdict in ("correct", "incorrect")
+
+
+def test_evaluation_counts_an_episode_that_outgrows_the_context(llama_policy, monkeypatch):
+    monkeypatch.setattr(EchoEpisode, "step", long_winded(EchoEpisode.step))
+    task = EchoTask(turns=10**6)
+    answers = evaluation.answer_all(llama_policy, task, [1, 2, 3], adapter=False, seed=0)
+    assert all(answer.outcome.verdict in ("correct", "incorrect") for answer in answers)
+    assert all(answer.tokens > llama_policy.config.max_new_tokens for answer in answers)

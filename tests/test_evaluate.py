@@ -1,9 +1,12 @@
 """evaluate.py as a user runs it: answers, comparisons, merging, refusals."""
 
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -90,7 +93,7 @@ def test_several_adapters_make_a_learning_curve(run, adapter):
     assert [model["name"] for model in record["models"]] == ["base", "epoch_1", "epoch_2"]
     for text in ("epoch_1", "epoch_2", "Wilson", "Newcombe", "McNemar", "bootstrap", "held-out samples"):
         assert text in output
-    assert set(record["methods"]) == {"accuracy", "accuracy difference", "p", "reward difference"}
+    assert set(record["methods"]) == {"accuracy", "accuracy difference", "p", "pass@k", "reward difference"}
     for model in record["models"]:
         answers = [row[model["folder"] or "base"] for row in record["answers"]]
         right = sum(answer["verdict"] == "correct" for answer in answers)
@@ -106,6 +109,55 @@ def test_the_same_command_gives_the_same_figures(run, adapter):
     first, second = (run("--adapter", folder)[2] for _ in range(2))
     assert first["models"] == second["models"]
     assert first["answers"] == second["answers"]
+
+
+def test_several_answers_to_a_sample_give_pass_at_k(run, adapter):
+    """The first answers are those that a single round gives; the others are drawn from other seeds."""
+    folder = adapter("epoch_1")
+    once = run("--adapter", folder)[2]
+    status, output, record = run("--adapter", folder, "samples_per_problem=3")
+    assert status == 0
+    assert "pass@k" in output
+    for model, alone in zip(record["models"], once["models"], strict=True):
+        assert model | {"pass_at": {}} == alone
+        rows = [row[model["folder"] or "base"]["verdicts"] for row in record["answers"]]
+        assert any(len(set(row)) > 1 for row in rows)
+        known = [row for row in rows if "unknown" not in row]
+        wanted = {
+            str(k): fmean(fmean("correct" in some for some in itertools.combinations(row, k)) for row in known)
+            for k in (1, 2, 3)
+        }
+        assert {k: found["share"] for k, found in model["pass_at"].items()} == pytest.approx(wanted)
+        for found in model["pass_at"].values():
+            assert found["interval"][0] <= found["share"] <= found["interval"][1]
+
+
+def graded(verdicts: str, strict: str, levels: str, cut_off: str) -> Result:
+    """A result of a task with levels, and a form that is asked for (s: in it)."""
+    rows = zip(result(verdicts).answers, strict, levels, cut_off, strict=True)
+    answers = [
+        replace(
+            answer, outcome=replace(answer.outcome, details={"strict": form == "s", "level": level}), cut_off=cut == "c"
+        )
+        for answer, form, level, cut in rows
+    ]
+    return Result("model", "", None, answers)
+
+
+def test_levels_the_form_and_answers_cut_off_are_told_apart():
+    mine, base = graded("rrwrw", "ss-s-", "11122", "--c-c"), graded("wrwww", "-s---", "11122", "ccccc")
+    found = figures(mine)
+    assert found["strict_accuracy"] == pytest.approx(3 / 5)
+    assert found["cut_off_share"] == pytest.approx(2 / 5)
+    assert {level: (row["samples"], row["accuracy"]) for level, row in found["by_level"].items()} == {
+        "1": (3, pytest.approx(2 / 3)),
+        "2": (2, pytest.approx(1 / 2)),
+    }
+    versus = comparison(mine, base)
+    assert versus["strict"]["accuracy_difference"] == pytest.approx(2 / 5)
+    assert [versus["by_level"][level]["only_this_right"] for level in "12"] == [1, 1]
+    assert versus["by_level"]["1"]["accuracy_difference"] == pytest.approx(1 / 3)
+    assert versus["accuracy_difference"] == pytest.approx(2 / 5)
 
 
 def test_the_base_alone_and_a_task_of_several_turns(run, monkeypatch):
@@ -273,8 +325,8 @@ def test_merging_leaves_a_folder_that_is_not_empty_alone(run, adapter):
     ("arguments", "message"),
     [
         (["--mode", "melt"], "mode=melt is unknown: expected one of evaluate, merge, both"),
-        (["--task", "chess"], "task=chess is unknown: expected one of quiz"),
-        (["--quiz_learner", "x"], "quiz_learner=x is unknown: expected one of auto, reader, gain"),
+        (["--task", "chess"], "task=chess is unknown: expected one of maths, quiz"),
+        (["--task", "quiz", "--quiz_learner", "x"], "quiz_learner=x is unknown: expected one of auto, reader, gain"),
         (["num_samples=0"], "num_samples=0 is out of range"),
         (["num_samples=ten"], "num_samples='ten' does not fit: expected a whole number"),
         (["test_share=1"], "test_share=1 is out of range"),
@@ -305,7 +357,7 @@ def test_an_adapter_folder_that_is_damaged_or_of_another_kind_is_refused(run, ad
     for name in ("manifest.json", "state.json", "adapter_model.safetensors"):
         (folder / name).unlink()
     (folder / "adapter_model.bin").write_bytes(b"pickled")
-    assert "expected peft_type LORA (found LORA) and an adapter_model.safetensors" in run("--adapter", folder)[1]
+    assert "has no adapter_model.safetensors" in run("--adapter", folder)[1]
     (folder / "adapter_config.json").write_text("{}")
     status, output, _ = run("--adapter", folder)
     assert status == 2
@@ -316,7 +368,7 @@ def test_an_adapter_of_another_base_model_is_refused(run, adapter, tiny_folder, 
     folder = adapter("epoch_1", model=tiny_folder("qwen2"))
     status, output, _ = run("--adapter", folder)
     assert status == 2
-    assert f"was trained on model_name={tiny_folder('qwen2')}, now it is {llama}" in output
+    assert f"was trained with model_name={tiny_folder('qwen2')}, now it is {llama}" in output
     for name in ("manifest.json", "state.json"):  # a plain PEFT folder doesn't say
         (folder / name).unlink()
     config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": ["c_attn"]}

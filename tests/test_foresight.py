@@ -101,8 +101,8 @@ def without_times(path: str) -> list[dict]:
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     for line in lines:
         for record in (line, line.get("log", {})):
-            record.pop("timestamp", None)
-            record.pop("seconds", None)
+            for name in ("timestamp", "seconds", "run", "prev", "sha256"):
+                record.pop(name, None)
     return lines
 
 
@@ -158,7 +158,7 @@ def test_ctrl_c_at_the_quiz_leaves_the_policy_as_it_was(play, monkeypatch):
 def test_the_simulated_learner_has_the_policy_to_itself(llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert SETTINGS
-    monkeypatch.setattr("lora_ppo.run.Foresight", None)
+    monkeypatch.setattr("lora_ppo.turns.Foresight", None)
     config = tiny_config(llama, checkpoint_dir="c", log_dir="l", max_new_tokens=6)
     policy, config = load_policy(config)
     run = Run(policy, config, print)

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from support import tiny
 from support.decoding import prompts
 from support.steps import EOS, PAD, PROMPTS, RESPONSES, make_batch, make_policy, naive_rows
 from support.tiny import CHATML, randomize_adapter, tiny_config, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import OPTConfig, OPTForCausalLM
 
-from lora_ppo.caches import ROUND, round_up
-from lora_ppo.forward import collate, read_sparingly, token_logprobs_and_values
+from lora_ppo.caches import ROUND, round_up, sees_all
+from lora_ppo.forward import BEGINNING, collate, common_beginning, read_sparingly, token_logprobs_and_values
 from lora_ppo.loading import load_policy
+from lora_ppo.settings import PROMPTS_FILE
 from lora_ppo.step import ppo_step
 
 
@@ -93,6 +95,32 @@ def measured(policy, batch, adapter: bool = True) -> tuple[list[torch.Tensor], i
 
 
 @pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("answers", [1, 4])
+def test_what_long_prompts_begin_with_is_read_once(policy, adapter, answers, monkeypatch):
+    """Prompts of unequal length after the same examples, one of them a token longer; one answer to each, or several."""
+    begun = [(7 * i + i * i) % 64 for i in range(BEGINNING)]
+    asked = [begun + ends for ends in ([1, 2, 3], [9], [4, 5, 6, 7, 8], [1, 3])]
+    rows = asked if answers == 1 else [asked[i % 2] for i in range(8)]
+    batch = collate(rows, ANSWERS[: len(rows)], policy.pad_id, policy.device)
+    shared, few = measured(policy, batch, adapter)
+    monkeypatch.setattr("lora_ppo.forward.read_sparingly", lambda *_: None)
+    plain, many = measured(policy, batch, adapter)
+    if sees_all(policy.model.config):  # a sliding window forgets how the prompts began
+        assert few < many / 2
+    for ours, theirs in zip(shared, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert max(x.abs().max() for x in plain[3:]) > 0.1
+
+
+def test_how_prompts_begin_by_hand():
+    long = tuple(range(BEGINNING))
+    assert common_beginning([(*long, 1, 2), (*long, 3), (*long, 1, 5, 6)]) == BEGINNING
+    assert common_beginning([(*long, 1, 2, 3), (*long, 1, 2)]) == BEGINNING + 2
+    assert common_beginning([(*long[1:], 1, 2), (*long[1:], 3, 4)]) == 0
+    assert common_beginning([(*long, 1)]) == 0
+
+
+@pytest.mark.parametrize("adapter", [True, False])
 def test_a_prompt_with_several_answers_is_read_once(policy, adapter, monkeypatch):
     """Answers and prompts of unequal length, one prompt a single token, groups that do not lie together."""
     asked = [*prompts(policy)[:2], [9]]
@@ -126,15 +154,16 @@ def test_what_fills_the_context_is_read_without_padding_beyond_it(tmp_path):
     """A model with learned positions has none for that."""
     tokenizer = tiny_tokenizer(CHATML)
     shape = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
-    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=29, **shape)
+    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=300, **shape)
     OPTForCausalLM(config).eval().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    (tmp_path / PROMPTS_FILE).write_text(tiny.PROMPTS.as_yaml(), encoding="utf-8")
     policy, _ = load_policy(tiny_config(tmp_path))
     randomize_adapter(policy)
-    prompt, answer = list(range(20, 40)), list(range(50, 59))
+    prompt, answer = list(range(20, 311)), list(range(50, 59))
     batch = collate([prompt], [answer], policy.pad_id, policy.device)
     logprobs, _, _ = token_logprobs_and_values(policy, batch)
-    logits = policy.model(input_ids=batch.input_ids).logits[0, 19:-1].log_softmax(-1)
+    logits = policy.model(input_ids=batch.input_ids).logits[0, 290:-1].log_softmax(-1)
     torch.testing.assert_close(logprobs[0], logits[range(9), answer], atol=1e-5, rtol=1e-5)
 
 

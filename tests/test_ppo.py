@@ -435,6 +435,11 @@ def test_exact_kl_agrees_with_torch_distributions():
     assert kl.min() > 0.01
 
 
+def after_a_prompt(tokens):
+    """The ids that a model read and wrote: some last token of the prompt, then `tokens`."""
+    return torch.nn.functional.pad(tokens, (1, 0), value=5)
+
+
 def chosen_by_torch(logits, tokens, temperature):
     return (logits / temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
@@ -456,7 +461,11 @@ def test_chosen_logprobs_and_their_gradient_are_those_of_torch(monkeypatch, piec
     logits = 3 * torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
     tokens = torch.randint(7, (2, 3), generator=generator)
     weights, results = torch.randn(2, 3, generator=generator), []
-    for function in (ppo.chosen_logprobs, CHOSEN_FAULTS[fault]):
+
+    def ours(logits, tokens, temperature):
+        return ppo.chosen_logprobs(logits, after_a_prompt(tokens), temperature)
+
+    for function in (ours, CHOSEN_FAULTS[fault]):
         x = logits.clone().requires_grad_()
         made = function(x, tokens, 0.3)
         (weights * made).sum().backward()
@@ -487,7 +496,7 @@ def test_logits_that_do_not_lie_row_by_row_have_the_same_gradient():
     gradients = []
     for x in (logits, logits.mT.contiguous().mT):
         x = x.requires_grad_()
-        gradients.append(torch.autograd.grad(ppo.chosen_logprobs(x, tokens, 0.7).sum(), x)[0])
+        gradients.append(torch.autograd.grad(ppo.chosen_logprobs(x, after_a_prompt(tokens), 0.7).sum(), x)[0])
     assert not x.is_contiguous()
     assert torch.equal(*gradients)
 
@@ -495,7 +504,7 @@ def test_logits_that_do_not_lie_row_by_row_have_the_same_gradient():
 def test_logits_of_half_precision_become_float32():
     logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     tokens = torch.tensor([[0, 1, 2, 3]])
-    logprobs = ppo.chosen_logprobs(logits, tokens, 0.7)
+    logprobs = ppo.chosen_logprobs(logits, after_a_prompt(tokens), 0.7)
     assert logprobs.dtype == torch.float32
     assert_close(logprobs, chosen_by_torch(logits.float(), tokens, 0.7), rtol=1e-6, atol=1e-6)
     logprobs.sum().backward()
@@ -510,3 +519,51 @@ def test_with_ratio_one_the_policy_gradient_is_reinforce():
     loss.backward()
     assert_close(logprobs.grad, -case.advantages * case.mask / case.mask.sum(), rtol=1e-12, atol=0)
     assert clip_fraction == 0
+
+
+IMPOSSIBLE = [-math.inf, torch.finfo(torch.float32).min, -1e30]
+
+
+@pytest.mark.parametrize("low", IMPOSSIBLE)
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_tokens_of_probability_zero_leave_every_number_what_it_is_without_them(low, temperature):
+    """As padded vocabularies have them: entropy, KL, log-probabilities, and the gradients of all three."""
+    generator = torch.Generator().manual_seed(0)
+    logits, other = (torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask, tokens = torch.tensor([[True, True, False], [True, False, False]]), torch.tensor([[4, 0, 1, 2], [4, 3, 4, 0]])
+
+    def measured(pad: float | None) -> list[torch.Tensor]:
+        rows = [x.clone().requires_grad_() for x in (logits, other)]
+        padded = rows if pad is None else [torch.nn.functional.pad(x, (0, 3), value=pad) for x in rows]
+        results = [
+            ppo.entropy(padded[0], mask, temperature),
+            ppo.exact_kl(*padded, temperature),
+            ppo.chosen_logprobs(padded[0], tokens, temperature),
+        ]
+        sum(result.sum() for result in results).backward()
+        return [*(x.detach() for x in results), *(x.grad for x in rows)]
+
+    for with_zeros, without in zip(measured(low), measured(None), strict=True):
+        assert_close(with_zeros, without, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_of_padding_is_zero():
+    logits = torch.tensor([[[1.0, 2.0, -math.inf]]], requires_grad=True)
+    mask = torch.tensor([[True]])
+    (ppo.entropy(logits, mask) + ppo.exact_kl(logits, logits.detach() * torch.tensor([1.0, 3.0, 1.0])).sum()).backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[..., 2].abs() < 1e-20
+
+
+def test_what_the_reference_alone_never_writes_is_infinitely_far():
+    """And what the policy never writes adds nothing: 0.5 ln 2 + 0.5 ln 2."""
+    p, q = torch.tensor([0.0, 0.0, -math.inf]), torch.tensor([0.0, 0.0, 0.0, 0.0])
+    assert_close(ppo.exact_kl(torch.nn.functional.pad(p, (0, 1), value=-math.inf), q), torch.tensor(math.log(2)))
+    assert ppo.exact_kl(q[:3], p) == math.inf
+
+
+def test_a_price_of_zero_is_none_even_of_an_infinite_divergence():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    ref = torch.tensor([[-math.inf, -1.0]])
+    rewards = ppo.compute_rewards(torch.tensor([1.0]), torch.tensor([[-1.0, -1.0]]), ref, mask, 0.0)
+    assert rewards.tolist() == [[0.0, 1.0]]

@@ -17,10 +17,11 @@ from lora_ppo.chat import ROLES, Prompts, Role, encode_chat, load_prompts
 from lora_ppo.checkpoint import model_card
 from lora_ppo.forward import known_beginning
 from lora_ppo.loading import find_prompts, load_policy
-from lora_ppo.quiz import LETTERS, parse_quiz, quiz_json, quiz_request
+from lora_ppo.quiz import LETTERS, parse_quiz, quiz_json
+from lora_ppo.quizmaster import quiz_request
 from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError
 from tasks.facts import table_facts
-from tasks.quiz import known_questions
+from tasks.questions import known_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "prompts").glob("*.yaml"))
@@ -174,7 +175,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_files_that_lack_a_role_between_them_are_refused(tmp_path):
     path = write(tmp_path / "mine.yaml", GOOD)
-    with pytest.raises(ConfigError, match=r"mine.yaml: found no quizmaster, solver, learner, expected all of tutor, "):
+    with pytest.raises(
+        ConfigError, match=r"mine.yaml: found no quizmaster, solver, learner, maths, expected all of tutor, "
+    ):
         load_prompts(path)
 
 
@@ -192,11 +195,11 @@ def test_every_value_is_the_text_that_stands_there(tmp_path):
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
-ROLE = st.builds(Role, TEXTS, st.lists(st.tuples(TEXTS, TEXTS), max_size=2).map(tuple))
+ROLE = st.builds(Role, TEXTS, st.lists(st.tuples(TEXTS, TEXTS), max_size=2).map(tuple), st.booleans())
 
 
 @settings(max_examples=200, deadline=None)
-@given(prompts=st.builds(Prompts, ROLE, st.builds(Role, TEXTS, st.just((("x", "null"),))), ROLE, ROLE))
+@given(prompts=st.builds(Prompts, ROLE, st.builds(Role, TEXTS, st.just((("x", "null"),))), ROLE, ROLE, ROLE))
 def test_what_a_checkpoint_keeps_is_read_back(prompts, tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / PROMPTS_FILE
     assert load_prompts(write(path, prompts.as_yaml())) == prompts
@@ -217,7 +220,7 @@ def test_the_examples_are_what_they_shall_teach(file):
     for quiz, reply in zip(quizzes, [reply for reply in replies if reply != "null"], strict=True):
         assert quiz_json(*quiz) == reply
         question, correct, wrong = quiz
-        assert all(len(option.split()) == 1 and option.casefold() not in question.casefold() for option in wrong)
+        assert all(len(option.split()) <= 2 and option.casefold() not in question.casefold() for option in wrong)
         assert correct.casefold() not in question.casefold()
     for role in (prompts.solver, prompts.learner):
         places = []
@@ -256,19 +259,20 @@ def test_how_a_role_begins_includes_its_examples(llama):
         prompt = tuple(encode_chat(policy.tokenizer, role.messages("When was that?")))
         with policy.adapter(False):
             known = known_beginning(policy, [prompt])
-        assert policy.tokenizer.decode(known).count("<|im_start|>assistant") == len(role.examples) >= 4
+        assert policy.tokenizer.decode(known).count("<|im_start|>assistant") == len(role.examples) >= 3
         assert role.examples[-1][1] in policy.tokenizer.decode(known)
 
 
-LONG = "solver:\n  system: " + "Solve it. " * 300 + "\n"
+LONG = "solver:\n  system: " + "Solve it. " * 225 + "\n"
 
 
 @pytest.mark.parametrize("role", ["tutor", "quizmaster", "solver", "learner"])
 def test_a_question_must_fit_the_prompts_of_every_role_of_its_turn(play, tmp_path, role):
     """The tiny model has room for 1024 tokens; the learner's prompts count where it takes the quizzes."""
     mine = write(tmp_path / "mine.yaml", LONG.replace("solver", role))
-    questions = write(tmp_path / "questions.txt", "even\n")
-    person = play(["even", "A"], prompts=mine)[1]
+    question = "even " * 50
+    questions = write(tmp_path / "questions.txt", f"{question}\n")
+    person = play([question, "A"], prompts=mine)[1]
     simulated = play([], prompts=mine, learner="simulated", questions=questions, steps=1, resume="none")[1]
     assert ("tokens with its instructions; the model has room for 1018" in person) == (role != "learner")
     assert "tokens with its instructions; the model has room for 1018" in simulated

@@ -1,19 +1,15 @@
 """The quiz: its grammar, how it is read, its key, and the gate."""
 
-import json
-import re
 import unicodedata
 from collections import Counter
 from itertools import permutations
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny import PROMPTS, SPECIAL_TOKENS, drive
 
-from lora_ppo.quiz import JSON_STRING, Quiz, QuizGrammar, flaw, parse_quiz, quiz_json, quiz_text, shuffle_quiz, survives
+from lora_ppo.quiz import Quiz, flaw, parse_quiz, quiz_json, quiz_text, shuffle_quiz
 from tasks.facts import arithmetic_facts, table_facts
 
 
@@ -55,62 +51,6 @@ def test_the_key_follows_the_shuffle():
     assert all(50 <= count <= 150 for count in seen.values())  # 100 expected, five standard deviations
 
 
-def token_bytes(tokenizer) -> list[bytes]:
-    """What each token writes; byte-level BPE spells the bytes that don't print as other characters."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
-    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return [b"" if name in SPECIAL_TOKENS else bytes(byte_of[c] for c in name) for name in names]
-
-
-def repeater(tokenizer, option: str, long: bool):
-    """Picks tokens that spell `option` again as every wrong option, in the longest or the shortest pieces."""
-    spelled = token_bytes(tokenizer)
-    wanted = json.dumps(option, ensure_ascii=False).encode()
-
-    def choose(written: list[int], allowed: list[int]) -> int:
-        done = b"".join(spelled[i] for i in written).partition(b'"wrong":')[2]
-        unfinished = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", done).lstrip(b"[,]}")
-        rest = wanted[len(unfinished) :] if wanted.startswith(unfinished) else b'"'  # refused: close and begin again
-
-        def preference(token: int) -> tuple[int, int]:
-            text = spelled[token]
-            if text.startswith(rest):
-                return 2, len(text) if long else -len(text)
-            if text and rest.startswith(text):
-                return 2 if not long else 1, len(text) if long else -len(text)
-            return 0, -len(text)
-
-        return max(allowed, key=preference)
-
-    return choose
-
-
-OPTIONS_TO_REPEAT = [
-    *((option, long) for option in ("Paris", "4", "22", "What is it?", "[x],") for long in (True, False)),
-    *((option, long) for option in ("a\\b", "wrong") for long in (True, False)),
-    ("...", False),
-    (":[", False),
-    *((option, long) for option in ("é", "日本", 'say "hi"') for long in (True, False)),
-    *((option, True) for option in ("...", ":[")),
-]
-
-
-@pytest.mark.parametrize(("option", "long"), OPTIONS_TO_REPEAT)
-def test_no_option_repeats_an_earlier_one(llama_policy, option, long):
-    """Against scores that always prefer to spell the first option again, the options end up distinct."""
-    tokenizer = llama_policy.tokenizer
-    beginning = quiz_json("Which?", option, [])[:-2]  # up to the bracket
-    prefix = tokenizer.encode(beginning, add_special_tokens=False)
-    ids = drive(QuizGrammar(llama_policy, 1), prefix, repeater(tokenizer, option, long), limit=600)
-    assert ids[-1] in llama_policy.stop_ids
-    quiz = json.loads(tokenizer.decode(ids, skip_special_tokens=True))
-    options = [quiz["correct"], *quiz["wrong"]]
-    assert quiz["correct"] == option
-    assert len(options) == len(set(options)) == 4, options
-
-
 @pytest.mark.parametrize("text", ['{"a":1}', "[1,2]", '{"question":"q","correct":1,"wrong":["a","b","c"]}', '"q"'])
 def test_json_of_another_shape_is_no_quiz(text):
     assert parse_quiz(text) is None
@@ -121,138 +61,7 @@ def test_an_option_cannot_forge_another_line():
     assert parse_quiz(text) == ("Which one?", "x C) Paris", ["b", "c", "d"])
 
 
-def test_a_word_is_refused_before_it_is_whole(llama_policy):
-    """Refused at its end alone, "Paris" would go on as "Parisian" or worse."""
-    tokenizer = llama_policy.tokenizer
-    written = tokenizer.encode(quiz_json("Which?", "Paris", [])[:-2] + '"Pari', add_special_tokens=False)
-    scores = QuizGrammar(llama_policy, 1)(torch.tensor([[0, *written]]), torch.zeros(1, len(tokenizer)))
-    assert not scores[0, tokenizer.convert_tokens_to_ids("s")].isfinite()
-    assert scores[0, tokenizer.convert_tokens_to_ids("t")].isfinite()
-
-
-def test_a_number_of_the_greatest_length_that_repeats_is_thrown_away(llama_policy):
-    """There the grammar leaves nothing but its end, so the quiz is refused as a whole."""
-    tokenizer, option = llama_policy.tokenizer, "12345678" * 10
-    prefix = tokenizer.encode(quiz_json("Which?", option, [])[:-2], add_special_tokens=False)
-    ids = drive(QuizGrammar(llama_policy, 1), prefix, repeater(tokenizer, option, True), limit=600)
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert json.loads(text)["wrong"] == [option] * 3
-    assert parse_quiz(text) is None
-
-
-@pytest.mark.parametrize("longer", [("1", "12", "123", "1234"), ("Marseille", "Mars", "Mar", "M")])
-def test_options_may_begin_alike(llama_policy, longer):
-    """Numbers often do; only the whole repetition is refused, and a word that an earlier one goes on from is none."""
-    tokenizer = llama_policy.tokenizer
-    beginning, _, rest = quiz_json("Which?", longer[0], longer[1:]).partition('["')
-    letters = [tokenizer.encode(c, add_special_tokens=False)[0] for c in rest]
-    grammar = QuizGrammar(llama_policy, 1)
-    written = tokenizer.encode(beginning + '["', add_special_tokens=False)
-    for token in letters:
-        scores = grammar(torch.tensor([[0, *written]]), torch.zeros(1, len(tokenizer)))
-        assert scores[0, token].isfinite(), tokenizer.decode([*written, token])
-        written.append(token)
-    assert parse_quiz(tokenizer.decode(written)) == ("Which?", longer[0], list(longer[1:]))
-
-
-@pytest.mark.parametrize("text", ["null", quiz_json("Which?", "a", ["b", "c", "d"])])
-@pytest.mark.parametrize("stop_ids", [[1], [2], [1, 2]])
-def test_after_the_quiz_only_end_tokens_are_allowed(llama_policy, text, stop_ids):
-    """Whichever tokens end the model's replies: the tokenizer's own is 1."""
-    llama_policy.model.generation_config.eos_token_id = stop_ids
-    tokenizer = llama_policy.tokenizer
-    grammar = QuizGrammar(llama_policy, 1)
-    written: list[int] = []
-    vocabulary = torch.zeros(1, len(tokenizer))
-    for token in tokenizer.encode(text, add_special_tokens=False):
-        scores = grammar(torch.tensor([[0, *written]]), vocabulary)
-        assert not scores[0, stop_ids].isfinite().any()
-        assert scores[0, token].isfinite()
-        written.append(token)
-    allowed = grammar(torch.tensor([[0, *written]]), vocabulary)[0].isfinite().nonzero().flatten().tolist()
-    assert allowed == stop_ids
-
-
-def test_the_grammar_keeps_the_scores_of_what_it_allows(llama_policy):
-    tokenizer = llama_policy.tokenizer
-    scores = torch.randn(1, len(tokenizer), generator=torch.Generator().manual_seed(0))
-    masked = QuizGrammar(llama_policy, 1)(torch.tensor([[0]]), scores)
-    allowed = masked.isfinite()
-    assert torch.equal(masked[allowed], scores[allowed])
-    texts = {tokenizer.decode([i]) for i in allowed[0].nonzero().flatten().tolist()}
-    assert texts == {text for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))]) if text} & {
-        start[:n] for start in ("null", '{"question":"') for n in range(1, len(start) + 1)
-    }
-
-
-def test_no_whitespace_outside_strings(llama_policy):
-    """Against scores that prefer whitespace wherever it is allowed."""
-    tokenizer = llama_policy.tokenizer
-    spelled = token_bytes(tokenizer)
-
-    def choose(written: list[int], allowed: list[int]) -> int:
-        return max(allowed, key=lambda i: (spelled[i][:1].isspace(), spelled[i].startswith(b'"'), -len(spelled[i])))
-
-    beginning = tokenizer.encode("{", add_special_tokens=False)
-    ids = drive(QuizGrammar(llama_policy, 1), beginning, choose, limit=900)
-    assert ids[-1] in llama_policy.stop_ids
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert " " in json.loads(text)["question"]
-    assert JSON_STRING.sub("", text) == "{:,:,:[,,]}"
-
-
-POLICY = SimpleNamespace(prompts=PROMPTS)
 QUIZ = Quiz("Which city?", ("Rome", "Madrid", "Paris", "Berlin"), 2)
-
-
-def solver(pick, calls: list):
-    """In place of option_probabilities: `pick(lines)` names the line that is chosen among the four of each quiz."""
-
-    def probabilities(policy, chats, options):
-        lines = [messages[-1]["content"].split("\n")[1:] for messages in chats]
-        calls.extend(lines)
-        return torch.eye(4)[[pick(four) for four in lines]]
-
-    return probabilities
-
-
-def test_a_quiz_survives_a_solver_that_knows(monkeypatch):
-    """And it is asked four times, with the key behind each letter once."""
-    calls: list[list[str]] = []
-    monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(lambda four: find(four, "Paris"), calls))
-    assert survives(POLICY, QUIZ) is True
-    assert sorted(find(four, "Paris") for four in calls) == [0, 1, 2, 3]
-    assert all(sorted(line[3:] for line in four) == sorted(QUIZ.options) for four in calls)
-    assert all([line[:3] for line in four] == ["A) ", "B) ", "C) ", "D) "] for four in calls)
-
-
-def find(lines: list[str], option: str) -> int:
-    return next(i for i, line in enumerate(lines) if line.endswith(f") {option}"))
-
-
-@pytest.mark.parametrize("letter", range(4))
-def test_a_quiz_does_not_survive_a_solver_that_always_picks_one_letter(monkeypatch, letter):
-    monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(lambda four: letter, []))
-    assert survives(POLICY, QUIZ) is False
-
-
-@pytest.mark.parametrize(("known", "expected"), [(4, True), (3, True), (2, False), (0, False)])
-def test_a_quiz_needs_more_than_half_of_its_four_trials(monkeypatch, known, expected):
-    answers = iter([True] * known + [False] * (4 - known))
-
-    def pick(four: list[str]) -> int:
-        return find(four, "Paris" if next(answers) else "Rome")
-
-    monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(pick, []))
-    assert survives(POLICY, QUIZ) is expected
-
-
-@pytest.mark.parametrize("key", range(4))
-def test_a_wrong_key_does_not_survive(monkeypatch, key):
-    """The solver knows the answer; the quiz claims another option."""
-    monkeypatch.setattr("lora_ppo.quiz.option_probabilities", solver(lambda four: find(four, "Paris"), []))
-    quiz = Quiz(QUIZ.question, QUIZ.options, key)
-    assert survives(POLICY, quiz) is (key == QUIZ.key)
 
 
 def test_the_solver_sees_the_options_and_no_key():

@@ -21,7 +21,7 @@ def written(monkeypatch):
         return None if "null" in question else Quiz(f"On {question}", ("right", "b", "c", "d"), 0)
 
     monkeypatch.setattr(tasks.quiz, "make_quiz", make_quiz)
-    monkeypatch.setattr(tasks.quiz, "quiz_request", lambda policy, question: question)
+    monkeypatch.setattr(tasks.quiz, "first_requests", lambda policy, question: [question])
     monkeypatch.setattr(tasks.quiz, "replies", lambda policy, requests, seeds: [None] * len(requests))
     return asked
 

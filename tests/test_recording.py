@@ -37,7 +37,7 @@ def as_a_graph(policy) -> None:
 def test_a_pass_in_fixed_tensors_writes_the_same(policy):
     """Three rows, gated and padded, that leave the batch one by one."""
     requests = [Request(prompt, 1.0, adapter=i != 1) for i, prompt in enumerate(prompts(policy))]
-    policy.model.generation_config.eos_token_id = list(range(0, 600, 25))
+    policy.stop_ids = list(range(0, 600, 25))
     plain = decode.decode(policy, requests, seeds=[1, 2, 3])
     assert len({len(reply.ids) for reply in plain}) > 1
     as_a_graph(policy)
@@ -58,7 +58,7 @@ def test_a_graph_sees_what_training_changes_and_reads_only_what_it_is_given(tiny
     """A second reply, to a shorter prompt: of the first one, nothing that is still there may count."""
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24, learning_rate=0.3, target_kl=1e9))
     randomize_adapter(policy)
-    policy.model.generation_config.eos_token_id = -1
+    policy.stop_ids = [-1]
     requests = [Request(prompt, 1.0) for prompt in sorted(prompts(policy), key=len, reverse=True)]
     as_a_graph(policy)
     first = decode.decode(policy, requests[:1], [1])[0]
@@ -77,7 +77,7 @@ def test_a_graph_sees_what_training_changes_and_reads_only_what_it_is_given(tiny
 def test_a_graph_that_strays_from_the_model_is_not_played(tiny_folder, monkeypatch):
     """Three rows, for which it would take four, go on as three."""
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
-    policy.model.generation_config.eos_token_id = -1
+    policy.stop_ids = [-1]
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
     plain = decode.decode(policy, requests, [1, 2, 3])
 
@@ -95,7 +95,7 @@ def test_a_graph_that_strays_from_the_model_is_not_played(tiny_folder, monkeypat
 
 def test_replies_of_other_lengths_have_graphs_with_other_room_and_many_rows_none(tiny_folder, monkeypatch):
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=24))
-    policy.model.generation_config.eos_token_id = -1
+    policy.stop_ids = [-1]
     request = Request(prompts(policy)[0], 1.0)
     as_a_graph(policy)
     decode.decode(policy, [request, request], [1, 2])

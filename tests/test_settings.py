@@ -239,7 +239,6 @@ def test_a_value_that_is_no_choice_is_refused_with_the_choices(name):
         ("adaptive_kl=maybe", "'maybe'", "true or false"),
         ("adaptive_kl=null", "'null'", "true or false"),
         ("target_modules=[q_proj", "'[q_proj'", "names, separated by commas"),
-        ("log_dir=${x", "'${x'", "text"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(argument, shown, expected):
@@ -315,7 +314,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     assert refusal("--config", str(tmp_path / "binary.yaml")).startswith(f"--config {tmp_path / 'binary.yaml'} ")
 
 
-@pytest.mark.parametrize("argument", ["model_name=${nope}", "log_dir=???", "target_modules=???"])
+@pytest.mark.parametrize("argument", ["device=???", "target_modules=???"])
 def test_what_omegaconf_takes_for_its_own_syntax_is_refused(argument):
     assert refusal(argument).startswith(argument.partition("=")[0])
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lora_ppo.statistics import bootstrap_interval, mcnemar_exact, newcombe_interval, wilson_interval
+from lora_ppo.statistics import bootstrap_interval, mcnemar_exact, newcombe_interval, pass_at_k, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,16 @@ def test_wilson_interval_holds_the_proportions_that_the_score_test_does_not_reje
         for hits in range(n + 1):
             expected = (boundary(hits / n, 0.0, hits, n), boundary(hits / n, 1.0, hits, n))
             assert wilson_interval(hits, n) == pytest.approx(expected, abs=1e-9)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
+    """Counted out; and by hand: of 5 answers 2 right, 2 drawn: 1 - 3/10."""
+    assert pass_at_k(5, 2, 2) == pytest.approx(0.7)
+    assert (pass_at_k(4, 0, 3), pass_at_k(4, 4, 1), pass_at_k(4, 2, 3)) == (0.0, 1.0, 1.0)
+    for n in range(1, 8):
+        for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+            draws = list(itertools.combinations([i < right for i in range(n)], k))
+            assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
 
 
 def test_nothing_counted_says_nothing():

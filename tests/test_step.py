@@ -181,6 +181,24 @@ def test_a_loss_that_is_not_finite_is_skipped(monkeypatch):
     assert policy.step == 1
 
 
+@pytest.mark.parametrize("broken", [NAN, math.inf])
+@pytest.mark.parametrize("metric", ["value_loss", "entropy"])
+def test_a_metric_whose_coefficient_is_0_never_decides_a_step(metric, broken, monkeypatch):
+    """The step is the one that would have been, whatever the metric says."""
+    settings = {"vf_coef": 0.0, "entropy_coef": 0.0, "kl_coef": 0.0, "target_kl": 1e6}
+    usual, policy = (trained_once(**settings) for _ in range(2))
+    ppo_step(usual, make_batch(), [1.0, 1.0, -1.0])
+    original = getattr(ppo, metric)
+
+    def spoilt(*arguments):
+        result = original(*arguments)
+        return result * broken if metric == "entropy" else (result[0] * broken, result[1])
+
+    monkeypatch.setattr(ppo, metric, spoilt)
+    assert not math.isfinite(ppo_step(policy, make_batch(), [1.0, 1.0, -1.0])[metric])
+    assert bits(policy) == bits(usual)
+
+
 def test_a_loss_that_breaks_in_a_later_epoch_takes_the_earlier_ones_back(monkeypatch):
     policy, losses, original = trained_once(ppo_epochs=3), [], ppo.value_loss
     before = bits(policy)

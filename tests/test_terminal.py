@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from lora_ppo.terminal import Terminal, clean, parse_choice
+from lora_ppo.settings import ConfigError
+from lora_ppo.terminal import BIDI_CONTROLS, Terminal, clean, parse_choice, read_questions
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,45 @@ def test_choices(text, expected):
 def test_several_letters_are_no_choice(text):
     """A slip of the hand must not be scored as the first of its letters."""
     assert parse_choice(text, OPTIONS) is None
+
+
+@pytest.mark.parametrize("mark", ["\u200f", "\u200e", "\u061c", "\u200b", "\u2060", "\ufeff", "\xad"])
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("{}b", OPTIONS, 1),
+        ("s{}", OPTIONS, "skip"),
+        ("New{} York", OPTIONS, 1),
+        ("paris", ("x{}", "{}Par{}is", "y", "z"), 1),
+        ("{}", OPTIONS, None),
+    ],
+)
+def test_marks_that_nobody_sees_change_no_choice(text, options, expected, mark):
+    """Keyboards of right-to-left scripts type them, and pages from which one copies hold them."""
+    assert parse_choice(text.format(mark), [option.replace("{}", mark) for option in options]) == expected
+
+
+@pytest.mark.parametrize("mark", sorted(BIDI_CONTROLS))
+def test_marks_of_direction_in_a_file_of_questions_are_dropped(tmp_path, mark):
+    path = tmp_path / "questions.txt"
+    path.write_text(f"{mark}מה זה {mark}ABC{mark}?\n{mark}\n", encoding="utf-8")
+    assert read_questions(str(path)) == ["מה זה ABC?"]
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\x7f", "\x85", "\x9b", "\r"])
+def test_a_control_character_in_a_file_of_questions_is_named(tmp_path, character):
+    path = tmp_path / "questions.txt"
+    path.write_bytes(f"one\ttab\r\ntwo {character}x\n".encode())
+    with pytest.raises(ConfigError, match=rf"line 2 holds the control character U\+{ord(character):04X}"):
+        read_questions(str(path))
+
+
+@pytest.mark.parametrize("text", ["می\u200cخواهم", "👩\u200d🔬", "a\u200bb\u00adc\u2060d", "🏴\U000e0067\U000e007f"])
+def test_characters_of_no_width_that_scripts_need_are_kept(tmp_path, text):
+    path = tmp_path / "questions.txt"
+    path.write_text(text, encoding="utf-8")
+    assert read_questions(str(path)) == [text]
+    assert clean(text) == text
 
 
 def test_a_letter_comes_before_an_options_text():

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from support.echo import EchoTask
 from support.training import BASE, ROOT, loaded, run_out_of_memory, same
 
+import lora_ppo.trainer
 import train
 from lora_ppo.checkpoint import verify_checkpoint
-from lora_ppo.episodes import play
+from lora_ppo.episodes import Outcome, play
 from lora_ppo.settings import ConfigError, parse
 from lora_ppo.trainer import Training
+from lora_ppo.watching import in_short, without_contrast
 
 
 @pytest.fixture
@@ -282,6 +284,93 @@ def test_what_decides_the_order_of_samples_can_not_change_on_resume(run):
 def test_eight_bit_adam_is_refused_without_cuda(llama):
     with pytest.raises(ConfigError, match=r"optimizer=adamw_8bit needs CUDA.*cpu"):
         loaded(llama, optimizer="adamw_8bit")
+
+
+def test_the_control_tosses_coins_and_the_log_still_knows_what_is_right(run, monkeypatch):
+    """Its coins come from the seed and the step; a run that was stopped tosses the same again."""
+    seen, real = [], lora_ppo.trainer.learn
+
+    def learn(policy, accelerator, config, trajectories):
+        seen.append([(t.outcome.reward, t.outcome.verdict) for t in trajectories])
+        return real(policy, accelerator, config, trajectories)
+
+    monkeypatch.setattr("lora_ppo.trainer.learn", learn)
+    assert run(output_dir="out", control="random", samples_per_epoch=40, seed=3)[0] == 0
+    rewards = [reward for step in seen for reward, _ in step]
+    assert set(rewards) == {0.0, 1.0}
+    assert 10 < sum(rewards) < 30
+    assert {(r, v) for step in seen for r, v in step} == {(r, v) for r in (0.0, 1.0) for v in ("correct", "incorrect")}
+    share = [sum(v == "correct" for _, v in step) / len(step) for step in seen]
+    assert [line["accuracy"] for line in log("out")[1:]] == share
+    first, seen[:] = list(seen), []
+    assert run(output_dir="again", control="random", samples_per_epoch=40, seed=3)[0] == 0
+    assert seen == first
+
+
+def test_a_linear_schedule_ends_near_0_and_a_resumed_run_takes_it_up(run, monkeypatch):
+    rates, real = [], lora_ppo.trainer.learn
+
+    def learn(policy, accelerator, config, trajectories):
+        rates.append([group["lr"] for group in policy.optimizer.param_groups])
+        if len(rates) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(policy, accelerator, config, trajectories)
+
+    monkeypatch.setattr("lora_ppo.trainer.learn", learn)
+    settings = {"output_dir": "out", "lr_schedule": "linear", "samples_per_epoch": 16, "learning_rate": 0.01}
+    assert run(**settings)[0] == 130
+    assert run(**settings, resume_from="latest")[0] == 0
+    assert [rate for rate, _ in rates] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert len({head for _, head in rates}) == 1  # the value head keeps its own
+
+
+class Flat(EchoTask):
+    """Every answer earns the same."""
+
+    def episode(self, number):
+        episode = super().episode(number)
+        episode.outcome = lambda: Outcome("incorrect", 0.0)
+        return episode
+
+
+def test_a_run_without_contrast_says_so_once_and_what_to_change(run, monkeypatch):
+    monkeypatch.setitem(train.TASKS, "echo", lambda config: lambda policy: Flat())
+    settings = {"algorithm": "grpo", "group_size": 2, "samples_per_epoch": 44, "save_every": 21}
+    status, output = run(output_dir="out", **settings)
+    assert status == 0
+    assert output.count("For 20 steps no group of answers has had contrast") == 1
+    assert "are cut off: raise max_new_tokens" in output
+    assert {line["outcome"] for line in log("out")[1:]} == {"skipped"}
+    assert all(line["equal_groups"] == 2 for line in log("out")[1:])
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "cut_off", "words"),
+    [(0.9, 0.5, "take harder problems"), (0.1, 0.5, "50% are cut off"), (0.1, 0.0, "take easier problems")],
+)
+def test_the_advice_follows_from_the_last_step(accuracy, cut_off, words):
+    line = {"equal_groups": 4, "accuracy": accuracy, "cut_off": cut_off}
+    assert words in without_contrast([line] * 20, 4)
+    assert not without_contrast([line] * 19, 4)
+    assert not without_contrast([line] * 21, 4)
+    assert not without_contrast([*[line] * 19, line | {"equal_groups": 3}, *[line] * 19], 4)
+    assert words in without_contrast([line | {"equal_groups": 3}, *[line] * 20], 4)
+
+
+def test_a_step_in_short_names_what_it_is_watched_by():
+    line = {"reward": 0.5, "accuracy": 0.5, "kl": 0.125, "tokens_per_second": 100.0}
+    assert in_short(line, 8) == "reward +0.50  accuracy 50%  KL 0.12  100 tokens/s"
+    line |= {"strict": 0.25, "entropy": 0.314, "equal_groups": 3, "cut_off": 0.125}
+    assert in_short(line, 8) == (
+        "reward +0.50  accuracy 50% (25% strict)  entropy 0.31  KL 0.12  100 tokens/s  3 of 8 groups without contrast"
+        "  12% cut off"
+    )
+
+
+def test_answers_without_an_end_are_counted_as_cut_off(run):
+    """The tiny model rarely writes its end token: with one token an answer, all but those that are nothing else."""
+    assert run(output_dir="out", max_new_tokens=1)[0] == 0
+    assert all(line["cut_off"] > 0.9 for line in log("out")[1:])
 
 
 def test_the_presets_are_valid():

@@ -5,28 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from support.echo import EchoTask
-from support.training import assert_close, gradient, loaded, run_out_of_memory, same
+from support.training import answered, assert_close, batch_of, gradient, loaded, run_out_of_memory, same
 
-import lora_ppo.episodes
 from lora_ppo import ppo, training
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.episodes import Outcome, play
-from lora_ppo.forward import Batch, collate, token_logprobs_and_values
+from lora_ppo.forward import token_logprobs_and_values
 from lora_ppo.step import ppo_step
-
-
-def answered(policy, rewards, seed=0, verdict=None) -> list[lora_ppo.episodes.Trajectory]:
-    """One sampled answer a reward."""
-    torch.manual_seed(seed)
-    trajectories = play(policy, [EchoTask().episode(i) for i in range(len(rewards))])
-    for trajectory, reward in zip(trajectories, rewards, strict=True):
-        trajectory.outcome = Outcome(verdict or ("correct" if reward > 0 else "incorrect"), reward)
-    return trajectories
-
-
-def batch_of(policy, trajectories) -> Batch:
-    prompts, responses = [t.prompt for t in trajectories], [t.response for t in trajectories]
-    return collate(prompts, responses, policy.pad_id, policy.device, [t.chosen for t in trajectories])
 
 
 @pytest.mark.parametrize(("epochs", "kept"), [(1, True), (1, False), (2, True)])
@@ -231,12 +216,51 @@ def test_the_grpo_gradient_is_that_of_the_formula(llama, accelerator):
     assert all(not found[name].any() for name in found if name.startswith("value_head"))
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_the_price_of_a_small_divergence_is_not_lost_in_rounding(llama, size):
+    """k3 is about half the square of the difference: e^d - d - 1, each rounded to float32, leaves nothing of it."""
+    policy, config = loaded(llama, algorithm="grpo", group_size=2)
+    batch = batch_of(policy, answered(policy, [1.0, 0.0]))
+    with torch.no_grad():
+        logprobs, values, _ = token_logprobs_and_values(policy, batch)
+    ref_logprobs = logprobs + size * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)
+    nothing = torch.zeros_like(logprobs)
+    policy.kl_coef = 1.0
+    piece = training.Experience(batch, logprobs, ref_logprobs, values, nothing, nothing)
+    found = training.losses(policy, config, piece)["loss"].item()
+    difference = (ref_logprobs.double() - logprobs.double())[batch.response_mask]
+    wanted = (difference**2 / 2 + difference**3 / 6 + difference**4 / 24).mean().item()
+    assert found == pytest.approx(wanted, rel=1e-6 / size)
+
+
 def test_with_kl_coef_0_no_divergence_is_too_large(llama, accelerator):
     """The estimate grows with its exponential, and 0 times infinity is no number."""
     policy, config = loaded(llama, algorithm="grpo", group_size=2, kl_coef=0.0)
     experience, _ = training.examine(policy, accelerator, config, answered(policy, [1.0, 0.0]))
     far = replace(experience, ref_logprobs=experience.ref_logprobs + 1000.0)
     assert training.losses(policy, config, far)["loss"].isfinite()
+
+
+def test_with_entropy_coef_0_the_entropy_decides_nothing(llama, accelerator, monkeypatch):
+    policy, config = loaded(llama, algorithm="grpo", group_size=2, entropy_coef=0.0)
+    experience, _ = training.examine(policy, accelerator, config, answered(policy, [1.0, 0.0]))
+    usual = training.losses(policy, config, experience)["loss"]
+    monkeypatch.setattr(ppo, "entropy", lambda *given: torch.tensor(torch.inf))
+    assert torch.equal(training.losses(policy, config, experience)["loss"], usual)
+
+
+def test_rows_that_take_no_part_have_a_loss_of_0_whatever_stands_on_their_padding(llama, accelerator):
+    """A padding token's logit may be -inf."""
+    policy, config = loaded(llama, algorithm="grpo", group_size=2)
+    experience, _ = training.examine(policy, accelerator, config, answered(policy, [1.0, 0.0]))
+    mask = torch.zeros_like(experience.batch.response_mask)
+    logprobs = torch.full_like(experience.logprobs, -torch.inf, requires_grad=True)
+    first = logprobs, torch.zeros_like(logprobs, requires_grad=True), None
+    nothing = replace(experience, batch=replace(experience.batch, response_mask=mask), first=first)
+    loss = training.losses(policy, config, nothing)["loss"]
+    loss.backward()
+    assert loss == 0
+    assert not logprobs.grad.any()
 
 
 def test_a_group_of_equal_rewards_gives_no_gradient_and_is_counted(llama, accelerator):

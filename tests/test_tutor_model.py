@@ -19,15 +19,8 @@ import lora_ppo_demo as demo
 from config import Config
 from lora_ppo.chat import encode_chat
 from lora_ppo.loading import load_policy
-from lora_ppo.quiz import (
-    LETTERS,
-    learner_choices,
-    learner_probabilities,
-    make_quiz,
-    option_probabilities,
-    quiz_text,
-    shuffle_quiz,
-)
+from lora_ppo.quiz import LETTERS, learner_choices, learner_probabilities, option_probabilities, quiz_text, shuffle_quiz
+from lora_ppo.quizmaster import make_quiz
 from lora_ppo.run import Run
 from lora_ppo.settings import BUNDLED_MODEL, PROMPTS_FILE
 from lora_ppo.terminal import Terminal

@@ -18,13 +18,12 @@ from lora_ppo.quiz import (
     learner_probabilities,
     option_probabilities,
     parse_quiz,
-    quiz_request,
     quiz_text,
     shuffle_quiz,
-    survives,
 )
+from lora_ppo.quizmaster import quiz_request, survives
 from tasks.facts import Fact, arithmetic_facts, subjects, table_facts
-from tasks.quiz import states
+from tasks.questions import states
 from tools.corpus import tutor
 from tools.corpus.base import ARITHMETIC_SHARE, shuffled
 from tools.corpus.unknown import invented_name

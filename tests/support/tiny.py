@@ -12,11 +12,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from config import Config
 from lora_ppo.chat import load_prompts
+from lora_ppo.gate import Gate, write_gate
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import quiz_json
-from lora_ppo.settings import BUNDLED_MODEL, PROMPTS_FILE
+from lora_ppo.settings import BUNDLED_MODEL, GATE_FILE, PROMPTS_FILE
 
+MIXTURES = ("qwen2_moe", "qwen3_moe", "deepseek_v3", "ernie4_5_moe", "hunyuan", "glm4_moe", "mixtral")
+MIXTURE = {"moe_intermediate_size": 16}
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma3", "phi3", "smollm3")
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
 PROMPTS = load_prompts(BUNDLED_MODEL / PROMPTS_FILE)  # short ones, without examples
@@ -95,17 +98,57 @@ def tiny_model(architecture: str, tokenizer, seed: int = 0, **sizes: int) -> tra
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=None
         ),
+        "phi": lambda: transformers.PhiConfig(**shape),
+        "opt": lambda: transformers.OPTConfig(**shape, ffn_dim=48, word_embed_proj_dim=16),
+        "mamba": lambda: transformers.MambaConfig(**shape),
+        "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+            **shape, **MIXTURE, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=24
+        ),
+        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+            **shape, **MIXTURE, num_experts=4, num_experts_per_tok=2, head_dim=8, mlp_only_layers=[0]
+        ),
+        "deepseek_v3": lambda: transformers.DeepseekV3Config(
+            **shape | {"num_key_value_heads": 4},
+            **MIXTURE,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            first_k_dense_replace=1,
+        ),
+        "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
+            **shape, **MIXTURE, moe_num_experts=4, moe_k=2, moe_layer_start_index=1, moe_num_shared_experts=1
+        ),
+        "hunyuan": lambda: transformers.HunYuanMoEV1Config(
+            **shape, head_dim=8, num_experts=4, moe_topk=2, num_shared_expert=1
+        ),
+        "glm4_moe": lambda: transformers.Glm4MoeConfig(
+            **shape,
+            **MIXTURE,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+        ),
+        "mixtral": lambda: transformers.MixtralConfig(**shape, num_local_experts=4),
     }[architecture]()
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def save_tiny(architecture: str, folder: Path) -> Path:
+def save_tiny(architecture: str, folder: Path, seed: int = 0, **sizes: int) -> Path:
     """Writes model, tokenizer and prompts to `folder`, which `load_policy` then takes as `model_name`."""
     tokenizer = tiny_tokenizer(TEMPLATES.get(architecture, CHATML))
-    tiny_model(architecture, tokenizer).save_pretrained(folder)
+    tiny_model(architecture, tokenizer, seed, **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / PROMPTS_FILE).write_text(PROMPTS.as_yaml(), encoding="utf-8")
+    write_gate(folder / GATE_FILE, Gate("options", right=1, shown=1, asked=1))
     return folder
 
 

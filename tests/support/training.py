@@ -8,8 +8,11 @@ import torch
 
 import train
 from lora_ppo import training
+from lora_ppo.episodes import Outcome, Trajectory, play
+from lora_ppo.forward import Batch, collate
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
+from support.echo import EchoTask
 from support.tiny import randomize_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +52,20 @@ def loaded(llama, **changes) -> tuple[Policy, train.TrainConfig]:
     training.prepare(policy, config)
     randomize_adapter(policy)
     return policy, config
+
+
+def answered(policy, rewards, seed=0, verdict=None) -> list[Trajectory]:
+    """One sampled answer a reward."""
+    torch.manual_seed(seed)
+    trajectories = play(policy, [EchoTask().episode(i) for i in range(len(rewards))])
+    for trajectory, reward in zip(trajectories, rewards, strict=True):
+        trajectory.outcome = Outcome(verdict or ("correct" if reward > 0 else "incorrect"), reward)
+    return trajectories
+
+
+def batch_of(policy, trajectories) -> Batch:
+    prompts, responses = [t.prompt for t in trajectories], [t.response for t in trajectories]
+    return collate(prompts, responses, policy.pad_id, policy.device, [t.chosen for t in trajectories])
 
 
 def gradient(policy, config, accelerator, trajectories, **changes) -> dict[str, torch.Tensor]:

@@ -55,7 +55,7 @@ def by_generate(policy: Policy, prompt: list[int], count: int, seed: int) -> lis
 def measure(config: Config, counts: list[int], tokens: dict[int, int], repeats: int) -> list[dict[str, Any]]:
     """A row for each number of replies at once."""
     policy, config = load_policy(config)
-    policy.model.generation_config.eos_token_id = -1
+    policy.stop_ids = [-1]
     for name, parameter in policy.parameters.items():  # adapters that say something
         if "lora_B" in name:
             parameter.data.normal_(0, 0.01)

@@ -5,8 +5,10 @@
     python tools/bench/learning.py                    this project's alone
     python tools/bench/learning.py --control          rewards shuffled among questions: this must not learn
     python tools/bench/learning.py --validation --set learning_rate=1e-3          to choose settings by
+    python tools/bench/learning.py --learner rules --steps 150 --seeds 3 --set model_name=smollm2          a real model
 
-One answer a step, as a person drives the tutor, with the simulated learner of `tasks/quiz.py` in the person's place.
+One answer a step, as a person drives the tutor, with the simulated learner of `tasks/quiz.py` in the person's place, or
+with one by rules (`--learner rules`, half_known.py).
 Every run of a seed has the same start, questions in the same order, random numbers and held-out facts; the quizzes are
 written beforehand by the base model, and are the same for all. Seconds are those of sampling, judging and steps.
 
@@ -36,19 +38,21 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
 from evaluate import percent  # noqa: E402
-from lora_ppo.chat import encode_chat  # noqa: E402
-from lora_ppo.evaluation import answer_all, write_json  # noqa: E402
-from lora_ppo.forward import collate  # noqa: E402
+from lora_ppo.chat import encode_chat, encode_text  # noqa: E402
+from lora_ppo.evaluation import Answer, answer_all, write_json  # noqa: E402
+from lora_ppo.forward import collate, token_logprobs_and_values  # noqa: E402
 from lora_ppo.generate import generate  # noqa: E402
 from lora_ppo.journal import turn_seed  # noqa: E402
 from lora_ppo.loading import load_policy  # noqa: E402
 from lora_ppo.policy import Policy  # noqa: E402
+from lora_ppo.ppo import exact_kl  # noqa: E402
 from lora_ppo.settings import ConfigError  # noqa: E402
 from lora_ppo.statistics import newcombe_interval, wilson_interval  # noqa: E402
 from lora_ppo.step import StepSkipped, ppo_step  # noqa: E402
 from lora_ppo.terminal import clean  # noqa: E402
 from lora_ppo.training import chunks  # noqa: E402
 from tasks.quiz import QUIZZES_PER_PASS, QuizTask, Sample  # noqa: E402
+from tools.bench.half_known import RuleTask  # noqa: E402
 
 TRL_VERSION = "0.11.4"
 TRL_NEEDS = "trl==0.11.4 tyro docstring-parser typeguard"
@@ -172,13 +176,16 @@ def prepare(
 
     With `validation` the facts to measure on are of the training split, and no step sees them.
     """
-    task = QuizTask(load_policy(config)[0], config.seed, learner)
+    policy = load_policy(config)[0]
+    task = RuleTask(policy) if learner == "rules" else QuizTask(policy, config.seed, learner)
     train = quizzed(task, task.samples("train"), steps, "training")
     unseen = task.samples("test")
     if validation:
         unseen = [sample for sample in task.samples("train") if sample not in train]
     test = quizzed(task, unseen, samples, "held-out")
     rewards = None
+    if learner == "rules":
+        random.Random(config.seed).shuffle(train)
     if control:
         answers = answer_all(task.policy, task, train, adapter=False, seed=config.seed)
         rewards = [answer.outcome.reward for answer in answers]
@@ -237,9 +244,30 @@ def measure(trainer: Ours | Trl, material: Material, seed: int, step: int, secon
         "states_fact": sum(answer.outcome.details["states_fact"] for answer in answers),
         "mean_tokens": fmean(answer.tokens for answer in answers),
         "most_tokens": max(answer.tokens for answer in answers),
+        "kl": divergence(trainer, answers),
         "example": answers[0].text,
         "seconds": dict(seconds),
     }
+
+
+def divergence(trainer: Ours | Trl, answers: Sequence[Answer]) -> float:
+    """The exact KL(policy || base) of the answers, summed over each one's tokens: their mean, in nats."""
+    import torch
+
+    policy, nats = trainer.policy, []
+    ours = isinstance(trainer, Ours)  # TRL's model has PEFT's own switch for adapters
+    for some in chunks(answers, 16):
+        chats = [policy.prompts.tutor.messages(answer.question) for answer in some]
+        told = [[*encode_text(policy.tokenizer, answer.text), policy.end_id] for answer in some]
+        prompts = [encode_chat(policy.tokenizer, chat) for chat in chats]
+        batch = collate(prompts, told, policy.pad_id, policy.device)
+        with torch.no_grad():
+            *_, logits = token_logprobs_and_values(policy, batch)
+            with contextlib.nullcontext() if ours else policy.model.disable_adapter():
+                *_, base = token_logprobs_and_values(policy, batch, adapter=not ours)
+        kl = exact_kl(logits, base, policy.config.temperature).masked_fill(~batch.response_mask, 0.0)
+        nats += kl.sum(-1).tolist()
+    return fmean(nats)
 
 
 def experiment(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
@@ -285,6 +313,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "states_fact": fmean(facts),
                 "mean_tokens": fmean(point["mean_tokens"] for point in points),
                 "most_tokens": max(point["most_tokens"] for point in points),
+                "kl": fmean(point["kl"] for point in points),
                 "seconds": fmean(sum(point["seconds"].values()) for point in points),
                 "seconds_in_steps": fmean(point["seconds"]["steps"] for point in points),
             }
@@ -302,12 +331,13 @@ def show(summaries: dict[str, list[dict[str, Any]]], seeds: int) -> None:
     table.add_column("trainer")
     for row in first:
         table.add_column(f"{row['step']} answers", justify="right")
-    for heading in ("facts stated", "tokens", "seconds", "in steps"):
+    for heading in ("facts stated", "tokens", "exact KL", "seconds", "in steps"):
         table.add_column(heading, justify="right")
     for arm, rows in summaries.items():
         cells = [f"{100 * r['accuracy']:.1f} % ({100 * r['worst']:.0f} to {100 * r['best']:.0f})" for r in rows]
         last = rows[-1]
-        cells += [percent(last["states_fact"]), f"{rows[0]['mean_tokens']:.1f} -> {last['mean_tokens']:.1f}"]
+        cells += [f"{percent(rows[0]['states_fact'])} -> {percent(last['states_fact'])}"]
+        cells += [f"{rows[0]['mean_tokens']:.1f} -> {last['mean_tokens']:.1f}", f"{last['kl']:.2g}"]
         cells += [f"{last['seconds']:.1f}", f"{last['seconds_in_steps']:.1f}"]
         table.add_row(ARMS[arm], *cells)
     width = None if sys.stdout.isatty() else 160
@@ -407,7 +437,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them [0]")
     parser.add_argument("--samples", type=int, default=200, help="held-out facts [200]")
     parser.add_argument(
-        "--learner", choices=("reader", "gain"), default="reader", help="who takes the quizzes [reader]"
+        "--learner", choices=("reader", "gain", "rules"), default="reader", help="who takes the quizzes [reader]"
     )
     parser.add_argument("--control", action="store_true", help="shuffle the rewards among the questions")
     parser.add_argument("--validation", action="store_true", help="measure on training facts that no step sees")

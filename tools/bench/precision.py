@@ -34,7 +34,7 @@ def measure(model: str, dtype: str, repeats: int) -> dict[str, Any]:
         policy = bench.policy(model, max_new_tokens=ANSWER_TOKENS)
         trim()
         loaded = memory_in_use() / MB
-        policy.model.generation_config.eos_token_id = -1  # no token ends an answer
+        policy.stop_ids = [-1]  # no token ends an answer
         work = Work(bench, policy)
         prompt = work.prompt[: bench.question_tokens]
         answer = Arm("answer", lambda _: generate(policy, prompt, 1.0), work.reset, len)

@@ -208,7 +208,7 @@ def ours(settings: dict[str, Any]) -> None:
     )
     accelerator = Accelerator(cpu=settings["device"] == "cpu")
     policy, config = load_policy(config)
-    policy.model.generation_config.eos_token_id = -1
+    policy.stop_ids = [-1]
     policy.recorder.pays = 0  # as after a few steps
     prepare(policy, config)
     training = Training(config, policy, VarietyTask(), accelerator)

@@ -37,7 +37,7 @@ from lora_ppo.evaluation import write_json  # noqa: E402
 from lora_ppo.forward import collate  # noqa: E402
 from lora_ppo.generate import Request, generate, plain_reply, replies  # noqa: E402
 from lora_ppo.policy import Policy  # noqa: E402
-from lora_ppo.quiz import make_quiz, quiz_request  # noqa: E402
+from lora_ppo.quizmaster import first_requests, make_quiz  # noqa: E402
 from lora_ppo.step import Foresight, ppo_step  # noqa: E402
 from tools.bench.learning import TRL_VERSION, Trl, find_trl, trl_settings, versions  # noqa: E402
 from tools.bench.measure import (  # noqa: E402
@@ -252,7 +252,7 @@ def answer_table(bench: Bench) -> Table:
 def measure_decoding(bench: Bench, table: Table, name: str) -> None:
     """tokens/s at batch 1, ours and generate's, and the limit."""
     policy = bench.policy(name)
-    policy.model.generation_config.eos_token_id = -1  # no token ends a reply
+    policy.stop_ids = [-1]  # no token ends a reply
     prompt = (Work(bench, policy).prompt * bench.question_tokens)[: bench.question_tokens]
     ways = {
         OURS: lambda: generate(policy, prompt, 1.0),
@@ -307,14 +307,14 @@ def measure_quiz(bench: Bench, table: Table, name: str) -> None:
         prompt = encode_chat(policy.tokenizer, policy.prompts.tutor.messages(question))
         stream = lambda text: times.append(time.perf_counter())  # noqa: E731
         answer = Request(prompt, policy.config.temperature, on_text=stream)
-        written = write([answer, quiz_request(policy, question)])
-        made = make_quiz(policy, question, written[1]) is not None
+        written = write([answer, *first_requests(policy, question)])
+        made = make_quiz(policy, question, written[1:]) is not None
         marks = {"first token s": times[1:2] or times, "answer s": times[-1:], "quiz s": [time.perf_counter()]}
         seconds = {mark: t - times[0] for mark, (t,) in marks.items()}
-        return seconds | {"tokens": len(written[0] + written[1]), "quizzes": made}
+        return seconds | {"tokens": sum(map(len, written)), "quizzes": made}
 
     def in_turn(requests: list[Request]) -> list[list[int]]:
-        seeds = torch.randint(2**53, (2,)).tolist()  # as `replies` draws them: the same text is written
+        seeds = torch.randint(2**53, (len(requests),)).tolist()  # as `replies` draws them: the same text is written
         return [generated(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
 
     arms = []

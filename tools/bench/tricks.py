@@ -77,13 +77,13 @@ def tricks(policy: Policy) -> dict[str, tuple[Callable[[], Any], tuple[str, ...]
 def measure(bench: Bench, name: str) -> None:
     """Prints the rows of one model in one precision."""
     policy = bench.policy(name, max_new_tokens=bench.new_tokens)
-    work, stops = Work(bench, policy), policy.model.generation_config.eos_token_id
+    work, stops = Work(bench, policy), policy.stop_ids
     prompt = work.prompt[: bench.question_tokens]
 
     def reply() -> None:
-        policy.model.generation_config.eos_token_id = -1  # no token ends it
+        policy.stop_ids = [-1]  # no token ends it
         generate(policy, prompt, 1.0)
-        policy.model.generation_config.eos_token_id = stops
+        policy.stop_ids = stops
 
     runs = {REPLY: reply, STEP: work.step}
     ways = {"all of them": (contextlib.nullcontext, (REPLY, STEP))} | tricks(policy)

@@ -1,0 +1,335 @@
+"""How a quiz is written: its grammar, and the gate that lets it through or not. All by the base model, adapters off.
+
+The question alone decides it, never the answer, so the policy can't learn to make easy quizzes. A model that knows
+something says the same when it is asked again and again; so the key is what several short answers agree on, each
+written blind to any option. Wrong options are asked for afterwards. From how much agreement on a model can be trusted
+is measured on that very model (gate.py). The bundled model was trained to write whole quizzes, and to solve them.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_ppo.chat import encode_chat, encode_text
+from lora_ppo.generate import Request, replies
+from lora_ppo.policy import Policy
+from lora_ppo.quiz import (
+    LETTERS,
+    Quiz,
+    bare,
+    one_line,
+    option_flaw,
+    option_probabilities,
+    parse_quiz,
+    quiz_json,
+    quiz_text,
+    reply_logprobs,
+    shuffle_quiz,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+ANSWERS = 16  # short answers to a question, of which the most frequent is the key
+WRITINGS = 8  # times that the wrong options are asked for
+VARIETY = 0.7  # the sampling temperature of both: at a lower one, agreement says less
+NEARLY = 0.7  # of two words that are spelt alike, what difflib's ratio is above
+LONGEST, ANSWER_LENGTH = 3, 40  # words of an option; characters of a short answer, after which it is given up
+
+QUESTION_LENGTH, OPTION_LENGTH = 200, 80  # characters
+QUIZ_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {
+                "question": {"type": "string", "minLength": 1, "maxLength": QUESTION_LENGTH},
+                "correct": {"type": "string", "minLength": 1, "maxLength": OPTION_LENGTH},
+                "wrong": {
+                    "type": "array",
+                    "items": {"type": "string", "minLength": 1, "maxLength": OPTION_LENGTH},
+                    "minItems": len(LETTERS) - 1,
+                    "maxItems": len(LETTERS) - 1,
+                },
+            },
+            "required": ["question", "correct", "wrong"],
+            "additionalProperties": False,
+        },
+        {"type": "null"},
+    ]
+}
+JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
+
+
+class QuizGrammar:
+    """Allows only what continues a quiz in compact JSON (or `null`), and no option that repeats an earlier one.
+
+    With a `question` it ends behind the correct option, which may not be a word of that question. Made for one reply:
+    call it with the ids so far (1, P + t) and the next token's scores (1, V), as transformers does.
+    """
+
+    def __init__(self, policy: Policy, prompt_length: int, question: str = ""):
+        import llguidance
+
+        self.policy, self.prompt_length, self.consumed = policy, prompt_length, 0
+        self.asked = sorted({form for w in re.findall(r"[^\W\d_]+", question) for form in (w, w.lower(), w.title())})
+        schema = llguidance.LLMatcher.grammar_from_json_schema(QUIZ_SCHEMA, overrides={"whitespace_flexible": False})
+        self.matcher = llguidance.LLMatcher(policy.ll_tokenizer, schema, log_level=0)
+
+    def __call__(self, ids: "Tensor", scores: "Tensor") -> "Tensor":
+        import torch
+
+        written = ids[0, self.prompt_length :].tolist()
+        self.matcher.consume_tokens(written[self.consumed :])
+        self.consumed = len(written)
+        allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
+        options = self.policy.tokenizer.decode(written).partition('"correct":')[2]
+        answered = self.asked and (option_keys(options) or len(options) > ANSWER_LENGTH)
+        if self.matcher.is_stopped() or answered:
+            allowed[self.policy.stop_ids] = True
+        else:
+            allowed |= self.next_tokens(scores.shape[-1])
+            repeats = self.repeating_tokens(options, allowed) if options else []
+            if allowed.sum() > len(repeats):  # else the quiz is thrown away when it is parsed
+                allowed[repeats] = False
+        return scores.masked_fill(~allowed.to(scores.device), -math.inf)
+
+    def next_tokens(self, vocabulary: int) -> "Tensor":
+        """Which tokens the grammar allows next: (V,), bool."""
+        import llguidance.numpy
+        import numpy as np
+        import torch
+
+        bits = llguidance.numpy.allocate_token_bitmask(1, self.policy.ll_tokenizer.vocab_size)
+        llguidance.numpy.fill_next_token_bitmask(self.matcher, bits)
+        return torch.from_numpy(np.unpackbits(bits.view(np.uint8), bitorder="little")[:vocabulary].astype(bool))
+
+    def repeating_tokens(self, options: str, allowed: "Tensor") -> list[int]:
+        """The allowed tokens that would end an option that an earlier one equals, or complete a word of one.
+
+        `options` is the JSON behind `"correct":`. Refused at its end alone, a word would go on as another that nobody
+        knows; numbers may begin alike.
+        """
+        repeats = set()
+        for token, text in self.policy.quote_tokens.items():
+            if allowed[token]:
+                options_then = option_keys(options + text)
+                repeats |= {token} if len(set(options_then)) < len(options_then) else set()
+        options = options.replace('"wrong":', "")
+        _, unfinished, beginning = JSON_STRING.sub("", options).partition('"')
+        words = self.asked or JSON_STRING.findall(options)
+        if self.asked:  # each word of the option by itself
+            beginning = re.split(r"[\W_]", beginning)[-1]
+        for word in words if unfinished else ():
+            if word.startswith(beginning) and word != beginning and not word.isdigit():
+                rest = word[len(beginning) :]
+                for ending in (rest,) if beginning or not self.asked else (rest, f" {rest}"):
+                    last = self.policy.tokenizer.encode(ending, add_special_tokens=False)
+                    repeats |= {token for token in last if len(last) == 1 and allowed[token]}
+        return list(repeats)
+
+
+def option_keys(options: str) -> list[str]:
+    """The finished options in the JSON behind `"correct":`, in a form in which equal options are equal."""
+    return [one_line(json.loads(f'"{raw}"')).casefold() for raw in JSON_STRING.findall(options.replace('"wrong":', ""))]
+
+
+# ---------------------------------------------------------------------------------------------------- asked and made
+
+
+def first_requests(policy: Policy, question: str) -> list[Request]:
+    """What a quiz on `question` begins with, to be written beside the answer: `make_quiz` takes the replies."""
+    if policy.quiz_gate.signal == "agreement":
+        return [answer_request(policy, question) for _ in range(ANSWERS)]
+    return [quiz_request(policy, question)] if policy.quiz_gate.signal else []
+
+
+def make_quiz(
+    policy: Policy, question: str, written: Sequence[list[int]] = (), why: list[str] | None = None
+) -> Quiz | None:
+    """A quiz on `question` that gets through the model's gate; None if there is nothing to quiz, or none is sound.
+
+    `written` are the replies to `first_requests` where there are some already. To `why` is added what stood in the way.
+    """
+    why, gate = [] if why is None else why, policy.quiz_gate
+    if not gate.signal:
+        why.append("this model makes no quizzes: " + gate.worth().removeprefix("none: "))
+        return None
+    written = written or replies(policy, first_requests(policy, question))
+    if gate.signal == "agreement":
+        return agreed_quiz(policy, question, written, why)
+    return solved_quiz(policy, question, written[0], why, policy.config.quiz_tries)
+
+
+# ------------------------------------------------------------------------------------------------------ by agreement
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A quiz before its gate: how many of ANSWERS agree on its key, and by how much that is likelier than each other.
+
+    `wrong` are options and the key's leads over them (nats).
+    """
+
+    question: str
+    key: str
+    agreement: int
+    wrong: tuple[tuple[str, float], ...] = ()
+
+    def options(self, lead: float) -> list[str]:
+        """The key, then those three of the wrong options that come nearest to it, but for `lead`."""
+        wrong = sorted((nats, option) for option, nats in self.wrong if nats >= lead)
+        return [self.key, *[option for _, option in wrong[: len(LETTERS) - 1]]]
+
+
+def agreed_quiz(policy: Policy, question: str, written: Sequence[list[int]], why: list[str]) -> Quiz | None:
+    """A quiz whose key is what independent short answers agree on."""
+    gate = policy.quiz_gate
+    # 1. The key: what most of the answers say, if enough of them do.
+    draft = agree(policy, question, written)
+    if not draft:
+        why.append("none of the model's short answers can be a quiz's key")
+        return None
+    if draft.agreement < gate.agreement:
+        why.append(f"only {draft.agreement} of {ANSWERS} short answers agree, on {draft.key!r}; {gate.agreement} must")
+        return None
+    # 2. Wrong options, and how much less likely each is as an answer. Too few are asked for again.
+    for _ in range(policy.config.quiz_tries):
+        draft = with_wrong_options(policy, draft)
+        options = draft.options(gate.lead)
+        if len(options) == len(LETTERS):
+            return shuffle_quiz(draft.question, options[0], options[1:])
+    why.append(f"for {draft.key!r} the model found {len(options) - 1} wrong options that it holds wrong; 3 are needed")
+    return None
+
+
+def begun(policy: Policy, question: str, key: str | None = None) -> tuple[list[int], list[int]]:
+    """The quizmaster's prompt, and the JSON that is begun for it: up to where the key, or the wrong options, follow."""
+    prompt = encode_chat(policy.tokenizer, policy.prompts.quizmaster.messages(question))
+    if key is None:
+        beginning = quiz_json(one_line(question), "", []).removesuffix('","wrong":[]}')
+    else:
+        beginning = quiz_json(one_line(question), key, []).removesuffix("]}") + '"'
+    return prompt, encode_text(policy.tokenizer, beginning)
+
+
+def answer_request(policy: Policy, question: str) -> Request:
+    """Asks for one short answer: the `correct` of a quiz that is begun."""
+    prompt, beginning = begun(policy, question)
+    grammar = QuizGrammar(policy, len(prompt), one_line(question))
+    return Request(prompt + beginning, VARIETY, adapter=False, grammar=grammar)
+
+
+def agree(policy: Policy, question: str, written: Sequence[list[int]]) -> Draft | None:
+    """What most of the short answers say. Those that can't be a key, too long or from the question, are against it."""
+    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    spellings: dict[str, Counter[str]] = {}
+    for text, end, _ in (text.partition('"') for text in texts):
+        if end and usable(text := one_line(text), question) and not echoes(text, question):
+            spellings.setdefault(bare(text), Counter())[text] += 1
+    if not spellings or len(question) > QUESTION_LENGTH:
+        return None
+    agreed = max(spellings.values(), key=Counter.total)
+    return Draft(one_line(question), agreed.most_common(1)[0][0], agreed.total())
+
+
+def with_wrong_options(policy: Policy, draft: Draft) -> Draft:
+    """The draft with more wrong options, each compared with its key."""
+    prompt, beginning = begun(policy, draft.question, draft.key)
+    asked = [
+        Request(prompt + beginning, VARIETY, adapter=False, grammar=QuizGrammar(policy, len(prompt)))
+        for _ in range(WRITINGS)
+    ]
+    counts: Counter[str] = Counter()
+    for ids in replies(policy, asked):
+        text = '"' + policy.tokenizer.decode(ids, skip_special_tokens=True)
+        counts.update(one_line(json.loads(f'"{raw}"')) for raw in JSON_STRING.findall(text))
+    found: list[str] = []
+    for option, count in counts.most_common():
+        others = [draft.key, *(known for known, _ in draft.wrong), *found]
+        if usable(option, draft.question) and not any(alike(option, other) for other in others):
+            if count == 1 and len(found) >= len(LETTERS) - 1:
+                break  # what was written once is often no word at all
+            found.append(option)
+    if not found:
+        return draft
+    key, *others = answer_logprobs(policy, draft.question, [draft.key, *found])
+    wrong = [(option, key - logprob) for option, logprob in zip(found, others, strict=True)]
+    return Draft(draft.question, draft.key, draft.agreement, (*draft.wrong, *wrong))
+
+
+def usable(option: str, question: str) -> bool:
+    """Whether `option` may stand in a quiz on the question: short, and not worthless."""
+    return len(option.split()) <= LONGEST and not option_flaw(question, option)
+
+
+def alike(option: str, other: str) -> bool:
+    """Whether a person may take two options for the same: one holds the other, or is spelt nearly so."""
+    a, b = bare(option), bare(other)
+    if a.isdecimal() or b.isdecimal():
+        return a == b
+    short, long = sorted((a, b), key=len)
+    held = f" {short} " in f" {long} " or (len(short) > 3 and short in long)
+    return held or difflib.SequenceMatcher(None, a, b).ratio() > NEARLY
+
+
+def echoes(answer: str, question: str) -> bool:
+    """Whether an answer says a longer word of the question again, or nearly so: "lions" for "What is a young lion?"
+
+    A model that knows nothing agrees with itself on that best of all. "Lithuanian" for Lithuania's language is lost.
+    """
+    asked = [word for word in bare(question).split() if len(word) > 3 and not word.isdecimal()]
+    return any(alike(said, word) for said in bare(answer).split() for word in asked)
+
+
+def answer_logprobs(policy: Policy, question: str, options: Sequence[str]) -> list[float]:
+    """How likely each option is as the whole short answer to the question: its log-probability in nats."""
+    prompt, beginning = begun(policy, question)
+    closing = '","wrong":["'
+    told = []
+    for option in options:
+        ids = encode_text(policy.tokenizer, json.dumps(option, ensure_ascii=False)[1:-1] + closing)
+        end = next(i for i, token in enumerate(ids) if token in policy.quote_tokens)
+        told.append(ids[: end + 1])
+    return reply_logprobs(policy, [prompt + beginning] * len(told), told).tolist()
+
+
+# ------------------------------------------------------------------------------- written whole, solved by its options
+
+
+def quiz_request(policy: Policy, question: str) -> Request:
+    """Asks the quizmaster for the JSON of a quiz on `question`, or `null`."""
+    prompt = encode_chat(policy.tokenizer, policy.prompts.quizmaster.messages(question))
+    grammar = QuizGrammar(policy, len(prompt))
+    return Request(prompt, policy.config.quiz_temperature, adapter=False, grammar=grammar)
+
+
+def solved_quiz(policy: Policy, question: str, ids: list[int], why: list[str], tries: int = 1) -> Quiz | None:
+    """A quiz that the quizmaster wrote whole and the solver confirms. `ids` is the first of so many tries."""
+    for i in range(tries):
+        if i:
+            ids = replies(policy, [quiz_request(policy, question)])[0]
+        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        if text == "null":
+            why.append("the quizmaster found nothing to ask")
+            return None
+        if parts := parse_quiz(text, why):
+            if survives(policy, quiz := shuffle_quiz(*parts)):
+                return quiz
+            why.append("the base model, asked without the key, did not agree with it")
+    return None
+
+
+def survives(policy: Policy, quiz: Quiz) -> bool:
+    """Whether the base model, blind to the key, picks it in more than half of the four rotations of the options."""
+    n = len(quiz.options)
+    rotations = [[quiz.options[(i + shift) % n] for i in range(n)] for shift in range(n)]
+    chats = [policy.prompts.solver.messages(quiz_text(quiz.question, options)) for options in rotations]
+    picks = option_probabilities(policy, chats, rotations).argmax(-1).tolist()
+    right = sum((pick + shift) % n == quiz.key for shift, pick in enumerate(picks))
+    return right > n // 2

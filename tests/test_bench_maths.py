@@ -1,0 +1,101 @@
+"""The benchmark of mathematics: its arms, going on where it was stopped, its table."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+from lora_ppo.settings import ConfigError
+from tools.bench import maths as bench_maths
+
+
+@pytest.fixture
+def bench(llama, tmp_path, monkeypatch, capsys):
+    """`bench(...)` runs it with two steps on a tiny model, all programs in this process; gives status and output."""
+    calls = []
+
+    def call(command, folder=None):
+        calls.append(Path(command[1]).name + (f" {command[2]}" if command[2] == "--trl-run" else ""))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            if command[2] == "--trl-run":
+                bench_maths.train_with_trl(command[3:])
+            else:
+                status = {"train.py": train, "evaluate.py": evaluate}[Path(command[1]).name].main()
+                if status:
+                    raise ConfigError(capsys.readouterr().err)
+        if folder:
+            (folder / "cost.json").write_text('{"wall_seconds": 1.0, "peak_mb": 2.0}')
+
+    monkeypatch.setattr(bench_maths, "call", call)
+    monkeypatch.chdir(tmp_path)
+
+    def bench(*arguments, **changes):
+        tiny = {"model_name": llama, "dtype": "float32", "samples_per_epoch": 4, "batch_size": 4, "group_size": 2}
+        tiny |= {"mini_batch_size": 4, "max_new_tokens": 4, "eval_samples": 6, "eval_every": 1, "lora_r": 4} | changes
+        words = ["--folder", str(tmp_path / "runs"), "--seeds", "0", "--samples", "12", *arguments]
+        words += ["--set", *(f"{name}={value}" for name, value in tiny.items())]
+        monkeypatch.setattr(sys, "argv", ["maths.py", *words])
+        calls.clear()
+        status = bench_maths.main()
+        output = capsys.readouterr()
+        return status, output.out + output.err, list(calls)
+
+    return bench
+
+
+def test_every_arm_is_run_once_and_the_table_tells_what_is_there(bench, tmp_path):
+    status, output, calls = bench("--arms", "grpo", "trl")
+    assert status == 0, output
+    assert calls == ["train.py", "evaluate.py", "maths.py --trl-run", "evaluate.py"]
+    rows = [line for line in output.splitlines() if line.startswith(("| GRPO, 0", "| TRL"))]
+    assert len(rows) == 2
+    assert all(row.count("|") == len(bench_maths.HEADINGS) + 1 for row in rows)
+    assert "GRPO less TRL's GRPOTrainer" in output
+    logs = {arm: (tmp_path / "runs" / f"{arm}_0" / "train.log").read_text().splitlines() for arm in ("grpo", "trl")}
+    ours, theirs = ([json.loads(line) for line in lines if '"step": 0' not in line] for lines in logs.values())
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2]
+    assert all({"accuracy", "seconds", "equal_groups"} <= set(line) for line in ours + theirs)
+    first, second = (json.loads((tmp_path / f"runs/{arm}_0/evaluation.json").read_text()) for arm in ("grpo", "trl"))
+    assert first["models"][0]["accuracy"] == second["models"][0]["accuracy"]  # the same base, problems and seeds
+    assert [row["question"] for row in first["answers"]] == [row["question"] for row in second["answers"]]
+    assert bench("--arms", "grpo", "trl")[2] == []
+    (tmp_path / "runs/grpo_0/evaluation.json").unlink()
+    assert bench("--arms", "grpo", "trl")[2] == ["evaluate.py"]
+    assert bench("--table")[1].count("| GRPO, 0") == 1
+
+
+def test_settings_are_chosen_on_training_problems(bench, tmp_path):
+    """No number of the test split is in the problems of --validation, and none of its held-out ones in its training."""
+    status, output, _ = bench("--validation", "--arms", "grpo")
+    assert status == 0, output
+    rows = {
+        split: [json.loads(line) for line in (tmp_path / f"runs/problems/{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "test")
+    }
+    numbers = {split: {digits(row["question"]) for row in found} for split, found in rows.items()}
+    assert not numbers["train"] & numbers["test"]
+    tested = {tuple(sorted(one.numbers)) for one in bench_maths.sums("test", 0, ["1", "2", "3"], 0.3)}
+    assert not tested & (numbers["train"] | numbers["test"])
+    assert len({row["question"] for row in rows["test"]}) == len(rows["test"]) > 60
+
+
+def digits(question: str) -> tuple[int, ...]:
+    return tuple(sorted(int(word) for word in question.replace("?", " ").replace(".", " ").split() if word.isdigit()))
+
+
+def test_a_program_that_fails_is_named_and_what_it_took_is_noted(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.py ended with status 2"):
+        bench_maths.call([sys.executable, str(bench_maths.ROOT / "train.py"), "no_such=1"], tmp_path)
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert 1 < cost["peak_mb"] < 10_000
+    assert cost["wall_seconds"] > 0
+    bench_maths.call([sys.executable, "-c", "bytearray(200_000_000)"], tmp_path)
+    more = json.loads((tmp_path / "cost.json").read_text())
+    assert more["peak_mb"] >= max(180, cost["peak_mb"])
+    assert more["wall_seconds"] > cost["wall_seconds"]
+    assert os.listdir(tmp_path) == ["cost.json"]

@@ -1,0 +1,244 @@
+"""`python -m exercises` as a learner runs it: the walk, the toy, the notebook, training with one's own functions."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.echo import EchoTask
+from support.training import BASE
+
+import train
+from exercises import notebook, pictures, toy
+from exercises.__main__ import main
+from exercises.cases import FUNCTIONS
+from exercises.harness import made
+from lora_ppo import functions, ppo
+from lora_ppo.settings import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+SOLUTIONS = (ROOT / "exercises/solutions.py").read_text(encoding="utf-8")
+WRONG_SIGN = SOLUTIONS.replace("    policy_loss,\n", "") + (
+    "from lora_ppo import ppo as _ppo\n\n\ndef policy_loss(*given):\n    loss, share = _ppo_policy_loss(*given)\n"
+    "    return -loss, share\n\n\n_ppo_policy_loss = _ppo.policy_loss\n"
+)
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, encoding="utf-8"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the program
+def test_untouched_blanks_fail_all_six(capsys):
+    assert main([]) == 1
+    output = capsys.readouterr().out
+    assert output.count("not filled in yet") == 6
+    assert "0 of 6 pass" in output
+    assert "exercise 0, chosen_logprobs" in output
+
+
+def test_the_solutions_pass_all_six_as_json(capsys):
+    assert main(["--json", "--file", str(ROOT / "exercises/solutions.py")]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["exercise"] for row in rows] == list(range(6))
+    assert all(row["passed"] and row["mistake"] is None for row in rows)
+
+
+def test_a_file_half_way_says_what_is_wrong_in_json_and_on_the_screen(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(WRONG_SIGN + "print('hello')\n\n\ndef entropy(*given):\n    raise NotImplementedError\n")
+    assert main(["--json", "--file", str(file)]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["passed"] for row in rows] == [True, False, True, False, True, True]
+    assert rows[1]["mistake"].startswith("The sign")
+    assert rows[1]["got"]["loss"] == pytest.approx(-rows[1]["expected"]["loss"])
+    gradients = [rows[1][side]["gradient of logprobs"] for side in ("got", "expected")]
+    assert gradients[0] != gradients[1]
+    assert rows[3]["mistake"] == "Not filled in yet."
+    assert main(["--file", str(file)]) == 1
+    output = capsys.readouterr().out
+    assert "4 of 6 pass" in output
+    assert max(map(len, output.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "there is no file"),
+        ("def broken(:\n", "line 1, is no Python"),
+        ("import nothing_like_it\n", "can't be imported (ModuleNotFoundError"),
+        ("raise SystemExit(3)\n", "can't be imported (SystemExit"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line_and_status_2(tmp_path, capsys, text, words):
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    assert main(["--file", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_pytest_checks_the_learners_file_and_with_solutions_the_librarys():
+    mine, right = program("-m", "pytest", "exercises"), program("-m", "pytest", "exercises", "--solutions")
+    assert "6 failed" in mine.stdout, mine.stdout
+    assert "Not filled in yet." in mine.stdout
+    assert right.returncode == 0, right.stdout
+
+
+def test_the_walk_is_plain_in_a_pipe_and_at_most_100_columns_wide():
+    done = program("-m", "exercises", "walk")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "ratio", "loss"):
+        assert name in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------ the toy
+def reward_at_the_end(rows) -> float:
+    return sum(row["reward"] for row in rows[-5:]) / 5
+
+
+def test_the_toy_learns_and_with_mistakes_in_the_mathematics_it_does_not():
+    learned = reward_at_the_end(toy.run(toy.Toy()))
+    assert learned > 0.8
+    by_name = {f.name: f for f in FUNCTIONS}
+    for name, words in (("policy_loss", "The sign:"), ("gae", "delta is V(s)"), ("minibatch_update", "does not step")):
+        mistake = next(m for m in by_name[name].mistakes if words in m.sentence)
+        with functions.replaced({name: made(by_name[name], mistake)}):
+            assert reward_at_the_end(toy.run(toy.Toy())) < 0.0, words
+    assert reward_at_the_end(toy.run(toy.Toy())) == learned  # put back
+
+
+def test_the_toy_says_which_settings_it_has(capsys):
+    assert main(["toy", "learning_rat=3"]) == 2
+    assert "learning_rate" in capsys.readouterr().err
+    assert main(["toy", "steps=4", "vs", "lam=0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * len(toy.SHOWN)
+    assert max(map(len, lines)) <= 80
+
+
+# ------------------------------------------------------------------------------------------------- the notebook
+def test_the_notebook_is_made_of_the_chapters_and_the_blanks():
+    assert (ROOT / "exercises/notebook.ipynb").read_text(encoding="utf-8") == notebook.text_of_notebook()
+    for name in ("clip", "gae", "mask"):
+        assert (ROOT / f"exercises/pictures/{name}.png").is_file()
+        assert len(getattr(pictures, name)().axes) >= 1
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_the_notebook_runs(filled):
+    """With blanks each cell says so; with the library's functions in their cells all pass. The plots are drawn."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    made_of = nbformat.reads(notebook.text_of_notebook(), as_version=4)
+    names = []
+    for cell in made_of.cells:
+        for tag in cell.metadata.get("tags", []):
+            names.append(tag.removeprefix("exercise-"))
+            if filled:
+                cell.source = f"from lora_ppo.ppo import {names[-1]}\n\ncheck({names[-1]})"
+    assert names == functions.FUNCTIONS
+    NotebookClient(made_of, timeout=600, resources={"metadata": {"path": str(ROOT / "exercises")}}).execute()
+    outputs = [output for cell in made_of.cells for output in cell.get("outputs", [])]
+    # rich prints in a notebook as HTML, with the plain text beside it
+    text = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    assert text.count("passes.") == 8 * filled
+    assert text.count("Not filled in yet.") == 8 * (not filled)
+    drawn = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(drawn) == 3 + 1 + 6  # pictures, the comparison, the cards
+
+
+# ------------------------------------------------------------------------------ functions= of train.py
+@pytest.fixture
+def run(llama, tmp_path, monkeypatch, capsys):
+    """`run(**settings)` runs train.py in its own folder; gives exit status and output."""
+    monkeypatch.setitem(train.TASKS, "echo", lambda config: lambda policy: EchoTask(turns=2))
+    monkeypatch.chdir(tmp_path)
+
+    def run(**changes):
+        given = BASE | {"task": "echo", "model_name": llama, "samples_per_epoch": 12, "eval_samples": 4, **changes}
+        monkeypatch.setattr(sys, "argv", ["train.py", *(f"{name}={value}" for name, value in given.items())])
+        status = train.main()
+        output = capsys.readouterr()
+        return status, output.out + output.err
+
+    return run
+
+
+def test_right_functions_give_the_librarys_run_bit_for_bit_and_the_report_has_both(run):
+    status, output = run(functions="exercises.solutions", output_dir="out", ppo_epochs=2)
+    assert status == 0, output
+    assert "The weights are the baseline's, bit for bit." in output
+    for name in ("adapter_model", "value_head", "optimizer"):
+        mine, library = (Path("out") / part / f"epoch_1/{name}.safetensors" for part in ("", "library"))
+        assert mine.read_bytes() == library.read_bytes()
+    assert "bit for bit" in Path("out/report.html").read_text(encoding="utf-8")
+    again = run(functions="exercises.solutions", output_dir="out", ppo_epochs=2, resume_from="latest")
+    assert again[0] == 0
+
+
+def test_a_wrong_function_gives_another_run_and_the_library_is_put_back(run, tmp_path):
+    (tmp_path / "mine.py").write_text(WRONG_SIGN)
+    before = ppo.policy_loss
+    status, output = run(functions=tmp_path / "mine.py", output_dir="out")
+    assert status == 0, output
+    assert "The weights are not the baseline's." in output
+    assert ppo.policy_loss is before
+    status, output = run(functions=tmp_path / "mine.py", output_dir="second", baseline="out/library")
+    assert status == 0, output
+    assert not Path("second/library").exists()
+    assert "The baseline out/library: held-out accuracy" in output
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SOLUTIONS.replace("    gae,\n", ""), "lacks gae: it must have chosen_logprobs, "),
+        (SOLUTIONS + "\n\ndef helper():\n    pass\n", "adds helper, which the library has not"),
+        (SOLUTIONS + "\n\ndef gae(*given):\n    raise NotImplementedError\n", "gae still raise"),
+        ("import nothing_like_it\n", "can't be imported"),
+    ],
+)
+def test_a_module_that_does_not_fit_is_refused_in_one_line(run, tmp_path, text, words):
+    (tmp_path / "mine.py").write_text(text)
+    status, output = run(functions=tmp_path / "mine.py", output_dir="out")
+    assert status == 2
+    assert words in output
+    assert output.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_a_baseline_that_is_no_run_is_refused(run):
+    status, output = run(baseline="nowhere", output_dir="out")
+    assert (status, output.count("\n")) == (2, 1)
+    assert "baseline=nowhere holds no run" in output
+
+
+def test_helpers_that_begin_with_an_underscore_are_welcome(tmp_path):
+    (tmp_path / "mine.py").write_text(SOLUTIONS + "\n\ndef _helper():\n    pass\n")
+    assert list(functions.load_functions(str(tmp_path / "mine.py"))) == functions.FUNCTIONS
+    with pytest.raises(ConfigError, match="lacks"):
+        functions.load_functions("exercises")
+
+
+def test_the_library_uses_each_function_that_replaces_one_of_its_own(run, tmp_path):
+    """Each is called in a run: none is looked up where it can't be replaced."""
+    counts = tmp_path / "counts.json"
+    (tmp_path / "mine.py").write_text(
+        "import json, pathlib\nfrom lora_ppo import ppo as _ppo\n_calls = {}\n\n\n"
+        "def _counted(name, right):\n    def function(*given):\n        _calls[name] = _calls.get(name, 0) + 1\n"
+        f"        pathlib.Path({str(counts)!r}).write_text(json.dumps(_calls))\n        return right(*given)\n"
+        "    return function\n\n\nfor _name in ('chosen_logprobs policy_loss value_loss entropy compute_rewards gae '"
+        "'ppo_losses minibatch_update').split():\n    vars()[_name] = _counted(_name, getattr(_ppo, _name))\n"
+    )
+    status, output = run(functions=tmp_path / "mine.py", output_dir="out", baseline="none")
+    assert status == 0, output
+    assert sorted(json.loads(counts.read_text())) == sorted(functions.FUNCTIONS)

@@ -1,0 +1,501 @@
+"""What is loaded is looked at: weights, precision, code, layers, tokenizer and template, before the first question."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny import (
+    CHATML,
+    CORPUS,
+    MIXTURES,
+    randomize_adapter,
+    save_tiny,
+    tiny_config,
+    tiny_policy,
+    tiny_tokenizer,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lora_ppo.chat import encode_chat
+from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
+from lora_ppo.forward import collate
+from lora_ppo.generate import generate
+from lora_ppo.loading import check_quantization, load_policy
+from lora_ppo.settings import ConfigError
+from lora_ppo.step import ppo_step
+
+ROOT = Path(__file__).resolve().parent.parent
+ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+WORDS = ("lm_head.weight", "model.embed_tokens.weight")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what the libraries say about their own future
+
+
+def refusal(folder, **settings) -> str:
+    """The one line with which a model is refused."""
+    with pytest.raises(ConfigError) as refused:
+        load_policy(tiny_config(folder, **settings))
+    text = str(refused.value)
+    assert "\n" not in text
+    return text
+
+
+def edit(file: Path, **changes) -> None:
+    """Sets fields of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def rewrite(folder: Path, change) -> Path:
+    """Puts what `change` makes of a model's tensors in their place."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def test_adapters_sit_on_the_wanted_layers_of_both_blocks(folder, request):
+    """Phi3 fuses its projections: two of the seven names are left."""
+    policy = tiny_policy(folder)
+    expected = ["o_proj", "down_proj"] if "phi3" in request.node.name else ALL_TARGETS
+    assert policy.targets == expected
+    adapted = [name for name in policy.parameters if "lora_A" in name]
+    assert len(adapted) == 2 * len(expected)
+    assert all(f".{target}." in "".join(adapted) for target in expected)
+
+
+def test_only_adapters_and_value_head_are_trainable(folder):
+    policy = tiny_policy(folder)
+    trainable = [name for name, p in policy.model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert set(policy.parameters) == {*trainable, "value_head.weight", "value_head.bias"}
+
+
+def test_a_model_without_the_wanted_layers_is_refused_with_a_list_of_its_own(tiny_folder):
+    with pytest.raises(ConfigError) as refusal:
+        load_policy(tiny_config(tiny_folder("phi3"), target_modules=["nope", "c_attn"]))
+    text = str(refusal.value)
+    assert "\n" not in text
+    assert "target_modules=nope,c_attn" in text
+    assert all(name in text for name in ("down_proj", "gate_up_proj", "o_proj", "qkv_proj"))
+    assert "lm_head" not in text
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path):
+    """GPT-2 is built of Conv1D."""
+    with pytest.raises(ConfigError, match=r"target_modules=.*linear layers are none"):
+        load_policy(tiny_config(save_tiny("gpt2", tmp_path)))
+
+
+def test_four_bits_on_a_cpu_are_refused_in_one_line(folder):
+    with pytest.raises(ConfigError) as refusal:
+        load_policy(tiny_config(folder, load_in_4bit="true", device="cpu"))
+    assert "\n" not in str(refusal.value)
+    assert "load_in_4bit=false" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/anywhere", "nobody/no-such-model", "/nonexistent/model"])
+def test_a_missing_model_is_named_in_one_line(name):
+    with pytest.raises(ConfigError) as refusal:
+        load_policy(tiny_config(name))
+    assert "\n" not in str(refusal.value)
+    assert f"model_name={name}" in str(refusal.value)
+    assert ("there is no such folder" in str(refusal.value)) == name.startswith("/")
+
+
+def test_the_libraries_are_silent_from_the_first_load_on():
+    """In a process of its own: loading transformers sets levels once."""
+    code = "import logging; from lora_ppo.loading import silence_libraries; silence_libraries(); "
+    code += "print(*(logging.getLogger(name).level for name in ('transformers', 'huggingface_hub', 'peft')))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["50", "50", "50"]
+    assert result.stderr == ""
+
+
+def test_a_context_too_small_for_an_answer_is_refused_with_both_numbers(folder):
+    with pytest.raises(ConfigError, match=r"max_new_tokens=5000 .* context of \d+ tokens"):
+        load_policy(tiny_config(folder, max_new_tokens=5000))
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "pickle"])
+def test_a_damaged_model_folder_is_refused_in_one_line(damage, tmp_path):
+    """A pickle is never opened, even where it is all there is."""
+    folder = save_tiny("llama", tmp_path)
+    weights = folder / "model.safetensors"
+    if damage == "weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "config":
+        (folder / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    else:
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        weights.unlink()
+    with pytest.raises(ConfigError) as refusal:
+        load_policy(tiny_config(folder))
+    assert "\n" not in str(refusal.value)
+    assert f"model_name={folder} " in str(refusal.value)
+
+
+# ---------------------------------------------------------------------------------------------------- tensors, weights
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: {f"base_model.model.{name}": x for name, x in w.items()}, "no tensor: lm_head.weight, and 20 more"),
+        (lambda w: {name: x for name, x in w.items() if name != QUERY}, f"no tensor: {QUERY};"),
+        (lambda w: {name: x for name, x in w.items() if name != "lm_head.weight"}, "no tensor: lm_head.weight;"),
+        (
+            lambda w: {n.replace("layers.1.mlp", "layers.1.mpl"): x for n, x in w.items()},
+            "model.layers.1.mlp.down_proj",
+        ),
+        (
+            lambda w: w | {QUERY.replace("weight", "bias"): torch.ones(32)},
+            "no place for: model.layers.0.self_attn.q_proj.b",
+        ),
+        (lambda w: w | {"v_head.weight": torch.ones(3)}, "no place for: v_head.weight;"),
+        (lambda w: w | {QUERY: w[QUERY][:16].clone()}, f"another shape than config.json says: {QUERY} ((16, 32), exp"),
+        (
+            lambda w: w | {n: w[n][:99].clone() for n in ("lm_head.weight", "model.embed_tokens.weight")},
+            "and 1 more such",
+        ),
+        (lambda w: w | {f"{QUERY}_scale": torch.ones(1)}, f"no place for: {QUERY}_scale"),
+    ],
+)
+def test_a_tensor_that_is_missing_unexpected_or_misshapen_is_named(change, named, tmp_path):
+    assert named in refusal(rewrite(save_tiny("llama", tmp_path), change))
+
+
+@pytest.mark.parametrize(("layers", "named"), [(3, "no tensor: model.layers.2."), (1, "no place for: model.layers.1.")])
+def test_another_number_of_layers_than_is_stored_is_refused(layers, named, tmp_path):
+    edit(save_tiny("llama", tmp_path) / "config.json", num_hidden_layers=layers)
+    assert named in refusal(tmp_path)
+
+
+def test_a_head_that_is_tied_needs_no_tensor_and_may_have_one(tmp_path):
+    folder = save_tiny("qwen3", tmp_path)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    rewrite(folder, lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"].clone()})
+    tiny_policy(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", QUERY])
+def test_a_weight_that_is_not_finite_is_named(name, value, tmp_path):
+    """One of many, in a row that the first question need not read."""
+
+    def spoil(weights):
+        weights[name].view(-1)[-1] = value
+        return weights
+
+    assert f"{name} holds {value}" in refusal(rewrite(save_tiny("llama", tmp_path), spoil))
+
+
+def test_a_buffer_that_is_not_a_number_is_named(tmp_path):
+    """DeepSeek keeps there what corrects the choice of experts."""
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    folder = save_tiny("deepseek_v3", tmp_path)
+    assert f"{name} holds nan" in refusal(rewrite(folder, lambda w: w | {name: w[name] * math.nan}))
+
+
+def test_weights_whose_sum_overflows_are_finite_all_the_same(tmp_path):
+    """The sum is only the quick look. Softmax makes of such queries what it makes of any."""
+    tiny_policy(rewrite(save_tiny("llama", tmp_path), lambda w: w | {QUERY: torch.full((32, 32), 1e36)}))
+
+
+def test_a_vocabulary_may_be_padded_with_logits_of_minus_infinity(tmp_path):
+    """A quiz, an answer and a step with an entropy bonus: all numbers stay finite, and padding is never written."""
+    padding = slice(-8, None)
+
+    def pad(weights):
+        weights["lm_head.bias"][padding] = -math.inf
+        return weights
+
+    folder = rewrite(save_tiny("phi", tmp_path, vocab_size=700), pad)
+    policy = tiny_policy(folder, target_modules=["q_proj", "dense"], entropy_coef=0.1, kl_coef=0.1)
+    prompt = encode_chat(policy.tokenizer, policy.prompts.tutor.messages("Why?"))
+    response = generate(policy, prompt, 1.0)
+    assert max(response) < 692
+    randomize_adapter(policy)
+    metrics = ppo_step(policy, collate([prompt], [response], policy.pad_id, policy.device), [1.0])
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["kl"] > 0
+    assert all(parameter.isfinite().all() for parameter in policy.parameters.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "4 bits, which need CUDA",
+        ),
+        ({"quant_method": "bitsandbytes", "_load_in_4bit": True}, "4 bits, which need CUDA"),
+        ({"load_in_8bit": True}, "stored quantized (bitsandbytes)"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "stored quantized (bitsandbytes)"),
+        ({"quant_method": "gptq", "bits": 4}, "stored quantized (gptq)"),
+        ({"quant_method": "awq", "bits": 4}, "stored quantized (awq)"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "stored quantized (fp8)"),
+        ({"quant_method": "mxfp4"}, "stored quantized (mxfp4)"),
+        ({"bits": 4}, "stored quantized (an unknown method)"),
+    ],
+)
+@pytest.mark.parametrize("asked", [{}, {"load_in_4bit": "false", "bf16_copy": "false"}, {"load_in_4bit": "true"}])
+def test_weights_that_are_stored_quantized_are_refused_on_a_cpu(stored, named, asked, tmp_path):
+    edit(save_tiny("llama", tmp_path) / "config.json", quantization_config=stored)
+    text = refusal(tmp_path, **asked)
+    assert named in text
+    assert "name the model that they were made of" in text
+
+
+@pytest.mark.parametrize("place", ["compression_config", "text_config"])
+def test_a_quantization_is_found_wherever_a_config_has_it(place, tmp_path):
+    stored = {"quant_method": "compressed-tensors"}
+    value = {"quantization_config": stored} if place == "text_config" else stored
+    edit(save_tiny("llama", tmp_path) / "config.json", **{place: value})
+    assert "stored quantized (compressed-tensors)" in refusal(tmp_path)
+
+
+def test_on_cuda_four_stored_bits_stay_four_and_nothing_else_is_taken(llama):
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    for asked in ("auto", "true"):
+        check_quantization(tiny_config(llama, load_in_4bit=asked, device="cuda"), stored, on_cuda=True)
+    with pytest.raises(ConfigError, match=r"load_in_4bit=false, and the weights of model_name=.* are in 4 bits"):
+        check_quantization(tiny_config(llama, load_in_4bit="false", device="cuda"), stored, on_cuda=True)
+    with pytest.raises(ConfigError, match="gptq"):
+        check_quantization(tiny_config(llama, device="cuda"), {"quant_method": "gptq"}, on_cuda=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- code
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(known, tmp_path, monkeypatch):
+    """Neither the model's nor the tokenizer's. Where the libraries know the architecture, theirs serves."""
+    folder = save_tiny("llama", tmp_path)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    classes = ("AutoConfig", "AutoModelForCausalLM")
+    edit(folder / "config.json", auto_map=dict.fromkeys(classes, "evil.Evil"))
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    if not known:
+        edit(folder / "config.json", model_type="evil", architectures=["Evil"])
+    monkeypatch.setattr("sys.stdin", lines := io.StringIO("y\n" * 20))
+    if known:
+        policy = tiny_policy(folder)
+        generate(policy, encode_chat(policy.tokenizer, policy.prompts.tutor.messages("Why?")), 1.0)
+    else:
+        assert "it needs code of its own, which is never run here" in refusal(folder)
+    assert lines.tell() == 0
+    assert not (tmp_path / "ran").exists()
+
+
+# ----------------------------------------------------------------------------------------------- layers, base models
+
+
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        (["q_proj", "v_porj"], "the model has no v_porj; did you mean v_proj?"),
+        (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_prjo"], "did you mean down_proj?"),
+        (["q_proj", "lm_head"], "the model has no lm_head; its linear layers are"),
+    ],
+)
+def test_a_layer_that_is_asked_for_and_not_there_is_named(wanted, named, llama):
+    assert named in refusal(llama, target_modules=wanted)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_in_a_mixture_of_experts_linear_layers_alone_get_adapters(architecture, tiny_folder, tmp_path):
+    """Answer, step and checkpoint; plain PEFT loads what was trained, and says the same."""
+    from peft import PeftModel
+
+    folder, told = tiny_folder(architecture), []
+    policy = load_policy(tiny_config(folder), told.append)[0]
+    assert [line for line in told if "the experts get none" in line] == told != []
+    assert {type(layer.get_base_layer()) for layer in policy.layers} == {torch.nn.Linear}
+    prompt = encode_chat(policy.tokenizer, policy.prompts.tutor.messages("Why?"))
+    response = generate(policy, prompt, 1.0)
+    assert ppo_step(policy, collate([prompt], [response], policy.pad_id, policy.device), [1.0])["step_kl"] > 0
+    save_checkpoint(tmp_path / "step_1", policy, {}, "A test.")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "step_1").eval()
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, policy.model(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert load_checkpoint(tmp_path / "step_1", tiny_policy(folder, seed=1))["step"] == 1
+
+
+def test_layers_whose_names_peft_takes_for_experts_are_told_and_can_not_be_asked_for(tiny_folder):
+    folder, told = tiny_folder("qwen3_moe"), []
+    assert load_policy(tiny_config(folder), told.append)[0].targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert "dense layers with their names (gate_proj, up_proj, down_proj)" in told[0]
+    assert "PEFT takes gate_proj for the experts" in refusal(folder, target_modules=["q_proj", "gate_proj"])
+    assert "PEFT takes down_proj, gate_proj for the experts" in refusal(
+        folder, target_modules=["gate_proj", "down_proj"]
+    )
+
+
+def test_layers_that_peft_does_not_take_are_refused_in_one_line(tmp_path):
+    assert "target_modules=in_proj,out_proj can't be adapted" in refusal(
+        save_tiny("mamba", tmp_path), target_modules=["in_proj", "out_proj"]
+    )
+
+
+def test_sizes_come_from_the_weights(tiny_folder):
+    """OPT's head may be narrower than its layers."""
+    policy = tiny_policy(tiny_folder("opt"), target_modules=["q_proj", "v_proj"])
+    assert policy.value_head.in_features == 16
+    prompt = encode_chat(policy.tokenizer, policy.prompts.tutor.messages("Why?"))
+    response = generate(policy, prompt, 1.0)
+    assert ppo_step(policy, collate([prompt], [response], policy.pad_id, policy.device), [1.0])["step_kl"] > 0
+
+
+@pytest.mark.parametrize("spelling", ["relative", "slash", "link", "copy"])
+def test_the_same_base_model_under_another_name_is_the_same(spelling, tmp_path, monkeypatch):
+    folder = save_tiny("llama", tmp_path / "model")
+    save_checkpoint(tmp_path / "step_0", tiny_policy(folder), {}, "A test.")
+    (tmp_path / "link").symlink_to(folder)
+    if spelling == "copy":
+        save_tiny("llama", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    name = {"relative": "model", "slash": f"{folder}/", "link": "link", "copy": "copy"}[spelling]
+    load_checkpoint(tmp_path / "step_0", tiny_policy(name))
+
+
+@pytest.mark.parametrize("change", ["seed", "number"])
+def test_other_weights_under_the_same_name_are_another_base_model(change, tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    save_checkpoint(tmp_path / "step_0", tiny_policy(folder), {}, "A test.")
+    if change == "seed":
+        save_tiny("llama", folder, seed=1)
+    else:
+        rewrite(folder, lambda w: w | {QUERY: w[QUERY] + torch.eye(32) * 1e-3})
+    with pytest.raises(ConfigError, match=r"was trained on other weights than model_name=.* has now"):
+        load_checkpoint(tmp_path / "step_0", tiny_policy(folder))
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_both_names(tmp_path, llama, tiny_folder):
+    save_checkpoint(tmp_path / "step_0", tiny_policy(llama), {}, "A test.")
+    other = tiny_folder("qwen2")
+    with pytest.raises(ConfigError, match=rf"was trained with model_name={llama}, now it is {other}: set model_name"):
+        load_checkpoint(tmp_path / "step_0", tiny_policy(other))
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers, templates
+
+
+def retokenized(folder: Path, tokenizer) -> Path:
+    """The folder with another tokenizer."""
+    for path in [*folder.glob("tokenizer*"), *folder.glob("*.jinja")]:
+        path.unlink()
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_can_write_a_quiz(tmp_path):
+    """As those of Llama 2, Mistral and Gemma do."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    space = decoders.Replace("▁", " ")
+    backend.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "</s>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    assert tokenizer.tokenize("{")[0].startswith("▁")
+    policy = tiny_policy(retokenized(save_tiny("llama", tmp_path, vocab_size=512), tokenizer))
+    assert policy.tokenizer.convert_ids_to_tokens(policy.stop_ids) == ["</s>"]
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel"])
+def test_a_tokenizer_that_can_not_write_a_quiz_is_refused(kind, tmp_path):
+    words = ["<unk>", "</s>", "system", "user", "assistant", "What", "is", "?", "{", "}", "null"]
+    if kind == "Unigram":
+        backend = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    else:
+        backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    text = refusal(retokenized(save_tiny("llama", tmp_path), tokenizer))
+    assert "can't write a quiz under a grammar" in text
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ({"rag": CHATML, "tool_use": CHATML}, "no default"),
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ raise_exception('no chats here') }}", "no chats here"),
+        ("{% for message in messages %}{{ message['role'] }}{% endfor %}", "does not render the messages"),
+        ("{% for", "chat template"),
+    ],
+)
+def test_a_template_that_can_not_be_used_is_refused_with_its_reason(template, named, tmp_path):
+    text = refusal(retokenized(save_tiny("llama", tmp_path), tiny_tokenizer(template)))
+    assert "chat template" in text
+    assert named in text
+
+
+def test_a_model_without_an_end_token_is_refused(tmp_path):
+    folder = save_tiny("llama", tmp_path)
+    tokenizer = tiny_tokenizer(CHATML.replace("<|im_end|>", ""))
+    tokenizer.eos_token = None
+    retokenized(folder, tokenizer)
+    for name in ("config.json", "generation_config.json"):
+        edit(folder / name, eos_token_id=None)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    assert "has no end token: set eos_token_id" in refusal(retokenized(folder, tokenizer))
+
+
+def test_a_padding_token_beyond_the_embeddings_is_not_used(tmp_path):
+    """As `tokenizer.add_special_tokens` leaves it, where the embeddings were not resized."""
+    folder, tokenizer = save_tiny("llama", tmp_path), tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    policy = tiny_policy(retokenized(folder, tokenizer))
+    assert policy.tokenizer.pad_token_id == policy.vocabulary
+    assert policy.pad_id < policy.vocabulary
+    batch = collate([[5, 6, 7], [8]], [[9], [10, 11]], policy.pad_id, policy.device)
+    ppo_step(policy, batch, [1.0, -1.0])
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    """Its prompts might do without the rest; a question need not."""
+    assert "its tokenizer has 485 tokens, its head 480" in refusal(save_tiny("llama", tmp_path, vocab_size=480))
+
+
+@pytest.mark.parametrize("role", ["tutor", "quizmaster", "solver", "learner"])
+def test_every_roles_prompt_has_to_leave_room_in_the_context(role, tmp_path, llama):
+    (tmp_path / "long.yaml").write_text(f"{role}:\n  system: {'word ' * 700}\n")
+    text = refusal(llama, prompts=str(tmp_path / "long.yaml"))
+    assert f"the {role}'s prompt takes" in text
+    assert "in a context of 1024 tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("generation", "named", "ends"),
+    [
+        (["<|pad|>"], "<|im_end|>", ["<|pad|>", "<|im_end|>"]),  # as SmolLM2's first release had it
+        (["<|pad|>"], "<|pad|>", ["<|pad|>", "<|im_end|>"]),
+        ([], None, ["<|im_end|>"]),
+        (["<|im_end|>", "<|pad|>"], "<|im_end|>", ["<|im_end|>", "<|pad|>"]),
+    ],
+)
+def test_a_reply_stops_at_whatever_model_tokenizer_or_template_end_one_with(generation, named, ends, tmp_path):
+    folder, tokenizer = save_tiny("llama", tmp_path), tiny_tokenizer()
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in generation]
+    edit(folder / "generation_config.json", eos_token_id=ids or None)
+    edit(folder / "config.json", eos_token_id=None)
+    tokenizer.eos_token = named
+    policy = tiny_policy(retokenized(folder, tokenizer))
+    assert policy.tokenizer.convert_ids_to_tokens(policy.stop_ids) == ends
+    assert policy.tokenizer.convert_ids_to_tokens(policy.end_id) == "<|im_end|>"
