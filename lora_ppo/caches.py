@@ -1,4 +1,4 @@
-"""One pass behind a cache, which models it can be made with, and caches that have room for tokens to come."""
+"""One pass behind a cache, which models it can be made with, and caches: with room for more tokens, or remembered."""
 
 import inspect
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from lora_ppo.chat import ROLES, encode_chat
+
 ROUND = 8  # oneDNN compiles a product for each number of rows, and keeps it: a CPU reads a multiple of so many tokens
+BEGINNING = 64  # tokens from which on it pays to read once what prompts begin with
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -135,3 +138,43 @@ class FixedLayer(DynamicLayer):
         self.keys.index_copy_(2, self.place, keys)
         self.values.index_copy_(2, self.place, values)
         return self.keys, self.values
+
+
+class Beginnings:
+    """How the prompts of each role begin, whatever is asked, and what the base model makes of it: its weights stay.
+
+    A pass is cut where the role's beginning ends, whether that is remembered or read: in 16 bits, read apart and read
+    together round to different numbers. `kept` has keys and values, layer by layer, once they were needed.
+    """
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.kept: dict[tuple[int, ...], list[Tensor]] = {}
+        if steady(policy.model.config.get_text_config()) and takes(policy) and not sharded(policy):
+            for role in (getattr(policy.prompts, name) for name in ROLES):
+                asked = [tuple(encode_chat(policy.tokenizer, role.messages(text))) for text in "AB"]
+                if same := common_beginning(asked):
+                    self.kept[asked[0][:same]] = []
+
+    def of(self, prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The one that all of these prompts begin with and go on from; () if there is none."""
+        return next((b for b in self.kept if prompts and all(p[: len(b)] == b != p for p in prompts)), ())
+
+    def put(self, begun: tuple[int, ...], rows: int, cache: DynamicCache) -> None:
+        """Puts one of them into an empty cache, for so many rows with the adapters off."""
+        if not self.kept[begun]:
+            ids = torch.tensor([begun], device=self.policy.device)
+            positions, own = torch.arange(len(begun), device=ids.device).unsqueeze(0), DynamicCache()
+            with torch.no_grad():
+                read(self.policy, ids, positions, None, positions[0, -1:], False, own)
+            self.kept[begun] = cached(own)
+        tensors = [x.expand(rows, -1, -1, -1) for x in self.kept[begun]]
+        for layer, *pair in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
+            layer.update(*pair)
+
+
+def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens different prompts begin with in common; 0 for fewer than BEGINNING, or a single prompt."""
+    first, last = min(prompts), max(prompts)  # in the order of their tokens: all others lie between
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return same if len(prompts) > 1 and same >= BEGINNING else 0

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-BEGINNING = 64  # tokens from which on it pays to read once what prompts begin with
-
-
 @dataclass(frozen=True)
 class Batch:
     """Prompts padded on the left, responses on the right: the last T columns are the responses."""
@@ -79,13 +76,14 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     """`Policy.read` on the response positions of a batch, (B, T, V) and (B, T, H), with nothing read twice.
 
     A prompt that several rows share is read once, forward and backward: gradients reach it through the cache. So is
-    what all prompts begin with, where that is long, as examples are. None where fewer than half of the prompts could be
-    spared and there is no such beginning, or the model is none for it.
+    what all prompts begin with, where that is long, as examples are; the base model remembers how a role's prompts
+    begin. None where fewer than half of the prompts could be spared and there is no such beginning, or the model is
+    none for it.
     """
     import torch
     from transformers import DynamicCache
 
-    from lora_ppo.caches import sees_all, sharded, takes
+    from lora_ppo.caches import common_beginning, sees_all, sharded, takes
     from lora_ppo.recording import distinct
 
     model, (count, t), training = policy.model.get_base_model(), batch.response_mask.shape, torch.is_grad_enabled()
@@ -96,14 +94,18 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     rows = zip(ids[:, :last].tolist(), real[:, :last].tolist(), strict=True)
     different, which = distinct([tuple(itertools.compress(*row)) for row in rows])
     config = model.config.get_text_config()
-    begun = different[0][: common_beginning(different)] if sees_all(config) else ()
+    begun = policy.beginnings.of(different)
+    if not begun and sees_all(config):
+        begun = different[0][: common_beginning(different)]
     shared = last > 0 and 2 * len(different) <= count
     if not (begun or shared) or (training and model.is_activation_checkpointing):
         return None  # layers that are recomputed fill no cache
     readers = [which.index(i) for i in range(len(different))] if shared else list(range(count))
     adapted = torch.full((count,), policy.gate.share, device=policy.device)
     cache = DynamicCache(config=config)
-    if begun:
+    if begun in policy.beginnings.kept and policy.gate.share is False and not training:
+        policy.beginnings.put(begun, len(readers), cache)
+    elif begun:
         whole = torch.ones(1, len(begun), dtype=torch.bool, device=policy.device)
         policy.recorder.read(torch.tensor([begun]).to(whole.device), whole.cumsum(-1) - 1, whole, adapted[:1], cache)
         cache.batch_select_indices(torch.zeros(len(readers), dtype=torch.long, device=policy.device))
@@ -115,13 +117,6 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
         cache.batch_select_indices(torch.tensor(which, device=policy.device))
         start = last
     return policy.recorder.read(ids[:, start:], positions[:, start:], real, adapted, cache, t)
-
-
-def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens different prompts begin with in common; 0 for fewer than BEGINNING, or a single prompt."""
-    first, last = min(prompts), max(prompts)  # in the order of their tokens: all others lie between
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return same if len(prompts) > 1 and same >= BEGINNING else 0
 
 
 def rounded_up(policy: Policy, batch: Batch) -> "dict[str, Tensor | None]":

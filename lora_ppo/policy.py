@@ -142,6 +142,13 @@ class Policy:
         end = reply_end(self.tokenizer)
         return end if end in self.stop_ids else self.stop_ids[0]
 
+    @cached_property
+    def beginnings(self):
+        """How each role's prompts begin, read by the base model once (`caches.Beginnings`)."""
+        from lora_ppo.caches import Beginnings
+
+        return Beginnings(self)
+
     @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id

@@ -9,8 +9,8 @@ from support.tiny import CHATML, randomize_adapter, tiny_config, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import OPTConfig, OPTForCausalLM
 
-from lora_ppo.caches import ROUND, round_up, sees_all
-from lora_ppo.forward import BEGINNING, collate, common_beginning, read_sparingly, token_logprobs_and_values
+from lora_ppo.caches import BEGINNING, ROUND, common_beginning, round_up, sees_all
+from lora_ppo.forward import collate, read_sparingly, token_logprobs_and_values
 from lora_ppo.loading import load_policy
 from lora_ppo.settings import PROMPTS_FILE
 from lora_ppo.step import ppo_step
