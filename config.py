@@ -29,6 +29,9 @@ class Config(Settings):
         "precision of the base: auto (float32; for any but the bundled model bfloat16 on CUDA, and on a CPU that "
         "multiplies it), float32, bfloat16",
     )
+    compile: str = setting(
+        "auto", "compile the passes that write an answer, on a CPU: auto (in the background, for large models), off"
+    )
     prompts: str = setting(
         "", "YAML file of prompts, for all roles or some; else those of the model's folder, or prompts/default.yaml"
     )

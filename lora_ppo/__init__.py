@@ -6,7 +6,8 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     settings, statistics        how settings are declared and checked; intervals and tests
     ppo, functions              the mathematics, pure functions of tensors; a module's functions in their place
     chat                        roles and their prompts; chats as token ids
-    layers, recording           layers that are quicker or keep less; passes recorded and played
+    layers                      layers that are quicker or keep less
+    caches, compiled, recording one pass behind a cache; passes compiled (CPU) and recorded (CUDA)
     policy, loading, gguf       base model, gated LoRA adapters, value head, optimizer; how they are loaded; GGUF files
     gate                        what a model's quizzes are worth, as measured
     checks                      whether what was loaded is whole, and can do what a session asks

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
 
+from lora_ppo.caches import place, roomy_cache, round_up, sharded, whole
 from lora_ppo.policy import Policy
-from lora_ppo.recording import distinct, roomy_cache, sharded
+from lora_ppo.recording import distinct
 
 TOP = 64  # tokens among which the nucleus is looked for first
 
@@ -35,20 +38,18 @@ def decode(policy: Policy, requests: Sequence, seeds: Sequence[int]) -> list[Rep
 
     `seeds` are those of the replies' generators.
     """
-    model, device = policy.model.get_base_model(), policy.device
+    device = policy.device
     rows = [Row(policy, request, seed) for request, seed in zip(requests, seeds, strict=True)]
     replies = [row.reply for row in rows]
     asked = [(tuple(request.prompt_ids), request.adapter) for request in requests]
     different, which = distinct(asked)  # a prompt with several replies is read once
-    ids, real, positions = padded_left(policy, [prompt for prompt, _ in different], policy.config.max_new_tokens)
-    length = ids.shape[1]
     adapted = torch.tensor([adapter for _, adapter in different], device=device)
     temperatures = torch.tensor([[request.temperature] for request in requests], device=device)
-    cache, recorder = roomy_cache(model.config.get_text_config(), real.shape[1]), policy.recorder
-    gathered = sharded(policy)
+    gathered, recorder = sharded(policy), policy.recorder
     recorder.able &= not gathered
     with torch.no_grad() if gathered else torch.inference_mode():  # what is gathered in the latter can't be trained on
-        logits, _ = recorder.read(ids, positions, real[:, :length], adapted, cache)
+        logits, cache, real, positions = read_prompts(policy, different)
+        length = cache.get_seq_length()
         if len(different) < len(asked):
             each = torch.tensor(which, device=device)
             cache.batch_select_indices(each)
@@ -72,13 +73,48 @@ def decode(policy: Policy, requests: Sequence, seeds: Sequence[int]) -> list[Rep
             logits, _ = recorder.read(ids, positions, real[:, :length], adapted, cache)
 
 
+def read_prompts(policy: Policy, asked: Sequence[tuple]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    """Reads B prompts, given as (ids, adapter).
+
+    Returns the logits behind each (B, 1, V), a cache with room for the replies, which of its places are real
+    (B, P + room), and the positions of the last tokens (B, 1). Where the base model remembers how its prompts begin
+    (`Beginnings`), the rows with adapters on are read for themselves.
+    """
+    room, config = policy.config.max_new_tokens, policy.model.config.get_text_config()
+    begun = policy.beginnings.of([ids for ids, adapter in asked if not adapter])
+    order, parts = [], []
+    for kinds in ((True,), (False,)) if begun else ((True, False),):
+        rows = [i for i, (_, adapter) in enumerate(asked) if adapter in kinds]
+        if not rows:
+            continue
+        before = len(begun) if kinds == (False,) else 0
+        ids, real, positions = padded_left(policy, [asked[i][0][before:] for i in rows], room)
+        real, positions = pad(real, (before, 0), value=True), positions + before
+        adapted = torch.tensor([asked[i][1] for i in rows], device=policy.device)
+        cache = roomy_cache(config, real.shape[1])
+        if before:
+            policy.beginnings.put(begun, len(rows), cache)
+        logits, _ = policy.recorder.read(ids, positions, real[:, :-room], adapted, cache)
+        order += rows
+        parts.append((logits, cache, real, positions[:, -1:]))
+    if len(parts) == 1:
+        return parts[0]
+    all_logits, caches, reals, lasts = zip(*parts, strict=True)
+    back, width = torch.tensor(order, device=policy.device).argsort(), max(real.shape[1] for real in reals)
+    tensors = zip(*map(whole, caches), strict=True)
+    joined = [torch.cat([pad(x, (0, 0, width - x.shape[2], 0)) for x in own])[back] for own in tensors]
+    cache = place(roomy_cache(config, width), joined, width - room)
+    real = torch.cat([pad(real, (width - real.shape[1], 0)) for real in reals])
+    return torch.cat(all_logits)[back], cache, real[back], torch.cat(lasts)[back]
+
+
 def padded_left(policy: Policy, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Tensor, Tensor]:
     """The prompts (B, P), which of the P + `room` places of each row are real (B, P + room), and positions (B, P)."""
-    longest = max(map(len, prompts))
-    pad = [longest - len(prompt) for prompt in prompts]
-    rows = [[policy.pad_id] * p + list(prompt) for p, prompt in zip(pad, prompts, strict=True)]
+    longest = round_up(max(map(len, prompts)), policy.device)
+    missing = [longest - len(prompt) for prompt in prompts]
+    rows = [[policy.pad_id] * n + list(prompt) for n, prompt in zip(missing, prompts, strict=True)]
     places = torch.arange(longest + room, device=policy.device)
-    real = places >= torch.tensor(pad, device=policy.device).unsqueeze(1)
+    real = places >= torch.tensor(missing, device=policy.device).unsqueeze(1)
     return torch.tensor(rows, device=policy.device), real, (real[:, :longest].cumsum(-1) - 1).clamp(min=0)
 
 

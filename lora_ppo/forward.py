@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-BEGINNING = 64  # tokens from which on it pays to read once what prompts begin with
-
-
 @dataclass(frozen=True)
 class Batch:
     """Prompts padded on the left, responses on the right: the last T columns are the responses."""
@@ -79,38 +76,35 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     """`Policy.read` on the response positions of a batch, (B, T, V) and (B, T, H), with nothing read twice.
 
     A prompt that several rows share is read once, forward and backward: gradients reach it through the cache. So is
-    what all prompts begin with, where that is long, as examples are. How the base model's prompts begin is not read at
-    all, once it was. None where fewer than half of the prompts could be spared, there is no such beginning, and the
-    pass is none to be recorded, or the model is none for it.
+    what all prompts begin with, where that is long, as examples are; the base model remembers how a role's prompts
+    begin. None where fewer than half of the prompts could be spared and there is no such beginning, or the model is
+    none for it.
     """
     import torch
     from transformers import DynamicCache
 
-    from lora_ppo.recording import distinct, roomy_cache, sees_all, sharded, takes
+    from lora_ppo.caches import common_beginning, sees_all, sharded, takes
+    from lora_ppo.recording import distinct
 
     model, (count, t), training = policy.model.get_base_model(), batch.response_mask.shape, torch.is_grad_enabled()
-    covered = policy.recorder.covers(count, batch.input_ids.shape[1] - 1)
-    if count == 1 and policy.gate.share is not False and not covered:  # no need to look at the tokens
-        return None
-    if sharded(policy) or not takes(policy):
+    if count == 1 or sharded(policy) or not takes(policy):
         return None
     ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
     last = ids.shape[1] - t  # where the prompts' last tokens are
     rows = zip(ids[:, :last].tolist(), real[:, :last].tolist(), strict=True)
     different, which = distinct([tuple(itertools.compress(*row)) for row in rows])
-    known = known_beginning(policy, different)
-    begun = known or (different[0][: common_beginning(different)] if sees_all(model.config.get_text_config()) else ())
+    config = model.config.get_text_config()
+    begun = policy.beginnings.of(different)
+    if not begun and sees_all(config):
+        begun = different[0][: common_beginning(different)]
     shared = last > 0 and 2 * len(different) <= count
-    if not (begun or shared or covered) or (training and model.is_activation_checkpointing):
+    if not (begun or shared) or (training and model.is_activation_checkpointing):
         return None  # layers that are recomputed fill no cache
     readers = [which.index(i) for i in range(len(different))] if shared else list(range(count))
     adapted = torch.full((count,), policy.gate.share, device=policy.device)
-    config = model.config.get_text_config()
-    cache = DynamicCache(config=config) if training else roomy_cache(config, ids.shape[1])
-    if known:
-        beginning = [x.expand(len(readers), -1, -1, -1) for x in policy.beginnings[known]]
-        for layer, *pair in zip(cache.layers, beginning[::2], beginning[1::2], strict=True):
-            layer.update(*pair)
+    cache = DynamicCache(config=config)
+    if begun in policy.beginnings.kept and policy.gate.share is False and not training:
+        policy.beginnings.put(begun, len(readers), cache)
     elif begun:
         whole = torch.ones(1, len(begun), dtype=torch.bool, device=policy.device)
         policy.recorder.read(torch.tensor([begun]).to(whole.device), whole.cumsum(-1) - 1, whole, adapted[:1], cache)
@@ -125,44 +119,16 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     return policy.recorder.read(ids[:, start:], positions[:, start:], real, adapted, cache, t)
 
 
-def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens different prompts begin with in common; 0 for fewer than BEGINNING, or a single prompt."""
-    first, last = min(prompts), max(prompts)  # in the order of their tokens: all others lie between
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return same if len(prompts) > 1 and same >= BEGINNING else 0
-
-
 def rounded_up(policy: Policy, batch: Batch) -> "dict[str, Tensor | None]":
-    """The inputs of a pass over a batch but its last token; on a CPU with padding on the right, `round_up`."""
+    """The inputs of a pass over a batch but its last token; on a CPU padded on the right (`round_up`)."""
     import torch
 
-    from lora_ppo.recording import round_up
+    from lora_ppo.caches import round_up
 
     ids, real, positions = (x[:, :-1] for x in (batch.input_ids, batch.attention_mask, batch.positions))
     tokens, padded = ids.shape[1], not real.all()
-    if policy.device.type == "cpu":  # what is added on the right, none of the others sees
-        extra = max(min(round_up(tokens), policy.context) - tokens, 0)
+    extra = max(min(round_up(tokens, policy.device), policy.context) - tokens, 0)
+    if extra:  # what is added on the right, none of the others sees
         ids, real = (torch.nn.functional.pad(x, (0, extra)) for x in (ids, real))
         positions = torch.cat([positions, positions[:, -1:] + torch.arange(1, extra + 1)], 1)
     return {"input_ids": ids, "attention_mask": real.long() if padded else None, "position_ids": positions}
-
-
-def known_beginning(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The one of `Policy.beginnings` that all the prompts go on from, if it is the base model that reads; else ().
-
-    Its keys and values stand there then.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    from lora_ppo.recording import cached
-
-    begins = policy.beginnings if policy.gate.share is False else ()
-    known = next((b for b in begins if b and all(p[: len(b)] == b and len(p) > len(b) for p in prompts)), ())
-    if known and not policy.beginnings[known]:
-        model = policy.model.get_base_model()
-        cache = DynamicCache(config=model.config.get_text_config())
-        with torch.no_grad():
-            model(torch.tensor([known], device=policy.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        policy.beginnings[known] = cached(cache)
-    return known

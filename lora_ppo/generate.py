@@ -99,8 +99,8 @@ def replies(policy: Policy, requests: Sequence[Request], seeds: Sequence[int] | 
     """
     import torch
 
+    from lora_ppo.caches import takes
     from lora_ppo.decode import decode
-    from lora_ppo.recording import takes
 
     seeds = seeds or torch.randint(2**53, (len(requests),)).tolist()
     if takes(policy):

@@ -40,6 +40,7 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
     """
     import torch
 
+    from lora_ppo.compiled import compilable, compiler
     from lora_ppo.layers import copy_weights
 
     silence_libraries()
@@ -68,7 +69,10 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
         model, tokenizer = load_base(config)
     if config.learning_rate is None:
         config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
-    policy = Policy(model, tokenizer, config, prompts)
+    if getattr(config, "compile", "off") == "auto" and compilable(model) and not compiler():
+        notice("There is no C++ compiler (g++ or clang++): answers are written by slower passes. See compile=off.")
+        config.compile = "off"
+    policy = Policy(model, tokenizer, config, prompts, notice)
     policy.fingerprint = fingerprint(weight_files(config))
     if any(type(module).__name__.endswith("Experts") for module in model.modules()):
         spared = [name for name in config.target_modules if is_experts(model, name)]

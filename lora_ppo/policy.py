@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.chat import ROLES, Prompts, encode_chat, reply_end
+from lora_ppo.chat import Prompts, reply_end
 from lora_ppo.settings import ConfigError, Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import: it is imported where it is used
@@ -31,7 +31,14 @@ class Policy:
     numbers `step` and `kl_coef`.
     """
 
-    def __init__(self, model, tokenizer, config: Settings, prompts: Prompts):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        config: Settings,
+        prompts: Prompts,
+        notice: Callable[[str], None] = lambda text: None,
+    ):
         import torch
         from peft import LoraConfig, get_peft_model
 
@@ -56,6 +63,7 @@ class Policy:
             reason = " ".join(str(error).split())
             raise ConfigError(f"target_modules={','.join(targets)} can't be adapted: {reason}") from None
         self.tokenizer, self.config, self.prompts, self.targets = tokenizer, config, prompts, targets
+        self.notice = notice
         self.head = model.get_output_embeddings()
         self.device, self.vocabulary = self.head.weight.device, self.head.out_features
         self.value_head = torch.nn.Linear(self.head.in_features, 1).to(self.device)
@@ -91,7 +99,8 @@ class Policy:
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
             layer.forward = gated_forward(layer, name, self.gate)
-        self.recorder = Recorder(self)
+        self.layers, self.recorder = layers, None
+        self.recorder = Recorder(self, name)
         return layers
 
     def configure(self, config: Settings) -> None:
@@ -134,23 +143,11 @@ class Policy:
         return end if end in self.stop_ids else self.stop_ids[0]
 
     @cached_property
-    def beginnings(self) -> dict[tuple[int, ...], list["Tensor"]]:
-        """How the prompts of each role begin, whatever is asked, and its keys and values, once the base model read it.
+    def beginnings(self):
+        """How each role's prompts begin, read by the base model once (`caches.Beginnings`)."""
+        from lora_ppo.caches import Beginnings
 
-        Nothing where that would show: in 16 bits, read apart and read together round to different numbers.
-        """
-        import torch
-
-        from lora_ppo.recording import steady
-
-        if not steady(self.model.config.get_text_config()) or self.model.dtype != torch.float32:
-            return {}
-        begins: dict[tuple[int, ...], list[Tensor]] = {}
-        for role in (getattr(self.prompts, name) for name in ROLES):
-            first, second = (encode_chat(self.tokenizer, role.messages(text)) for text in "AB")
-            same = next(i for i, ids in enumerate(zip(first, second, strict=False)) if ids[0] != ids[1])
-            begins[tuple(first[:same])] = []
-        return begins
+        return Beginnings(self)
 
     @property
     def pad_id(self) -> int:
@@ -248,11 +245,7 @@ def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "
             low_rank = linear(dropout(rows), down.weight.to(x.dtype))
             if gate.share is not True:
                 low_rank = (low_rank.unflatten(0, x.shape[:-1]) * gate.share).to(x.dtype).flatten(0, -2)
-            up_weight = up.weight.to(x.dtype)
-            if result.is_contiguous():
-                result = result.addmm_(low_rank, up_weight.t(), alpha=scaling)
-            else:  # it was taken as W x^T
-                result = result.t().addmm_(up_weight, low_rank.t(), alpha=scaling).t()
+            result = result.addmm_(low_rank, up.weight.to(x.dtype).t(), alpha=scaling)
         return result.unflatten(0, x.shape[:-1])
 
     return forward

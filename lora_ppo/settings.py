@@ -102,6 +102,7 @@ CHOICES = {
     "load_in_4bit": ("auto", "true", "false"),
     "bf16_copy": ("auto", "true", "false"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "compile": ("auto", "off"),
     "learner": ("person", "simulated"),
 }
 
@@ -191,8 +192,8 @@ def typed(name: str, value: Any, current: Any) -> Any:
     """A value from YAML or the command line as setting `name` takes it; `current` tells text from lists."""
     import yaml
 
-    if name in CHOICES:
-        return str(value).lower()
+    if name in CHOICES:  # YAML reads `off` as false
+        return "off" if value is False and "off" in CHOICES[name] else str(value).lower()
     if value == "auto" and not isinstance(current, str):
         return None
     if not isinstance(value, str):

@@ -1,18 +1,22 @@
 """The decode loop against transformers' generate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from support.decoding import prompts
+from support.decoding import QUESTIONS, prompts
 from support.tiny import CHATML, PROMPTS, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from lora_ppo import decode
+from lora_ppo.caches import BEGINNING, sees_all, takes
+from lora_ppo.chat import encode_chat
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.generate import Request, generate, plain_reply, replies
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.quizmaster import QuizGrammar
-from lora_ppo.recording import takes
+from lora_ppo.step import ppo_step
 
 
 def greedy(policy, prompt: list[int], adapter: bool) -> list[int]:
@@ -102,7 +106,7 @@ def test_replies_are_the_same_through_either_path(tiny_folder, monkeypatch):
     requests = [Request(prompt, 1.0) for prompt in prompts(policy)]
     torch.manual_seed(3)
     fast = replies(policy, requests)
-    monkeypatch.setattr("lora_ppo.recording.takes", lambda policy: False)
+    monkeypatch.setattr("lora_ppo.caches.takes", lambda policy: False)
     torch.manual_seed(3)
     assert replies(policy, requests) == fast
 
@@ -159,3 +163,81 @@ def test_a_model_that_the_loop_cannot_take_goes_through_generate(tmp_path):
     policy = Policy(model, tiny_tokenizer(CHATML), tiny_config(folder), PROMPTS)
     assert not takes(policy)
     assert generate(policy, prompts(policy)[0], 1.0)
+
+
+EXAMPLES = (("What is the capital of France?", "Paris"), ("Which planet is the largest?", "Jupiter")) * 2
+
+
+@pytest.fixture
+def shown(policy):
+    """The policy under prompts with examples, which are long enough to be remembered."""
+    changed = {name: replace(getattr(policy.prompts, name), examples=EXAMPLES) for name in ("tutor", "quizmaster")}
+    policy.prompts = replace(policy.prompts, **changed)
+    policy.__dict__.pop("beginnings", None)
+    return policy
+
+
+def tokens_read(policy, requests) -> tuple[list[decode.Reply], list[int]]:
+    """The replies, and how many tokens each of the longer passes for them took."""
+    taken = []
+    hook = (
+        policy.model.get_base_model()
+        .get_decoder()
+        .layers[0]
+        .register_forward_hook(lambda module, inputs, output: taken.append(inputs[0].shape[0] * inputs[0].shape[1]))
+    )
+    replies = decode.decode(policy, requests, seeds=range(len(requests)))
+    hook.remove()
+    return replies, [count for count in taken if count > len(requests)]
+
+
+def mixed(policy) -> list[Request]:
+    """Two answers, adapters on, between three replies of the quizmaster, one of them asked twice."""
+    tutor, quiz = (
+        [encode_chat(policy.tokenizer, role.messages(question)) for question in QUESTIONS]
+        for role in (policy.prompts.tutor, policy.prompts.quizmaster)
+    )
+    rows = (quiz[0], False), (tutor[1], True), (quiz[2], False), (quiz[0], False), (tutor[2], True)
+    return [Request(prompt, 1.0, adapter=adapter) for prompt, adapter in rows]
+
+
+def test_how_the_base_models_prompts_begin_is_read_once_and_the_replies_are_the_same(shown):
+    """Also after a step of training, which changes the answers and nothing that is remembered."""
+    steady = sees_all(shown.model.config)
+    shown.config.learning_rate = shown.optimizer.param_groups[0]["lr"] = 0.3
+    shown.config.target_kl = 1e9
+    requests, said = mixed(shown), []
+    for _ in range(2):
+        ours, first = tokens_read(shown, requests)
+        again, after = tokens_read(shown, requests)
+        kept, shown.beginnings.kept = shown.beginnings.kept, {}
+        plain, many = tokens_read(shown, requests)
+        shown.beginnings.kept = kept
+        assert (len(kept) > 0) is steady
+        assert [reply.ids for reply in ours] == [reply.ids for reply in plain]
+        assert again == ours
+        if steady:
+            assert after[1] < many[0] / 8  # two of the four prompts
+            assert (len(first), len(after)) == (2 if said else 3, 2)
+        for reply, right in zip(ours, plain, strict=True):
+            torch.testing.assert_close(torch.tensor(reply.logprobs), torch.tensor(right.logprobs), atol=1e-4, rtol=0)
+        said.append([reply.ids for reply in ours])
+        batch = collate([requests[1].prompt_ids], [ours[1].ids], shown.pad_id, shown.device)
+        ppo_step(shown, batch, [1.0])
+    assert [said[0][i] == said[1][i] for i in range(5)] == [True, False, True, True, False]
+
+
+def test_scores_are_the_same_whether_a_beginning_is_remembered_or_read(tiny_folder):
+    """To the bit, in 16 bits too: else a policy that is still the reference would seem to have left it."""
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), dtype="bfloat16"))
+    quizmaster = replace(policy.prompts.quizmaster, examples=EXAMPLES)
+    policy.prompts = replace(policy.prompts, quizmaster=quizmaster)
+    asked = [encode_chat(policy.tokenizer, quizmaster.messages(question)) for question in QUESTIONS]
+    batch = collate(asked, [[7, 9, 4], [5], [11, 12]], policy.pad_id, policy.device)
+    begun = policy.beginnings.of([tuple(prompt) for prompt in asked])
+    with torch.no_grad():
+        first, again, own = (token_logprobs_and_values(policy, batch, adapter=on)[2] for on in (False, False, True))
+    assert policy.beginnings.kept[begun]
+    for other in (again, own):  # adapters say nothing yet
+        assert torch.equal(first[batch.response_mask], other[batch.response_mask])
+    assert min(map(len, asked)) > len(begun) >= BEGINNING

@@ -9,16 +9,9 @@ from support.tiny import CHATML, randomize_adapter, tiny_config, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import OPTConfig, OPTForCausalLM
 
-from lora_ppo.forward import (
-    BEGINNING,
-    collate,
-    common_beginning,
-    known_beginning,
-    read_sparingly,
-    token_logprobs_and_values,
-)
+from lora_ppo.caches import BEGINNING, ROUND, common_beginning, round_up, sees_all
+from lora_ppo.forward import collate, read_sparingly, token_logprobs_and_values
 from lora_ppo.loading import load_policy
-from lora_ppo.recording import ROUND, round_up, sees_all
 from lora_ppo.settings import PROMPTS_FILE
 from lora_ppo.step import ppo_step
 
@@ -109,7 +102,6 @@ def test_what_long_prompts_begin_with_is_read_once(policy, adapter, answers, mon
     asked = [begun + ends for ends in ([1, 2, 3], [9], [4, 5, 6, 7, 8], [1, 3])]
     rows = asked if answers == 1 else [asked[i % 2] for i in range(8)]
     batch = collate(rows, ANSWERS[: len(rows)], policy.pad_id, policy.device)
-    policy.beginnings = {}
     shared, few = measured(policy, batch, adapter)
     monkeypatch.setattr("lora_ppo.forward.read_sparingly", lambda *_: None)
     plain, many = measured(policy, batch, adapter)
@@ -137,7 +129,7 @@ def test_a_prompt_with_several_answers_is_read_once(policy, adapter, monkeypatch
     monkeypatch.setattr("lora_ppo.forward.read_sparingly", lambda *_: None)
     plain, many = measured(policy, batch, adapter)
     longest = max(map(len, asked))
-    assert (few, many) == (3 * (longest - 1) + 8 * 6, 8 * round_up(longest + 5))
+    assert (few, many) == (3 * (longest - 1) + 8 * 6, 8 * round_up(longest + 5, policy.device))
     for ours, theirs in zip(shared, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert max(x.abs().max() for x in plain[3:]) > 0.1
@@ -202,41 +194,3 @@ def test_padding_that_is_a_real_token_elsewhere_makes_no_two_prompts_one(tiny_fo
     for row, prompt, answer in zip(logprobs, asked, answers, strict=True):
         alone, _, _ = token_logprobs_and_values(policy, collate([prompt], [answer], policy.pad_id, policy.device))
         torch.testing.assert_close(row[: len(answer)], alone[0], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("which", [[0], [0, 1, 2], [2, 0, 2, 0, 0, 2]], ids=["alone", "unequal", "shared"])
-def test_how_a_role_begins_is_read_once_by_the_base_model(policy, which, monkeypatch):
-    """Where layers see all tokens, that is; the policy changes, and reads it every time."""
-    asked = [prompts(policy)[i] for i in which]
-    batch = collate(asked, ANSWERS[: len(which)], policy.pad_id, policy.device)
-    begins = next((b for b in policy.beginnings if tuple(asked[0][: len(b)]) == b), ())
-    assert bool(begins) == sees_all(policy.model.get_base_model().config.get_text_config())
-    runs = [measured(policy, batch, adapter=False) for _ in range(2)]
-    trained = measured(policy, batch, adapter=True)
-    monkeypatch.setattr("lora_ppo.forward.read_sparingly", lambda *_: None)
-    plain, many = measured(policy, batch, adapter=False)
-    for run, _ in runs:
-        for ours, theirs in zip(run, plain, strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    (longest, width), spared = (max(map(len, x)) for x in (asked, ANSWERS[: len(which)])), len(begins)
-    if len(which) == 6:
-        rest = 2 * (longest - 1 - spared) + 6 * width
-    else:
-        tokens = longest + width - 1
-        rest = len(which) * (tokens - spared if spared else round_up(tokens))
-    assert [taken for _, taken in runs] == [rest + spared, rest]
-    assert trained[1] == (2 * (longest - 1) + 6 * width if len(which) == 6 else many)
-
-
-def test_a_beginning_is_known_only_to_prompts_that_go_on_from_it(tiny_folder):
-    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
-    begins, *others = policy.beginnings
-    with policy.adapter(False):
-        assert known_beginning(policy, [(*begins, 5), (*begins, 6, 7)]) == begins
-        for other in ((5,), begins, (*begins[:-1], 5, 5), (5, *begins)):
-            assert known_beginning(policy, [(*begins, 5), other]) == ()
-    assert policy.beginnings[begins]
-    assert others
-    assert not any(policy.beginnings[other] for other in others)
-    assert known_beginning(policy, [(*begins, 5)]) == ()  # the policy reads
-    assert load_policy(tiny_config(tiny_folder("llama"), dtype="bfloat16"))[0].beginnings == {}

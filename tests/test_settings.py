@@ -31,6 +31,7 @@ OTHER = {
     "bf16_copy": ("false", "false"),
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
+    "compile": ("off", "off"),
     "prompts": ("prompts/german.yaml", "prompts/german.yaml"),
     "lora_r": ("8", 8),
     "lora_alpha": ("64", 64),

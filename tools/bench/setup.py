@@ -117,6 +117,8 @@ class Bench:
         )
         policy = load_policy(config)[0]
         policy.recorder.pays = 0
+        if policy.recorder.compiled:
+            policy.recorder.compiled.library.thread.join()
         return policy
 
     def child(self, trainer: str, policy: Policy, extra: dict[str, Any], python: str = "", **how: int) -> Child:
