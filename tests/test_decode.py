@@ -232,12 +232,24 @@ def test_scores_are_the_same_whether_a_beginning_is_remembered_or_read(tiny_fold
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), dtype="bfloat16"))
     quizmaster = replace(policy.prompts.quizmaster, examples=EXAMPLES)
     policy.prompts = replace(policy.prompts, quizmaster=quizmaster)
-    asked = [encode_chat(policy.tokenizer, quizmaster.messages(question)) for question in QUESTIONS]
+    questions = [f"What is the capital of {place}?" for place in ("France", "Italy", "all of Spain")]
+    asked = [encode_chat(policy.tokenizer, quizmaster.messages(question)) for question in questions]
     batch = collate(asked, [[7, 9, 4], [5], [11, 12]], policy.pad_id, policy.device)
-    begun = policy.beginnings.of([tuple(prompt) for prompt in asked])
-    with torch.no_grad():
-        first, again, own = (token_logprobs_and_values(policy, batch, adapter=on)[2] for on in (False, False, True))
-    assert policy.beginnings.kept[begun]
-    for other in (again, own):  # adapters say nothing yet
-        assert torch.equal(first[batch.response_mask], other[batch.response_mask])
+    begun, widths = policy.beginnings.of([tuple(prompt) for prompt in asked]), []
     assert min(map(len, asked)) > len(begun) >= BEGINNING
+    layer = policy.model.get_base_model().get_decoder().layers[0]
+    layer.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
+
+    def scores(adapter: bool) -> torch.Tensor:
+        with torch.no_grad():
+            return token_logprobs_and_values(policy, batch, adapter=adapter)[2][batch.response_mask]
+
+    first, again, own = (scores(adapter) for adapter in (False, False, True))  # adapters say nothing yet
+    assert torch.equal(first, again)
+    assert torch.equal(first, own)
+    rest = batch.input_ids.shape[1] - 1 - len(begun)
+    assert widths == [len(begun), rest, rest, len(begun), rest]
+    randomize_adapter(policy)
+    own, policy.beginnings.kept = scores(True), {}
+    torch.testing.assert_close(own, scores(True), atol=0.1, rtol=0.1)
+    assert not torch.allclose(own, first, atol=0.5, rtol=0)

@@ -1,11 +1,12 @@
-"""What each trick is worth: a reply and a PPO step with it turned off, beside both with all of them.
+"""What each trick is worth: a reply, a quiz and a PPO step with it turned off, beside each with all of them.
 
     python tools/bench/tricks.py                                   SmolLM2 (`make smollm2`) and the bundled model
     python tools/bench/tricks.py --models smollm2 --dtypes float32 --repeats 5
 
-A trick stays if it gives 15 % of the time or memory of a real model's reply or step. All ways run by turns in one
-process; seconds are medians, `without` is the ratio to those with all tricks. Peaks are above the loaded model.
-Those of a GPU (recorded passes, the 16-bit copy of 4-bit weights) are measured by speed.py there.
+A trick stays if it gives 15 % of the time or memory of a real model's reply, quiz or step. The quiz is what the
+quizmaster writes for one that is agreed on: short answers beside the tutor's, wrong options, and scores. All ways run
+by turns in one process; seconds are medians, `without` is the ratio to those with all tricks. Peaks are above the
+loaded model. Those of a GPU (recorded passes, the 16-bit copy of 4-bit weights) are measured by speed.py there.
 """
 
 import argparse
@@ -20,13 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lora_ppo import caches, ppo  # noqa: E402
-from lora_ppo.generate import generate  # noqa: E402
+from lora_ppo.generate import Request, generate, replies  # noqa: E402
 from lora_ppo.policy import Policy  # noqa: E402
+from lora_ppo.quizmaster import ANSWERS, Draft, answer_logprobs, answer_request, with_wrong_options  # noqa: E402
 from tools.bench.measure import Arm, peak_above, race  # noqa: E402
 from tools.bench.setup import Bench  # noqa: E402
 from tools.bench.speed import Work  # noqa: E402
 
-REPLY, STEP = "reply", "step"
+REPLY, QUIZ, STEP = "reply", "quiz", "step"
+QUESTION, OPTIONS = "Which planet is known as the red planet?", ("Mars", "Venus", "Earth", "Jupiter")
 
 
 @contextlib.contextmanager
@@ -66,6 +69,8 @@ def tricks(policy: Policy) -> dict[str, tuple[Callable[[], Any], tuple[str, ...]
     found: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {}
     if policy.recorder.compiled:
         found["compiled pass"] = lambda: changed(policy.recorder, "compiled", None), (REPLY,)
+    if policy.beginnings.kept:
+        found["remembered beginnings"] = lambda: changed(policy.beginnings, "kept", {}), (QUIZ,)
     if policy.config.dtype == "float32":
         found["products by oneDNN, rows in blocks"] = lambda: without_own_forward(policy, is_product), (REPLY, STEP)
     found["spared activations"] = lambda: without_own_forward(policy, is_lean), (STEP,)
@@ -85,8 +90,14 @@ def measure(bench: Bench, name: str) -> None:
         generate(policy, prompt, 1.0)
         policy.stop_ids = stops
 
-    runs = {REPLY: reply, STEP: work.step}
-    ways = {"all of them": (contextlib.nullcontext, (REPLY, STEP))} | tricks(policy)
+    def quiz() -> None:
+        answering = Request(prompt, 1.0)
+        replies(policy, [answering, *(answer_request(policy, QUESTION) for _ in range(ANSWERS))])
+        with_wrong_options(policy, Draft(QUESTION, OPTIONS[0], ANSWERS))
+        answer_logprobs(policy, QUESTION, OPTIONS)
+
+    runs = {REPLY: reply, QUIZ: quiz, STEP: work.step}
+    ways = {"all of them": (contextlib.nullcontext, (REPLY, QUIZ, STEP))} | tricks(policy)
 
     def arm(way: str, what: str) -> Arm:
         def run(_: Any) -> None:
