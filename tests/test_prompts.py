@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 from config import Config
 from lora_ppo.chat import ROLES, Prompts, Role, encode_chat, load_prompts
 from lora_ppo.checkpoint import model_card
-from lora_ppo.forward import known_beginning
 from lora_ppo.loading import find_prompts, load_policy
 from lora_ppo.quiz import LETTERS, parse_quiz, quiz_json
 from lora_ppo.quizmaster import quiz_request
@@ -257,8 +256,7 @@ def test_how_a_role_begins_includes_its_examples(llama):
     for name in ROLES:
         role = getattr(policy.prompts, name)
         prompt = tuple(encode_chat(policy.tokenizer, role.messages("When was that?")))
-        with policy.adapter(False):
-            known = known_beginning(policy, [prompt])
+        known = policy.beginnings.of([prompt])
         assert policy.tokenizer.decode(known).count("<|im_start|>assistant") == len(role.examples) >= 3
         assert role.examples[-1][1] in policy.tokenizer.decode(known)
 
