@@ -31,6 +31,7 @@ from transformers import AutoConfig, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ppo.caches import FixedLayer, read, whole
+from lora_ppo.files import cache_folder
 
 WORTH = 50_000_000  # parameters: a smaller model has answered many times before a compiler is done
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,8 +142,7 @@ class Library:
         made_of = [self.spec, torch.__version__, dict(torch.cpu.get_capabilities())]
         made_of.append(Path(__file__).read_text(encoding="utf-8"))
         name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        self.folder = cache / "lora-ppo-tutor" / "compiled" / name
+        self.folder = cache_folder() / "compiled" / name
         try:
             if not self.folder.exists():
                 compile_apart(self.spec, self.folder)

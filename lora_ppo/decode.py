@@ -2,9 +2,8 @@
 
 transformers' generate does the same for one kind of reply at a time and spends most of a small model's time around the
 model. Here the adapters are gated by row, so that an answer (adapters on) and the quiz on its question (adapters off,
-under its grammar) are written side by side; a row that is done leaves the batch. After a while its passes are recorded,
-which saves the time that Python, or on a GPU the launch of kernels, takes for them; so are, on a CPU, the other short
-passes that need no gradient.
+under its grammar) are written side by side; a row that is done leaves the batch. Passes over one token are made by
+quicker means where there are any (recording.py).
 
 Every reply is drawn from a generator of its own: it is the same reply whatever is written beside it, and the same that
 `generate.plain_reply` draws. A `request` in here is a `generate.Request`.

@@ -50,6 +50,11 @@ def utf8_path(path: Path) -> Iterator[Path]:
         yield path
 
 
+def cache_folder() -> Path:
+    """Where is kept what would take long to make again; it may be removed at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora-ppo-tutor"
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a file; a reader sees the old one or the new one, whole, and a full disk keeps the old one."""
     new = path.with_name(f".{path.name}.new")

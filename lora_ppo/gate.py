@@ -9,11 +9,11 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lora_ppo.gguf import cache_folder
+from lora_ppo.files import cache_folder, replace_file
 from lora_ppo.policy import Policy
 from lora_ppo.settings import GATE_FILE, ConfigError
 
-FORMAT = 2  # of what was measured; with another number every model is measured anew
+FORMAT = 3  # of what was measured; with another number every model is measured anew
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Gate:
         if not self.signal:
             return "none: this model's answers can't be told from guesses"
         right, often = round(10 * self.right / self.shown), round(10 * self.shown / self.asked)
-        return f"about {right} of 10 keys right, a quiz on {often or 'fewer than 1'} of 10 questions"
+        # A model agrees with itself on a misreading, too: measured is on questions in their usual words.
+        plainly = " where plainly asked" if self.signal == "agreement" else ""
+        return f"about {right} of 10 keys right{plainly}, a quiz on {often or 'fewer than 1'} of 10 questions"
 
 
 def read_gate(folder: str | os.PathLike, policy: Policy) -> Gate:
@@ -71,9 +73,7 @@ def parse_gate(path: Path) -> Gate:
 def write_gate(path: Path, gate: Gate) -> None:
     """Writes the gate; a reader sees the old file or the new one, whole. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(asdict(gate)), encoding="ascii")
-    os.replace(new, path)
+    replace_file(path, json.dumps(asdict(gate)).encode("ascii"))
 
 
 def measured_file(policy: Policy) -> Path:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_ppo.files import cache_folder
 from lora_ppo.settings import ConfigError
 
 FORMAT = 1  # of what is cached; with another number every file is dequantized anew
@@ -53,10 +54,6 @@ def unpacked(path: Path, dtype: str) -> Iterator[Path]:
                     ) from None
             del model
         yield kept
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora-ppo-tutor"
 
 
 def cache_name(path: Path, dtype: str) -> str:

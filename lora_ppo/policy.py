@@ -70,7 +70,7 @@ class Policy:
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
         self.gate = AdapterGate()
-        self.layers = self.use_adapter()
+        self.use_adapter()
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.groups(), weight_decay=0.0, fused=True)
@@ -96,12 +96,11 @@ class Policy:
         from lora_ppo.recording import Recorder
 
         self.model.set_adapter(name)
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        for layer in layers:
+        self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in self.layers:
             layer.forward = gated_forward(layer, name, self.gate)
-        self.layers, self.recorder = layers, None
         self.recorder = Recorder(self, name)
-        return layers
+        return self.layers
 
     def configure(self, config: Settings) -> None:
         """Goes on under other settings; the weights stay."""

@@ -281,10 +281,14 @@ def alike(option: str, other: str) -> bool:
 def echoes(answer: str, question: str) -> bool:
     """Whether an answer says a longer word of the question again, or nearly so: "lions" for "What is a young lion?"
 
-    A model that knows nothing agrees with itself on that best of all. "Lithuanian" for Lithuania's language is lost.
+    Or its one number. A model that knows nothing agrees with itself on that best of all. "Lithuanian" for Lithuania's
+    language is lost.
     """
-    asked = [word for word in bare(question).split() if len(word) > 3 and not word.isdecimal()]
-    return any(alike(said, word) for said in bare(answer).split() for word in asked)
+    words, answered = bare(question).split(), bare(answer).split()
+    if answered == [word for word in words if word.isdecimal()]:
+        return True
+    asked = [word for word in words if len(word) > 3 and not word.isdecimal()]
+    return any(alike(said, word) for said in answered for word in asked)
 
 
 def answer_logprobs(policy: Policy, question: str, options: Sequence[str]) -> list[float]:

@@ -140,9 +140,8 @@ class Recorder:
     def case(self, rows: int, on: bool | Tensor, cache: DynamicCache) -> tuple[int, int] | None:
         """Which recording to play for such a pass; None where the model itself is to make it."""
         if self.kind == "cpu":
-            return (
-                (0, 1) if rows == 1 and self.compiled and self.compiled.library.is_ready(self.policy.notice) else None
-            )
+            ready = rows == 1 and self.compiled and self.compiled.library.is_ready(self.policy.notice)
+            return (0, 1) if ready else None
         room = -(-cache.layers[0].room // ROOM) * ROOM
         case = (room, rows) if self.kind == "cuda" and room * rows <= KEPT_TOKENS else None
         self.passes[case] += 1

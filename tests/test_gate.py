@@ -41,9 +41,12 @@ def unmeasured(llama, tmp_path, cache):
 @pytest.mark.parametrize(
     ("gate", "words"),
     [
-        (GATE, "about 9 of 10 keys right, a quiz on 2 of 10 questions"),
+        (GATE, "about 9 of 10 keys right where plainly asked, a quiz on 2 of 10 questions"),
         (Gate("options", 0, 0, 388, 388, 400), "about 10 of 10 keys right, a quiz on 10 of 10 questions"),
-        (Gate("agreement", 16, 0, 2, 2, 60), "about 10 of 10 keys right, a quiz on fewer than 1 of 10 questions"),
+        (
+            Gate("agreement", 16, 0, 2, 2, 60),
+            "about 10 of 10 keys right where plainly asked, a quiz on fewer than 1 of 10 questions",
+        ),
         (Gate(asked=60), "none: this model's answers can't be told from guesses"),
         (Gate(), "none: how good this model's are was not measured yet"),
     ],

@@ -258,7 +258,9 @@ def test_without_a_usable_answer_there_is_no_draft(llama_policy, answers):
         ("protactite", "Which symbol does protactinium have?", True),
         ("a fighter", "What is the past tense of fight?", True),
         ("cub", "The young of a lion: what is its name?", False),
-        ("404", "What does HTTP code 404 mean?", False),
+        ("404", "What does HTTP code 404 mean?", True),
+        ("404 Not Found", "What does HTTP code 404 mean?", False),
+        ("7", "What is 7 + 0?", False),
         ("is it", "What is it?", False),  # short words are in every question
         ("Oslo", "What is the capital of Norway?", False),
     ],

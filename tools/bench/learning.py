@@ -282,6 +282,8 @@ def experiment(arguments: argparse.Namespace, say: Callable[[str], None]) -> dic
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         config = replace(settings_with(settings), seed=seed)
         missing = [arm for arm in arms if seed not in [run["seed"] for run in runs[arm]]]
+        if len(missing) < len(arms):
+            say(f"seed {seed}: {', '.join(ARMS[arm] for arm in arms if arm not in missing)}: from {arguments.output}")
         if not missing:
             continue
         say(f"seed {seed}: writing quizzes")
