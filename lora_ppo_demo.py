@@ -153,7 +153,9 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         with interrupts_deferred():
             if foresight:
                 foresight.discard()
-            run.abandon(number)
+            # A person may ask something else next time; what takes their place, stopped, goes on with this question.
+            stopped = isinstance(sys.exception(), KeyboardInterrupt) and not terminal.waits_for_a_person
+            run.abandon(number, again=stopped)
 
 
 def pretest(question: str, policy: Policy, run: Run, terminal: Terminal) -> tuple[Quiz | None, str, bool]:
@@ -240,6 +242,9 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
         except SecondInterrupt:
             return 130
         except KeyboardInterrupt:
+            if not terminal.waits_for_a_person:
+                terminal.say("")
+                return 0
             interrupted = True
             terminal.say("\nInterrupted. Finished turns are kept.", "yellow")
         except Exception as error:

@@ -71,6 +71,7 @@ class Policy:
             self.optimizer.state[p] = slots | {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
         self.step, self.kl_coef = 0, config.kl_coef
         self.fingerprint = ""  # of the base model's weights, if they were loaded from files
+        self.reading = ""  # a fingerprint of its config.json and tokenizer
 
     def groups(self) -> list[dict[str, Any]]:
         """What the optimizer trains, and at what rates: the adapters, the value head."""
@@ -125,7 +126,7 @@ class Policy:
         named = self.model.generation_config.eos_token_id
         named = [*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id]
         ids = dict.fromkeys([*named, reply_end(self.tokenizer)])
-        return [i for i in ids if i is not None and i < self.vocabulary]
+        return [i for i in ids if isinstance(i, int) and 0 <= i < self.vocabulary]
 
     @cached_property
     def end_id(self) -> int:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -380,6 +381,38 @@ def test_other_weights_under_the_same_name_are_another_base_model(change, tmp_pa
         rewrite(folder, lambda w: w | {QUERY: w[QUERY] + torch.eye(32) * 1e-3})
     with pytest.raises(ConfigError, match=r"was trained on other weights than model_name=.* has now"):
         load_checkpoint(tmp_path / "step_0", tiny_policy(folder))
+
+
+@pytest.mark.parametrize("change", ["config", "tokenizer", "template", "note"])
+def test_the_same_weights_read_in_another_way_are_told_of(change, tmp_path):
+    folder, notices = save_tiny("llama", tmp_path / "model"), []
+    save_checkpoint(tmp_path / "step_0", tiny_policy(folder), {}, "A test.")
+    load_checkpoint(tmp_path / "step_0", tiny_policy(folder), notices.append)
+    assert notices == []
+    if change in ("config", "note"):
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"rms_norm_eps": 0.1} if change == "config" else {"transformers_version": "1.0"}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif change == "template":
+        retokenized(folder, tiny_tokenizer(CHATML.replace("\n", " ")))
+    else:
+        told = json.loads((folder / "tokenizer.json").read_text())
+        words = told["model"]["vocab"]
+        words["a"], words["W"] = words["W"], words["a"]
+        (folder / "tokenizer.json").write_text(json.dumps(told))
+    load_checkpoint(tmp_path / "step_0", tiny_policy(folder), notices.append)
+    named = [f"another config.json or tokenizer than model_name={folder} has now" in line for line in notices]
+    assert named == ([] if change == "note" else [True])
+
+
+def test_a_folder_with_adapters_is_no_base_model(tmp_path):
+    """transformers would load them with their base, and the reference would no longer be the base."""
+    folder = save_tiny("llama", tmp_path / "model")
+    save_checkpoint(tmp_path / "step_0", tiny_policy(folder), {}, "A test.")
+    assert "holds adapters: name their base model" in refusal(tmp_path / "step_0")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "step_0" / name, folder)
+    assert "holds adapters: name their base model" in refusal(folder)
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_both_names(tmp_path, llama, tiny_folder):
