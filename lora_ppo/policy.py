@@ -247,8 +247,9 @@ def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "
         result = base(rows)
         if gate.share is not False:
             low_rank = linear(dropout(rows), down.weight.to(x.dtype))
-            if gate.share is not True:
-                low_rank = (low_rank.unflatten(0, x.shape[:-1]) * gate.share).to(x.dtype).flatten(0, -2)
+            if gate.share is not True:  # of each row; some layers are given all rows' tokens in one (B T, I)
+                low_rank = low_rank.unflatten(0, (len(gate.share), -1)) * gate.share
+                low_rank = low_rank.to(x.dtype).flatten(0, -2)
             up_weight = up.weight.to(x.dtype)
             if result.is_contiguous():
                 result = result.addmm_(low_rank, up_weight.t(), alpha=scaling)

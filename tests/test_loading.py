@@ -326,9 +326,15 @@ def test_in_a_mixture_of_experts_linear_layers_alone_get_adapters(architecture, 
     prompt = encode_chat(policy.tokenizer, policy.prompts.tutor.messages("Why?"))
     response = generate(policy, prompt, 1.0)
     assert ppo_step(policy, collate([prompt], [response], policy.pad_id, policy.device), [1.0])["step_kl"] > 0
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        with policy.adapter(torch.tensor([True, False])):  # as answer and quiz are written side by side
+            together = policy.model(input_ids=ids.repeat(2, 1)).logits
+        for on, logits in zip((True, False), together, strict=True):
+            with policy.adapter(on):
+                torch.testing.assert_close(policy.model(input_ids=ids).logits[0], logits, rtol=0, atol=1e-4)
     save_checkpoint(tmp_path / "step_1", policy, {}, "A test.")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "step_1").eval()
-    ids = torch.tensor([prompt])
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=ids).logits, policy.model(input_ids=ids).logits, rtol=0, atol=1e-5)
     assert load_checkpoint(tmp_path / "step_1", tiny_policy(folder, seed=1))["step"] == 1
@@ -348,6 +354,17 @@ def test_layers_that_peft_does_not_take_are_refused_in_one_line(tmp_path):
     assert "target_modules=in_proj,out_proj can't be adapted" in refusal(
         save_tiny("mamba", tmp_path), target_modules=["in_proj", "out_proj"]
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "named"),
+    [
+        ("bert", ["query", "value"], "can't read a token (what it makes of a token depends on the next ones)"),
+        ("recurrent_gemma", ["gate_proj", "up_proj"], "can't write a reply ("),  # without a layer that attends
+    ],
+)
+def test_models_that_do_not_read_or_write_as_needed_are_refused_at_the_start(architecture, targets, named, tmp_path):
+    assert named in refusal(save_tiny(architecture, tmp_path), target_modules=targets)
 
 
 def test_sizes_come_from_the_weights(tiny_folder):
