@@ -103,6 +103,11 @@ def encoded_prompts(policy: Policy) -> dict[str, list[int]]:
     return prompts
 
 
+def longest_prompt(policy: Policy, question: str, roles: Sequence[str]) -> int:
+    """The tokens of the longest of the prompts in which these roles are told a question: a quiz asks it again."""
+    return max(len(encode_chat(policy.tokenizer, getattr(policy.prompts, name).messages(question))) for name in roles)
+
+
 def check_grammar(policy: Policy) -> None:
     """Raises ValueError unless the tokenizer can write a quiz as the grammar wants it."""
     ids = policy.ll_tokenizer.tokenize_str(SAMPLE)  # its own way: others put a space before a text

@@ -496,6 +496,14 @@ def test_a_template_that_can_not_be_used_is_refused_with_its_reason(template, na
     assert named in text
 
 
+@pytest.mark.parametrize("strange", ["</s>", -1, 10**6, []])
+def test_an_end_token_that_is_none_is_passed_over(strange, tmp_path):
+    folder = save_tiny("llama", tmp_path)
+    edit(folder / "generation_config.json", eos_token_id=strange)
+    policy = tiny_policy(folder)
+    assert policy.tokenizer.convert_ids_to_tokens(policy.stop_ids) == ["<|im_end|>"]
+
+
 def test_a_model_without_an_end_token_is_refused(tmp_path):
     folder = save_tiny("llama", tmp_path)
     tokenizer = tiny_tokenizer(CHATML.replace("<|im_end|>", ""))
