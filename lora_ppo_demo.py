@@ -27,6 +27,7 @@ from typing import Any
 
 from config import Config
 from lora_ppo.chat import encode_chat
+from lora_ppo.checks import longest_prompt
 from lora_ppo.disk import users_folder
 from lora_ppo.generate import Request, replies
 from lora_ppo.journal import turn_seed
@@ -153,7 +154,9 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         with interrupts_deferred():
             if foresight:
                 foresight.discard()
-            run.abandon(number)
+            # A person may ask something else next time; what takes their place, stopped, goes on with this question.
+            stopped = isinstance(sys.exception(), KeyboardInterrupt) and not terminal.waits_for_a_person
+            run.abandon(number, again=stopped)
 
 
 def pretest(question: str, policy: Policy, run: Run, terminal: Terminal) -> tuple[Quiz | None, str, bool]:
@@ -175,10 +178,8 @@ def fits(question: str, prompt: list[int], policy: Policy, terminal: Terminal) -
 
     A quiz asks the question again: so whoever takes it is told at least as much.
     """
-    others = [policy.prompts.quizmaster, policy.prompts.solver]
-    if policy.config.learner == "simulated":
-        others.append(policy.prompts.learner)
-    longest = max(len(prompt), *(len(encode_chat(policy.tokenizer, role.messages(question))) for role in others))
+    roles = ["quizmaster", "solver"] + ["learner"] * (policy.config.learner == "simulated")
+    longest = max(len(prompt), longest_prompt(policy, question, roles))
     room = policy.context - policy.config.max_new_tokens
     if longest > room:
         terminal.say(
@@ -240,6 +241,9 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
         except SecondInterrupt:
             return 130
         except KeyboardInterrupt:
+            if not terminal.waits_for_a_person:
+                terminal.say("")
+                return 0
             interrupted = True
             terminal.say("\nInterrupted. Finished turns are kept.", "yellow")
         except Exception as error:

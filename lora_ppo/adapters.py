@@ -32,7 +32,8 @@ PROBES = (
     ("Which planet is the largest?", "The largest planet is Jupiter, and it has dozens of moons."),
     ("How do I repair a clock?", "I do not know how clocks are repaired."),
 )
-# The largest difference of merged and adapter logits that rounding explains, in units of the largest logit.
+# The largest difference of merged and adapter logits that rounding explains, in units of the largest logit; and of two
+# ways to compute a layer, in units of its largest output.
 MERGE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 IN_FULL = {"load_in_4bit": "false", "bf16_copy": "false"}  # settings for weights that are merged
 
@@ -87,8 +88,8 @@ def base_settings(
 def attach(policy: Policy, folder: Path, name: str) -> "Tensor":
     """Puts the adapter of `folder` beside the policy's own and makes it the active one. Raises ConfigError.
 
-    What is accepted is proved on the probes: with the adapter on, the logits are those that PEFT computes itself, and
-    with it off those of the base model, to the bit. Returns the latter (N, V).
+    What is accepted is proved on the probes: with the adapter on, every layer makes what PEFT's own makes, and with it
+    off the logits are those of the base model, to the bit. Returns the latter (N, V).
     """
     from safetensors import SafetensorError
 
@@ -100,7 +101,7 @@ def attach(policy: Policy, folder: Path, name: str) -> "Tensor":
         head = policy.head.weight.cpu()  # PEFT saves a head with its adapters: the base's own is no other
 
         def plain(key: str) -> bool:
-            own_head = key.endswith(".base_layer.weight") and tensors[key].equal(head.to(tensors[key].dtype))
+            own_head = key.endswith(".base_layer.weight") and tensors[key].to(head.dtype).equal(head)
             return own_head or key.endswith((".lora_A.weight", ".lora_B.weight"))
 
         if more := [key for key in tensors if not plain(key)]:
@@ -127,8 +128,24 @@ def prove(policy: Policy, folder: Path, base: "Tensor", layers: Sequence) -> Non
     """Raises ConfigError unless the adapter on `layers` acts as PEFT has it, and not at all when it is off."""
     import torch
 
-    gated = [layer.__dict__.pop("forward") for layer in layers]  # without it there is PEFT's own
+    gated = [layer.forward for layer in layers]
+    furthest = 0.0  # in units of a layer's largest output
+
+    def compared(layer, forward: Callable) -> Callable:
+        """PEFT's forward of a layer, which compares with the policy's own."""
+
+        def both(x: "Tensor") -> "Tensor":
+            nonlocal furthest
+            wanted = type(layer).forward(layer, x)
+            difference, scale = (forward(x) - wanted).abs().max().item(), wanted.abs().max().item()
+            furthest = max(furthest, difference / (scale or 1.0))
+            return wanted
+
+        return both
+
     try:
+        for layer, forward in zip(layers, gated, strict=True):
+            layer.forward = compared(layer, forward)
         wanted = probe_logits(policy, adapter=True)
     finally:
         for layer, forward in zip(layers, gated, strict=True):
@@ -138,11 +155,10 @@ def prove(policy: Policy, folder: Path, base: "Tensor", layers: Sequence) -> Non
         raise ConfigError(f"adapter={folder} makes logits that are not finite")
     if not torch.equal(probe_logits(policy, adapter=False), base):
         raise ConfigError(f"adapter={folder} changes the base model, also when it is off: expected plain LoRA")
-    difference, scale = (found - wanted).abs().max().item(), wanted.abs().max().item()
-    if difference > MERGE_TOLERANCE[policy.config.dtype] * scale:
+    if furthest > MERGE_TOLERANCE[policy.config.dtype]:
         raise ConfigError(
-            f"adapter={folder} does more than low-rank updates of linear layers: with these alone, logits differ from "
-            f"PEFT's by {difference:.3g}"
+            f"adapter={folder} does more than low-rank updates of linear layers: with these alone, the output of one "
+            f"differs from PEFT's by {furthest:.2g} of its size"
         )
 
 

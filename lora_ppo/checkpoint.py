@@ -59,6 +59,7 @@ def save_checkpoint(
             save_file(slots, place / "optimizer.safetensors")
         config = policy.config
         kept = {"step": policy.step, "kl_coef": policy.kl_coef} | identity(policy)
+        kept |= {"base_reading": policy.reading}
         state = kept | {"config": asdict(config)} | state
         texts = {"state.json": json.dumps(state, indent=1), "README.md": model_card(policy, result)}
         texts |= {PROMPTS_FILE: policy.prompts.as_yaml()} | (extra or {})
@@ -227,6 +228,9 @@ def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] 
     for name, tensor in own.items():
         tensor.copy_(slots[name])
     policy.step, policy.kl_coef = state["step"], state["kl_coef"]
+    if state.get("base_reading", "") not in ("", policy.reading):
+        model = base_name(policy.config)
+        notice(f"{folder} was trained with another config.json or tokenizer than model_name={model} has now.")
     if line := other_prompts(folder, policy):
         notice(line)
     return state

@@ -5,15 +5,21 @@ What can't be done is one line at the start, a ConfigError, instead of noise or 
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lora_ppo.chat import ROLES, encode_chat
+from lora_ppo.generate import Request, replies
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import quiz_json
 from lora_ppo.quizmaster import QuizGrammar
 from lora_ppo.settings import ConfigError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+LOOKS_AHEAD = 0.1  # of the largest logit; what rounding makes of the company that a token is read in is far less
 INSTEAD = "get the model again, or name another"
 SAMPLE = quiz_json("What is 2 + 2?", "4", ["3", "5", "22"])
 
@@ -53,7 +59,7 @@ def check_weights(model, name: str) -> None:
 
 
 def check_policy(policy: Policy) -> None:
-    """Does once what every turn will: encodes the prompts of all roles, builds the quiz's grammar, reads a token.
+    """Does once what every turn will: encodes the prompts of all roles, builds the quiz's grammar, reads and writes.
 
     Raises ConfigError with what can't be done, and why.
     """
@@ -70,7 +76,8 @@ def check_policy(policy: Policy) -> None:
             )
     if quizzes:
         attempt(name, "write a quiz under a grammar", lambda: check_grammar(policy))
-    attempt(name, "read a token", lambda: check_logits(policy, prompts["tutor"][0]))
+    attempt(name, "read a token", lambda: check_logits(policy, prompts["tutor"]))
+    attempt(name, "write a reply", lambda: check_reply(policy, prompts["tutor"][:2]))
 
 
 def attempt(name: str, what: str, do: Callable[[], Any]) -> Any:
@@ -96,6 +103,11 @@ def encoded_prompts(policy: Policy) -> dict[str, list[int]]:
     return prompts
 
 
+def longest_prompt(policy: Policy, question: str, roles: Sequence[str]) -> int:
+    """The tokens of the longest of the prompts in which these roles are told a question: a quiz asks it again."""
+    return max(len(encode_chat(policy.tokenizer, getattr(policy.prompts, name).messages(question))) for name in roles)
+
+
 def check_grammar(policy: Policy) -> None:
     """Raises ValueError unless the tokenizer can write a quiz as the grammar wants it."""
     ids = policy.ll_tokenizer.tokenize_str(SAMPLE)  # its own way: others put a space before a text
@@ -104,14 +116,31 @@ def check_grammar(policy: Policy) -> None:
         raise ValueError(f"its tokenizer makes {written[:60]!r} of one")
 
 
-def check_logits(policy: Policy, token: int) -> None:
-    """Raises ValueError unless the logits of the model that has read one token make a distribution."""
+def check_logits(policy: Policy, tokens: Sequence[int]) -> None:
+    """Raises ValueError unless the logits at one token make a distribution, whatever stands behind it."""
     import torch
 
+    first, second, third = (tokens[i % len(tokens)] for i in range(3))
+    ids = torch.tensor([[first, second], [first, third]], device=policy.device)
     with torch.no_grad():
-        ids = torch.tensor([[token]], device=policy.device)
         logits, _ = policy.read(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor([0], device=policy.device))
-    if logits.shape != (1, 1, policy.vocabulary):
-        raise ValueError(f"its logits are {tuple(logits.shape)}, expected {(1, 1, policy.vocabulary)}")
+    if logits.shape != (2, 1, policy.vocabulary):
+        raise ValueError(f"its logits are {tuple(logits.shape)}, expected {(2, 1, policy.vocabulary)}")
     if not (logits < math.inf).all() or logits.isneginf().all():  # NaN is smaller than nothing; -inf pads a vocabulary
         raise ValueError("its logits are not finite")
+    real = logits[..., logits.isfinite().all(0).flatten()]
+    if (real[0] - real[1]).abs().max() > LOOKS_AHEAD * real.abs().max():
+        raise ValueError("what it makes of a token depends on the next ones")
+
+
+def check_reply(policy: Policy, prompt: Sequence[int]) -> None:
+    """Has policy and base model write a reply side by side, which a grammar ends at once."""
+
+    def end(ids: "Tensor", scores: "Tensor") -> "Tensor":
+        only = scores.new_full(scores.shape, -math.inf)
+        only[:, policy.end_id] = 0.0
+        return only
+
+    written = replies(policy, [Request(prompt, 1.0, adapter=on, grammar=end) for on in (True, False)], seeds=[0, 0])
+    if written != [[policy.end_id]] * 2:
+        raise ValueError(f"it wrote {written} where only {policy.end_id} was allowed")

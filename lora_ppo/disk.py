@@ -39,6 +39,13 @@ class Checkpoints:
         self.damaged: set[Path] = set()
         self.kept: dict[str, Path] = {}  # those that aren't removed: the one resumed from, and the newest written
 
+    def clear_up(self) -> None:
+        """Removes what a crash in the middle of a save left, and puts back what it had taken away."""
+        for hidden in (*self.folder.glob(".step_*"), *self.folder.glob(".epoch_*")):
+            if hidden.suffix == ".old" and not (whole := self.folder / hidden.stem[1:]).exists():
+                hidden.rename(whole)
+            shutil.rmtree(hidden, ignore_errors=True)
+
     def usable(self) -> list[Path]:
         """Those of this run that may serve, newest first."""
         return [folder for folder in checkpoints(self.folder) if folder not in self.foreign | self.damaged]
@@ -91,14 +98,6 @@ class Disk(Checkpoints):
         """To a folder where no run has been."""
         number = int(self.folder.name[4:]) + 1 if self.folder != self.root else 2
         self.folder = self.root / f"run_{number}"
-
-    def clear_up(self) -> None:
-        """Removes what a crash in the middle of a save left, and puts back what it had taken away."""
-        with self.surviving("clear up after a crash"):
-            for hidden in self.folder.glob(".step_*"):
-                if hidden.suffix == ".old" and not (whole := self.folder / hidden.stem[1:]).exists():
-                    hidden.rename(whole)
-                shutil.rmtree(hidden, ignore_errors=True)
 
     @contextlib.contextmanager
     def surviving(self, task: str) -> Iterator[None]:

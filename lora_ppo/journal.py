@@ -98,16 +98,17 @@ def torn(line: bytes) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- the journal
 
-SEALED = re.compile(rb'(\{.*), "sha256": "([0-9a-f]{64})"\}', re.DOTALL)
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the hash of all that it says, however a tool may have set its blanks, as its last member."""
+    return record | {"sha256": hashlib.sha256(json.dumps(record).encode("ascii")).hexdigest()}
 
 
 def unsealed(line: bytes) -> dict[str, Any] | None:
     """The record of a line that is what its hash says; None for any other."""
-    found = SEALED.fullmatch(line)
-    if not found or hashlib.sha256(found[1] + b"}").hexdigest() != found[2].decode():
-        return None
-    record = parse(line)
-    return record if record and isinstance(record.get("prev"), str) else None
+    record = parse(line) or {}
+    told = {name: value for name, value in record.items() if name != "sha256"}
+    return record if isinstance(record.get("prev"), str) and sealed(told) == record else None
 
 
 class Entry(NamedTuple):
@@ -135,9 +136,9 @@ class Journal(LineFile):
         self.head = ""  # the hash of the last line
 
     def add(self, record: dict[str, Any]) -> None:
-        body = json.dumps(record | {"prev": self.head}).encode("ascii")
-        self.head = hashlib.sha256(body).hexdigest()
-        self.unwritten.append(body[:-1] + f', "sha256": "{self.head}"}}'.encode("ascii"))
+        line = sealed(record | {"prev": self.head})
+        self.head = line["sha256"]
+        super().add(line)
 
 
 class Chain:
@@ -161,7 +162,7 @@ class Chain:
             if record := unsealed(line):
                 entry = Entry(number, end, record, record["prev"], record["sha256"], True)
                 old = False
-            elif old and b'"sha256": "' not in line:
+            elif old and b'"sha256"' not in line:
                 entry = Entry(number, end, parse(line), last, hashlib.sha256(last.encode() + line).hexdigest(), False)
                 last = entry.sha256
             else:
@@ -222,6 +223,8 @@ class Chain:
                     lost[entry.sha256] = lost[entry.prev]
                 elif entry.turn >= due or (entry.sealed and before is None and not start):
                     lost[entry.sha256] = "does not follow from what is whole"
+                elif entry.sealed and entry.prev in used:
+                    lost[entry.sha256] = "is not what the run went on with"
                 if entry.sha256 in lost:
                     found[entry.number] = lost[entry.sha256]
         return found

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_ppo.chat import Prompts, load_prompts
+from lora_ppo.chat import Prompts, encode, load_prompts
 from lora_ppo.checks import check_loaded, check_policy, check_weights
 from lora_ppo.files import utf8_path
 from lora_ppo.gate import read_gate
@@ -29,6 +29,7 @@ from lora_ppo.settings import (
 )
 
 QUANTIZATION = ("quantization_config", "compression_config")  # as config.json calls it, and called it
+NOTES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")  # of no effect
 PIECE, PIECES = 1024, 4096  # bytes of each piece of a file that its fingerprint reads, and about how many
 
 
@@ -84,6 +85,7 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
         notice("bf16_copy=true changes nothing: the weights are not in 4 bits.")
     config.bf16_copy = "true" if copied else "false"
     check_policy(policy)
+    policy.reading = reading_print(config, policy)
     return policy, config
 
 
@@ -124,6 +126,11 @@ def load_base(config: Settings):
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         with source(config) as name:
             model, found = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+            if getattr(model, "_hf_peft_config_loaded", False):  # transformers loads their base model with them
+                raise ConfigError(
+                    f"model_name={config.model_name} holds adapters: name their base model, or merge them into it with "
+                    "evaluate.py --mode merge"
+                )
             check_loaded(found, config.model_name)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         check_weights(model, config.model_name)
@@ -205,6 +212,20 @@ def fingerprint(files: Sequence[Path]) -> str:
                 file.seek(place)
                 digest.update(file.read(PIECE))
     return digest.hexdigest()[:16] if files else ""
+
+
+def reading_print(config: Settings, policy: Policy) -> str:
+    """What tells a way to read weights from others: a digest of config.json, vocabulary, chat template, some ids."""
+    from transformers import PreTrainedConfig
+
+    said, tokenizer = {}, policy.tokenizer
+    if not Path(config.model_name).is_file():  # a GGUF file is one thing
+        with source(config) as name:
+            said = PreTrainedConfig.get_config_dict(name)[0]
+    texts = {name: value for name, value in said.items() if name not in NOTES}
+    ids = encode(tokenizer, "What is 2 + 2?\n\nOù est 北京?")
+    read = [texts, tokenizer.get_vocab(), tokenizer.chat_template, ids]  # a rendered chat may tell the date
+    return hashlib.sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

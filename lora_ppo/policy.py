@@ -79,6 +79,7 @@ class Policy:
             self.optimizer.state[p] = slots | {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
         self.step, self.kl_coef = 0, config.kl_coef
         self.fingerprint = ""  # of the base model's weights, if they were loaded from files
+        self.reading = ""  # a fingerprint of its config.json and tokenizer
 
     def groups(self) -> list[dict[str, Any]]:
         """What the optimizer trains, and at what rates: the adapters, the value head."""
@@ -133,7 +134,7 @@ class Policy:
         named = self.model.generation_config.eos_token_id
         named = [*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id]
         ids = dict.fromkeys([*named, reply_end(self.tokenizer)])
-        return [i for i in ids if i is not None and i < self.vocabulary]
+        return [i for i in ids if isinstance(i, int) and 0 <= i < self.vocabulary]
 
     @cached_property
     def end_id(self) -> int:
@@ -242,8 +243,9 @@ def gated_forward(layer, name: str, gate: AdapterGate) -> Callable[["Tensor"], "
         result = base(rows)
         if gate.share is not False:
             low_rank = linear(dropout(rows), down.weight.to(x.dtype))
-            if gate.share is not True:
-                low_rank = (low_rank.unflatten(0, x.shape[:-1]) * gate.share).to(x.dtype).flatten(0, -2)
+            if gate.share is not True:  # of each row; some layers are given all rows' tokens in one (B T, I)
+                low_rank = low_rank.unflatten(0, (len(gate.share), -1)) * gate.share
+                low_rank = low_rank.to(x.dtype).flatten(0, -2)
             result = result.addmm_(low_rank, up.weight.to(x.dtype).t(), alpha=scaling)
         return result.unflatten(0, x.shape[:-1])
 

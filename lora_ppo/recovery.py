@@ -60,7 +60,8 @@ class Recovery(Turns):
 
     def recover(self) -> bool:
         """Loads the newest whole checkpoint, and replays the turns after it; whether the journal can go on as it is."""
-        self.disk.clear_up()
+        with self.surviving("clear up after a crash"):
+            self.disk.clear_up()
         try:
             chain = Chain(self.journal.lines())
         except OSError as error:

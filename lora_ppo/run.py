@@ -89,10 +89,15 @@ class Run(Recovery):
             self.save()
         return line
 
-    def abandon(self, number: int) -> None:
-        """Ends turn `number` if it was not finished: it has no reward, and the next one has another number."""
+    def abandon(self, number: int, again: bool = False) -> None:
+        """Ends turn `number` if it was not finished: it has no reward, and the next one has another number.
+
+        With `again` the session ends, and the next one begins with this turn.
+        """
         if self.turn == number:
             self.pending = [turn for turn in self.pending if turn.number != number]
+            if again:
+                return
             self.turn = number + 1
             self.record({"type": "passed", "number": number})
             self.settle()

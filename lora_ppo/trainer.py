@@ -71,6 +71,7 @@ class Training:
         self.policy.configure(self.policy.config)
         self.shelf.kept["resumed"] = self.root / f"step_{state['step']}"
         if folder.resolve().parent == self.root.resolve() and self.accelerator.is_main_process:
+            self.shelf.clear_up()
             for step, epoch in all_checkpoints(self.root):  # of epochs that were shorter
                 if epoch.name.startswith("epoch_") and epoch.name != f"epoch_{step / self.steps_per_epoch:g}":
                     epoch.rename(self.root / f"step_{step}")

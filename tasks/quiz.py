@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from lora_ppo.chat import Message
+from lora_ppo.checks import longest_prompt
 from lora_ppo.episodes import Outcome, Task
 from lora_ppo.generate import replies
 from lora_ppo.loading import is_bundled
@@ -25,6 +26,7 @@ from tasks.quiz_gate import ensure_gate
 
 LEARNERS = ("reader", "gain")
 QUIZZES_PER_PASS = 16
+QUIZ_ROLES = ("quizmaster", "solver", "learner")
 
 
 @dataclass
@@ -88,7 +90,10 @@ class QuizTask:
         import torch
 
         new = [q for q in dict.fromkeys(sample.question for sample in samples) if q not in self.written]
-        device = self.policy.device
+        device, room = self.policy.device, self.policy.context - self.policy.config.max_new_tokens
+        for question in [q for q in new if longest_prompt(self.policy, q, QUIZ_ROLES) > room]:
+            self.written[question] = None  # nobody can be asked it whole
+            new.remove(question)
         for some in [new[i : i + QUIZZES_PER_PASS] for i in range(0, len(new), QUIZZES_PER_PASS)]:
             digests = [hashlib.sha256(f"{self.seed}/{question}".encode()).digest()[:6] for question in some]
             seeds = [int.from_bytes(digest, "big") for digest in digests]

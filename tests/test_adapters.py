@@ -31,13 +31,13 @@ PLAIN = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-def train_elsewhere(model: Path, folder: Path, config) -> Path:
+def train_elsewhere(model: Path, folder: Path, config, strength: float = 0.2) -> Path:
     """An adapter as PEFT saves it, with an effect, on a base model of its own."""
     torch.manual_seed(0)
     peft = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
     for parameter in peft.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+            parameter.data.add_(torch.randn_like(parameter) * strength)
     peft.save_pretrained(folder)
     return folder
 
@@ -82,6 +82,18 @@ def test_plain_lora_acts_as_in_peft_and_leaves_no_trace(settings, own, llama, tm
     for adapter in (False, True):  # the policy's own is fresh
         assert torch.equal(probe_logits(policy, adapter), base)
     assert list(policy.model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"target_modules": "all-linear"}, {"target_modules": ["lm_head", "q_proj"]}],
+)
+def test_rounding_to_16_bits_refuses_no_plain_lora(settings, llama, tmp_path):
+    """Rounding grows from layer to layer, so each is proved by itself."""
+    folder = train_elsewhere(llama, tmp_path / "adapter", LoraConfig(**PLAIN | settings), strength=0.5)
+    policy = tiny_policy(llama, dtype="bfloat16")
+    with attached(policy, folder, "other"):
+        assert not torch.equal(probe_logits(policy, adapter=True), probe_logits(policy, adapter=False))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +229,7 @@ def test_what_neither_tells_the_probe_finds(llama, tmp_path, monkeypatch):
 
     with monkeypatch.context() as planted:
         planted.setattr(policy, "use_adapter", unscaled)
-        with pytest.raises(ConfigError, match="differ from PEFT's by"):
+        with pytest.raises(ConfigError, match="differs from PEFT's by"):
             attach(policy, folder, "other")
     with attached(policy, folder, "other"):
         pass

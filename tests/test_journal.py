@@ -319,6 +319,15 @@ def test_a_chain_is_followed_by_its_hashes_and_its_faults_are_named(tmp_path):
     assert faults(*lines[:3], plain, *lines[3:]) == {4: "is damaged"}
     assert faults(lines[0], b"\xff\0", *lines[2:]) == {2: "is damaged"}
     assert faults(*lines, lines[5][:-9]) == {7: "is half-written"}
+    left = Journal(tmp_path / "left")  # turns that were taken from line 5 on in a copy, and copied back
+    left.head = json.loads(lines[4])["sha256"]
+    left.append({"type": "turn", "number": 4, "other": True})
+    left.append({"type": "passed", "number": 3})
+    two = [*lines, *left.lines()]
+    assert Chain(two).faults("mine", head, 9) == dict.fromkeys((7, 8), "is not what the run went on with")
+    blanks = [b"\t" + json.dumps(json.loads(line), separators=(",", " :")).encode() + b" " for line in lines]
+    assert faults(*blanks) == {}
+    assert faults(*blanks[:3], blanks[3].replace(b'"number" :2', b'"number" :3'), *blanks[4:]) == {4: "is damaged"}
     missing = Chain([*lines[:2], *lines[3:]])
     stop = [*missing.follow("")][-1].sha256
     assert missing.faults("mine", stop, 1) == dict.fromkeys((3, 4, 5), "does not follow from what is whole")

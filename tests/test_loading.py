@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -325,9 +326,15 @@ def test_in_a_mixture_of_experts_linear_layers_alone_get_adapters(architecture, 
     prompt = encode_chat(policy.tokenizer, policy.prompts.tutor.messages("Why?"))
     response = generate(policy, prompt, 1.0)
     assert ppo_step(policy, collate([prompt], [response], policy.pad_id, policy.device), [1.0])["step_kl"] > 0
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        with policy.adapter(torch.tensor([True, False])):  # as answer and quiz are written side by side
+            together = policy.model(input_ids=ids.repeat(2, 1)).logits
+        for on, logits in zip((True, False), together, strict=True):
+            with policy.adapter(on):
+                torch.testing.assert_close(policy.model(input_ids=ids).logits[0], logits, rtol=0, atol=1e-4)
     save_checkpoint(tmp_path / "step_1", policy, {}, "A test.")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "step_1").eval()
-    ids = torch.tensor([prompt])
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=ids).logits, policy.model(input_ids=ids).logits, rtol=0, atol=1e-5)
     assert load_checkpoint(tmp_path / "step_1", tiny_policy(folder, seed=1))["step"] == 1
@@ -347,6 +354,17 @@ def test_layers_that_peft_does_not_take_are_refused_in_one_line(tmp_path):
     assert "target_modules=in_proj,out_proj can't be adapted" in refusal(
         save_tiny("mamba", tmp_path), target_modules=["in_proj", "out_proj"]
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "named"),
+    [
+        ("bert", ["query", "value"], "can't read a token (what it makes of a token depends on the next ones)"),
+        ("recurrent_gemma", ["gate_proj", "up_proj"], "can't write a reply ("),  # without a layer that attends
+    ],
+)
+def test_models_that_do_not_read_or_write_as_needed_are_refused_at_the_start(architecture, targets, named, tmp_path):
+    assert named in refusal(save_tiny(architecture, tmp_path), target_modules=targets)
 
 
 def test_sizes_come_from_the_weights(tiny_folder):
@@ -380,6 +398,38 @@ def test_other_weights_under_the_same_name_are_another_base_model(change, tmp_pa
         rewrite(folder, lambda w: w | {QUERY: w[QUERY] + torch.eye(32) * 1e-3})
     with pytest.raises(ConfigError, match=r"was trained on other weights than model_name=.* has now"):
         load_checkpoint(tmp_path / "step_0", tiny_policy(folder))
+
+
+@pytest.mark.parametrize("change", ["config", "tokenizer", "template", "note"])
+def test_the_same_weights_read_in_another_way_are_told_of(change, tmp_path):
+    folder, notices = save_tiny("llama", tmp_path / "model"), []
+    save_checkpoint(tmp_path / "step_0", tiny_policy(folder), {}, "A test.")
+    load_checkpoint(tmp_path / "step_0", tiny_policy(folder), notices.append)
+    assert notices == []
+    if change in ("config", "note"):
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"rms_norm_eps": 0.1} if change == "config" else {"transformers_version": "1.0"}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif change == "template":
+        retokenized(folder, tiny_tokenizer(CHATML.replace("\n", " ")))
+    else:
+        told = json.loads((folder / "tokenizer.json").read_text())
+        words = told["model"]["vocab"]
+        words["a"], words["W"] = words["W"], words["a"]
+        (folder / "tokenizer.json").write_text(json.dumps(told))
+    load_checkpoint(tmp_path / "step_0", tiny_policy(folder), notices.append)
+    named = [f"another config.json or tokenizer than model_name={folder} has now" in line for line in notices]
+    assert named == ([] if change == "note" else [True])
+
+
+def test_a_folder_with_adapters_is_no_base_model(tmp_path):
+    """transformers would load them with their base, and the reference would no longer be the base."""
+    folder = save_tiny("llama", tmp_path / "model")
+    save_checkpoint(tmp_path / "step_0", tiny_policy(folder), {}, "A test.")
+    assert "holds adapters: name their base model" in refusal(tmp_path / "step_0")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "step_0" / name, folder)
+    assert "holds adapters: name their base model" in refusal(folder)
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_both_names(tmp_path, llama, tiny_folder):
@@ -444,6 +494,14 @@ def test_a_template_that_can_not_be_used_is_refused_with_its_reason(template, na
     text = refusal(retokenized(save_tiny("llama", tmp_path), tiny_tokenizer(template)))
     assert "chat template" in text
     assert named in text
+
+
+@pytest.mark.parametrize("strange", ["</s>", -1, 10**6, []])
+def test_an_end_token_that_is_none_is_passed_over(strange, tmp_path):
+    folder = save_tiny("llama", tmp_path)
+    edit(folder / "generation_config.json", eos_token_id=strange)
+    policy = tiny_policy(folder)
+    assert policy.tokenizer.convert_ids_to_tokens(policy.stop_ids) == ["<|im_end|>"]
 
 
 def test_a_model_without_an_end_token_is_refused(tmp_path):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from support.tiny import tiny_policy
 
 import tasks.quiz
+from lora_ppo.chat import encode_chat
 from lora_ppo.episodes import play
 from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities
 from lora_ppo.settings import ConfigError
@@ -125,6 +127,18 @@ def test_no_quiz_is_unknown_and_disturbs_no_other_answer(llama_policy, written, 
     outcomes = QuizTask(llama_policy).outcomes(samples, ["bad", "good", "good"])
     assert [outcome.verdict for outcome in outcomes] == ["incorrect", "unknown", "correct"]
     assert outcomes[1].reward == 0.0
+
+
+def test_a_question_too_long_for_one_of_the_roles_is_unknown_and_the_others_are_asked(tiny_folder):
+    """OPT has no positions beyond its context."""
+    policy = tiny_policy(tiny_folder("opt"), target_modules=["q_proj"])
+    roles = [getattr(policy.prompts, name) for name in ("tutor", "learner")]
+    lengths = [len(encode_chat(policy.tokenizer, role.messages("?"))) for role in roles]
+    words = "7" * (policy.context - policy.config.max_new_tokens - max(lengths) + 2)  # fits the tutor's
+    assert len(encode_chat(policy.tokenizer, policy.prompts.tutor.messages(words))) < policy.context
+    samples = [Sample(text, None) for text in (words, "word " * 2000, "Why?")]
+    outcomes = QuizTask(policy).outcomes(samples, ["a"] * 3)
+    assert [outcome.verdict for outcome in outcomes[:2]] == ["unknown"] * 2
 
 
 def test_facts_are_scored_too(llama_policy, written, learner):

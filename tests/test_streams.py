@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_ppo.files import replace_file
 from lora_ppo.journal import LineFile
 from lora_ppo.run import Run
 from lora_ppo.settings import PATHS, ConfigError, parse, save_yaml
+from lora_ppo.terminal import SimulatedLearner
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +63,7 @@ def killed(play, turn: int, **settings) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "finish_turn", finish)
-        patch.setattr(Run, "abandon", lambda run, number: None)
+        patch.setattr(Run, "abandon", lambda run, number, again=False: None)
         with pytest.raises(Killed):
             play([], learner="simulated", **settings)
 
@@ -89,6 +91,29 @@ def test_a_simulated_run_that_is_over_is_followed_by_another(play, questions):
         assert run.policy.step == end
     _, _, again = play([], learner="simulated", checkpoint_dir="whole", log_dir="whole_log", **settings)
     assert same(weights(run), weights(again))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_simulated_run_that_was_stopped_goes_on_with_the_question_it_was_at(play, questions, number, batch_size):
+    settings = {"learner": "simulated", "questions": questions, "steps": 4, "batch_size": batch_size}
+    _, _, whole = play([], checkpoint_dir="whole", log_dir="whole_log", **settings)
+    for stop in (1, 4):
+        real = SimulatedLearner.choose
+
+        def choose(learner, quiz, answer, stop=stop, real=real):
+            if learner.place["asked"] > stop:
+                signal.raise_signal(number)
+            return real(learner, quiz, answer)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SimulatedLearner, "choose", choose)
+            status, _, run = play([], **settings)
+        assert (status, run.policy.step < 4) == (0, True)
+    _, _, run = play([], **settings)
+    assert run.policy.step == 4
+    assert same(weights(run), weights(whole))
+    assert [line["question"] for line in log_lines()] == [line["question"] for line in whole.history()]
 
 
 @pytest.mark.parametrize(("changes", "step", "first"), [

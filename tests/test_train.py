@@ -123,7 +123,10 @@ def test_checkpoints_within_an_epoch_are_few_and_a_damaged_one_is_passed_over(tr
     train_py(output_dir="out", samples_per_epoch=24, save_every=1)
     assert sorted(path.name for path in Path("out").glob("*_*/")) == ["epoch_1", "step_4", "step_5"]
     os.truncate("out/epoch_1/adapter_model.safetensors", 10)
+    for left in (".step_1.gone", ".epoch_1.new"):  # by a kill
+        (Path("out") / left).mkdir()
     status, output = train_py(output_dir="out", samples_per_epoch=24, resume_from="latest")
+    assert not list(Path("out").glob(".*_*"))
     assert status == 0
     assert "epoch_1 can't be used (adapter_model.safetensors has 10 bytes" in output
     assert "Resuming from out/step_5" in output

@@ -100,6 +100,8 @@ def tiny_model(architecture: str, tokenizer, seed: int = 0, **sizes: int) -> tra
         ),
         "phi": lambda: transformers.PhiConfig(**shape),
         "opt": lambda: transformers.OPTConfig(**shape, ffn_dim=48, word_embed_proj_dim=16),
+        "bert": lambda: transformers.BertConfig(**shape),
+        "recurrent_gemma": lambda: transformers.RecurrentGemmaConfig(**shape, lru_width=32),
         "mamba": lambda: transformers.MambaConfig(**shape),
         "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
             **shape, **MIXTURE, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=24

@@ -183,6 +183,12 @@ def damage_checkpoint(folder: Path, other: Path, rng: random.Random) -> None:
     path.write_bytes(bytes(data))
 
 
+def written_again(lines: list[bytes], rng: random.Random, other: list[bytes]) -> bytes:
+    """Every line as tools for JSON write it: the same content with other blanks."""
+    separators = rng.choice([(",", ":"), (" , ", " : ")])
+    return b"".join(b" %s \n" % json.dumps(json.loads(line), separators=separators).encode() for line in lines)
+
+
 def remove_checkpoints(folder: Path, other: Path, rng: random.Random) -> None:
     for path in checkpoints(folder):
         shutil.rmtree(path)
@@ -200,6 +206,7 @@ DAMAGES: dict[str, Callable[[Path, Path, random.Random], None]] = {
     "another run's journal in its place": rewrite(lambda lines, rng, other: b"".join(other)),
     "CRLF": rewrite(lambda lines, rng, other: b"".join(lines).replace(b"\n", b"\r\n")),
     "a byte order mark": rewrite(lambda lines, rng, other: b"\xef\xbb\xbf" + b"".join(lines)),
+    "other blanks": rewrite(written_again),
     "zeros at its end": rewrite(lambda lines, rng, other: b"".join(lines) + bytes(rng.randint(1, 4096))),
     "zeros inside": rewrite(zeros_inside),
     "all of it twice": rewrite(lambda lines, rng, other: b"".join(lines * 2)),
@@ -213,8 +220,8 @@ DAMAGES: dict[str, Callable[[Path, Path, random.Random], None]] = {
 
 def wanted_step(folder: Path, original: list[bytes], whole: dict[str, dict[str, str]]) -> int:
     """The step that newest whole checkpoint and undamaged lines lead to. `whole` are the checkpoints' digests."""
-    there = {line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf") for line in journal_lines(folder)}
-    bare, newest = [line.rstrip(b"\r\n") for line in original], -1
+    there = set(map(content, journal_lines(folder)))
+    bare, newest = list(map(content, original)), -1
     for path in checkpoints(folder):
         if digests(path) == whole.get(path.name):
             place = json.loads((path / "state.json").read_text())["journal"]["sha256"]
@@ -224,6 +231,14 @@ def wanted_step(folder: Path, original: list[bytes], whole: dict[str, dict[str, 
         newest += 1
     steps = [json.loads(line)["log"]["step"] for line in bare[: newest + 1] if b'"response_ids"' in line]
     return steps[-1] if steps else 0 if newest >= 0 else -1
+
+
+def content(line: bytes) -> bytes:
+    """What a line says, without its blanks; the line itself if it is no JSON."""
+    try:
+        return json.dumps(json.loads(line.removeprefix(b"\xef\xbb\xbf"))).encode()
+    except ValueError:
+        return line
 
 
 def digests(folder: Path) -> dict[str, str]:
