@@ -232,6 +232,7 @@ def test_scores_are_the_same_whether_a_beginning_is_remembered_or_read(tiny_fold
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), dtype="bfloat16"))
     quizmaster = replace(policy.prompts.quizmaster, examples=EXAMPLES)
     policy.prompts = replace(policy.prompts, quizmaster=quizmaster)
+    policy.__dict__.pop("beginnings", None)
     questions = [f"What is the capital of {place}?" for place in ("France", "Italy", "all of Spain")]
     asked = [encode_chat(policy.tokenizer, quizmaster.messages(question)) for question in questions]
     batch = collate(asked, [[7, 9, 4], [5], [11, 12]], policy.pad_id, policy.device)

@@ -278,9 +278,8 @@ def experiment(arguments: argparse.Namespace, say: Callable[[str], None]) -> dic
     """
     arms = ["ours"] + (["trl", "trl-defaults"] if arguments.trl and not arguments.control else [])
     runs = earlier_runs(arguments, arms)
-    settings = dict(pair.split("=", 1) for pair in arguments.set)
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        config = replace(settings_with(settings), seed=seed)
+        config = replace(settings_with(dict(pair.split("=", 1) for pair in arguments.set)), seed=seed)
         missing = [arm for arm in arms if seed not in [run["seed"] for run in runs[arm]]]
         if len(missing) < len(arms):
             say(f"seed {seed}: {', '.join(ARMS[arm] for arm in arms if arm not in missing)}: from {arguments.output}")
