@@ -1,9 +1,10 @@
 """How a quiz is written: its grammar, and the gate that lets it through or not. All by the base model, adapters off.
 
 The question alone decides it, never the answer, so the policy can't learn to make easy quizzes. A model that knows
-something says the same when it is asked again and again; so the key is what several short answers agree on, each
-written blind to any option. Wrong options are asked for afterwards. From how much agreement on a model can be trusted
-is measured on that very model (gate.py). The bundled model was trained to write whole quizzes, and to solve them.
+something says the same when it is asked again and again, also in other words; so the key is what several short answers
+agree on, each written blind to any option. Wrong options are asked for afterwards. From how much agreement on a model
+can be trusted is measured on that very model (gate.py). The bundled model was trained to write whole quizzes, and to
+solve them.
 """
 
 import difflib
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ANSWERS = 16  # short answers to a question, of which the most frequent is the key
+ANSWERS = 16  # short answers to a question, of which the most frequent is the key; half of them to a rewording of it
 WRITINGS = 8  # times that the wrong options are asked for
 VARIETY = 0.7  # the sampling temperature of both: at a lower one, agreement says less
+LIKELIEST = 0.01  # that of the rewording
 NEARLY = 0.7  # of two words that are spelt alike, what difflib's ratio is above
 LONGEST, ANSWER_LENGTH = 3, 40  # words of an option; characters of a short answer, after which it is given up
 
@@ -69,14 +71,15 @@ JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 class QuizGrammar:
     """Allows only what continues a quiz in compact JSON (or `null`), and no option that repeats an earlier one.
 
-    With a `question` it ends behind the correct option, which may not be a word of that question. Made for one reply:
-    call it with the ids so far (1, P + t) and the next token's scores (1, V), as transformers does.
+    With a `question` it ends behind the correct option, which may not be a word of that question; with `rewording` it
+    ends behind the quiz's question. Made for one reply: call it with the ids so far (1, P + t) and the next token's
+    scores (1, V), as transformers does.
     """
 
-    def __init__(self, policy: Policy, prompt_length: int, question: str = ""):
+    def __init__(self, policy: Policy, prompt_length: int, question: str = "", rewording: bool = False):
         import llguidance
 
-        self.policy, self.prompt_length, self.consumed = policy, prompt_length, 0
+        self.policy, self.prompt_length, self.consumed, self.rewording = policy, prompt_length, 0, rewording
         self.asked = sorted({form for w in re.findall(r"[^\W\d_]+", question) for form in (w, w.lower(), w.title())})
         schema = llguidance.LLMatcher.grammar_from_json_schema(QUIZ_SCHEMA, overrides={"whitespace_flexible": False})
         self.matcher = llguidance.LLMatcher(policy.ll_tokenizer, schema, log_level=0)
@@ -88,9 +91,11 @@ class QuizGrammar:
         self.matcher.consume_tokens(written[self.consumed :])
         self.consumed = len(written)
         allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
-        options = self.policy.tokenizer.decode(written).partition('"correct":')[2]
+        text = self.policy.tokenizer.decode(written)
+        options = text.partition('"correct":')[2]
         answered = self.asked and (option_keys(options) or len(options) > ANSWER_LENGTH)
-        if self.matcher.is_stopped() or answered:
+        reworded = self.rewording and len(JSON_STRING.findall(text)) > 1
+        if self.matcher.is_stopped() or answered or reworded:
             allowed[self.policy.stop_ids] = True
         else:
             allowed |= self.next_tokens(scores.shape[-1])
@@ -145,7 +150,7 @@ def option_keys(options: str) -> list[str]:
 def first_requests(policy: Policy, question: str) -> list[Request]:
     """What a quiz on `question` begins with, to be written beside the answer: `make_quiz` takes the replies."""
     if policy.quiz_gate.signal == "agreement":
-        return [answer_request(policy, question) for _ in range(ANSWERS)]
+        return [*answer_requests(policy, question), rewording_request(policy, question)]
     return [quiz_request(policy, question)] if policy.quiz_gate.signal else []
 
 
@@ -190,13 +195,18 @@ class Draft:
 def agreed_quiz(policy: Policy, question: str, written: Sequence[list[int]], why: list[str]) -> Quiz | None:
     """A quiz whose key is what independent short answers agree on."""
     gate = policy.quiz_gate
-    # 1. The key: what most of the answers say, if enough of them do.
+    # 1. The key: what most of the answers say, if enough of them do. Where they still can, the other half is asked for.
+    *written, rewording = written
     draft = agree(policy, question, written)
+    if (draft.agreement if draft else 0) + ANSWERS - len(written) >= gate.agreement:
+        written += replies(policy, answer_requests(policy, reworded(policy, rewording) or question))
+        draft = agree(policy, question, written)
     if not draft:
         why.append("none of the model's short answers can be a quiz's key")
         return None
     if draft.agreement < gate.agreement:
-        why.append(f"only {draft.agreement} of {ANSWERS} short answers agree, on {draft.key!r}; {gate.agreement} must")
+        agreed = f"only {draft.agreement} of {len(written)} short answers agree, on {draft.key!r}"
+        why.append(f"{agreed}; {gate.agreement} of {ANSWERS} must")
         return None
     # 2. Wrong options, and how much less likely each is as an answer. Too few are asked for again.
     for _ in range(policy.config.quiz_tries):
@@ -218,11 +228,25 @@ def begun(policy: Policy, question: str, key: str | None = None) -> tuple[list[i
     return prompt, encode_text(policy.tokenizer, beginning)
 
 
-def answer_request(policy: Policy, question: str) -> Request:
-    """Asks for one short answer: the `correct` of a quiz that is begun."""
+def answer_requests(policy: Policy, question: str) -> list[Request]:
+    """Asks for half of the short answers: each the `correct` of a quiz that is begun."""
     prompt, beginning = begun(policy, question)
-    grammar = QuizGrammar(policy, len(prompt), one_line(question))
-    return Request(prompt + beginning, VARIETY, adapter=False, grammar=grammar)
+    grammars = [QuizGrammar(policy, len(prompt), one_line(question)) for _ in range(ANSWERS // 2)]
+    return [Request(prompt + beginning, VARIETY, adapter=False, grammar=grammar) for grammar in grammars]
+
+
+def rewording_request(policy: Policy, question: str) -> Request:
+    """Asks for the question in the model's own words: the `question` of a quiz that is begun."""
+    prompt, _ = begun(policy, question)
+    beginning = encode_text(policy.tokenizer, '{"question":"')
+    grammar = QuizGrammar(policy, len(prompt), rewording=True)
+    return Request(prompt + beginning, LIKELIEST, adapter=False, grammar=grammar)
+
+
+def reworded(policy: Policy, ids: Sequence[int]) -> str:
+    """The question that a reply to `rewording_request` puts; "" for one that was cut off."""
+    found = JSON_STRING.match('"' + policy.tokenizer.decode(ids, skip_special_tokens=True))
+    return one_line(json.loads(found[0])) if found else ""
 
 
 def agree(policy: Policy, question: str, written: Sequence[list[int]]) -> Draft | None:

@@ -17,8 +17,10 @@ from lora_ppo.quizmaster import (
     Draft,
     agree,
     alike,
-    answer_request,
+    answer_requests,
     quiz_request,
+    reworded,
+    rewording_request,
     solved_quiz,
     with_wrong_options,
 )
@@ -26,7 +28,7 @@ from tasks.facts import Fact
 from tasks.questions import split_samples
 
 QUESTIONS = 60
-AT_ONCE = 2  # questions, ANSWERS replies to each
+AT_ONCE = 4  # questions, ANSWERS / 2 replies to each
 QUIZZES_AT_ONCE = 16
 LEAST = 6  # answers that agree, for a quiz to be worth writing
 LEAD = 1.0  # nats between the key and a wrong option: what comes nearer may be right as well
@@ -53,9 +55,16 @@ def drafts(
     """What the model makes of questions on facts, before any gate. `done` is told after how many."""
     made: list[Draft | None] = []
     for some in (asked[i : i + AT_ONCE] for i in range(0, len(asked), AT_ONCE)):
-        written = replies(policy, [answer_request(policy, question) for question, _ in some for _ in range(ANSWERS)])
+        asked_as = [question for question, _ in some]
+        rewordings = replies(policy, [rewording_request(policy, question) for question in asked_as])
+        in_own_words = [reworded(policy, ids) or question for ids, question in zip(rewordings, asked_as, strict=True)]
+        written: list[list[list[int]]] = [[] for _ in some]
+        for questions in (asked_as, in_own_words):
+            half = replies(policy, [request for question in questions for request in answer_requests(policy, question)])
+            for i, own in enumerate(written):
+                own += half[i * ANSWERS // 2 : (i + 1) * ANSWERS // 2]
         for i, (question, _) in enumerate(some):
-            draft = agree(policy, question, written[i * ANSWERS : (i + 1) * ANSWERS])
+            draft = agree(policy, question, written[i])
             if draft and draft.agreement >= LEAST:
                 draft = with_wrong_options(policy, draft)
             made.append(draft)

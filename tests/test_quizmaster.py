@@ -24,10 +24,12 @@ from lora_ppo.quizmaster import (
     agree,
     alike,
     answer_logprobs,
-    answer_request,
+    answer_requests,
     echoes,
     first_requests,
     make_quiz,
+    reworded,
+    rewording_request,
     survives,
     with_wrong_options,
 )
@@ -304,7 +306,7 @@ def test_the_options_are_those_that_come_nearest_to_the_key():
 
 def short_answer(policy, question: str, choose) -> str:
     """What is written under the grammar of a short answer, where `choose` picks among what it allows."""
-    request = answer_request(policy, question)
+    request = answer_requests(policy, question)[0]
     prompt = encode_chat(policy.tokenizer, policy.prompts.quizmaster.messages(question))
     prefix = request.prompt_ids[len(prompt) :]
     written = drive(QuizGrammar(policy, 1, question), list(prefix), choose, limit=400)
@@ -326,7 +328,7 @@ def test_a_short_answer_may_go_on_from_a_word_of_the_question(llama_policy):
     """As "snowmen" does from "snow"."""
     tokenizer = llama_policy.tokenizer
     wanted = [tokenizer.encode(c, add_special_tokens=False)[0] for c in 'Parisian"']
-    request = answer_request(llama_policy, "What is Paris?")
+    request = answer_requests(llama_policy, "What is Paris?")[0]
     prompt = encode_chat(tokenizer, llama_policy.prompts.quizmaster.messages("What is Paris?"))
     written, grammar = list(request.prompt_ids[len(prompt) :]), QuizGrammar(llama_policy, 1, "What is Paris?")
     refused = []
@@ -337,16 +339,31 @@ def test_a_short_answer_may_go_on_from_a_word_of_the_question(llama_policy):
     assert refused == ["s"]  # letter by letter it would have passed the whole word "Paris"
 
 
+def test_a_rewording_ends_behind_its_question(llama_policy):
+    """Whatever it says: quotation marks in it are not its end. One that was cut off is none."""
+    tokenizer, said = llama_policy.tokenizer, 'Who said \\"no\\"?"'
+    request = rewording_request(llama_policy, "Name who said no.")
+    prompt = encode_chat(tokenizer, llama_policy.prompts.quizmaster.messages("Name who said no."))
+    wanted = iter(tokenizer.encode(said, add_special_tokens=False))
+    prefix = list(request.prompt_ids[len(prompt) :])
+    grammar = QuizGrammar(llama_policy, 1, rewording=True)
+    written = drive(grammar, prefix, lambda _, allowed: next(wanted, allowed[0]), limit=200)
+    assert written[-1] == llama_policy.end_id
+    assert tokenizer.decode(written[len(prefix) : -1]) == said
+    assert reworded(llama_policy, written[len(prefix) :]) == 'Who said "no"?'
+    assert reworded(llama_policy, written[len(prefix) : -2]) == ""
+
+
 def test_what_is_written_alone_is_what_is_written_beside_an_answer(agreeing):
     """The quiz's short answers are drawn from generators of their own, by the base model."""
     randomize_adapter(agreeing)
     requests = first_requests(agreeing, "Which city?")
-    assert len(requests) == ANSWERS
+    assert len(requests) == ANSWERS // 2 + 1
     assert not any(request.adapter for request in requests)
-    alone = replies(agreeing, requests, list(range(ANSWERS)))
+    alone = replies(agreeing, requests, list(range(len(requests))))
     requests = first_requests(agreeing, "Which city?")  # a grammar serves one reply
     prompt = encode_chat(agreeing.tokenizer, agreeing.prompts.tutor.messages("Which city?"))
-    _, *beside = replies(agreeing, [Request(prompt, 1.0), *requests], [99, *range(ANSWERS)])
+    _, *beside = replies(agreeing, [Request(prompt, 1.0), *requests], [99, *range(len(requests))])
     assert alone == beside
     assert len(set(map(tuple, alone))) > 1
 
@@ -383,8 +400,17 @@ def test_wrong_options_are_distinct_from_the_key_and_from_each_other(agreeing):
 
 
 def scripted(monkeypatch, policy, answers: list[str], wrong: dict[str, float]) -> list[int]:
-    """The model says these short answers, and finds these wrong options, a few in each round; how often it is asked."""
-    rounds = []
+    """The model says these short answers, and finds these wrong options, a few in each round; how often it is asked.
+
+    Every other answer is one to the question in its own words, "Which town?"
+    """
+    rounds, halves = [], [[*spelled(policy, *answers[::2]), *spelled(policy, "Which town?")]]
+    halves.append(spelled(policy, *answers[1::2]))
+
+    def say(policy, requests):
+        question = ("Which city?", "Which town?")[2 - len(halves)]
+        assert requests[0].prompt_ids == answer_requests(policy, question)[0].prompt_ids
+        return halves.pop(0)
 
     def more(policy, draft):
         found = list(wrong.items())[2 * len(rounds) : 2 * len(rounds) + 2]
@@ -392,7 +418,7 @@ def scripted(monkeypatch, policy, answers: list[str], wrong: dict[str, float]) -
         return replace(draft, wrong=(*draft.wrong, *found))
 
     monkeypatch.setattr("lora_ppo.quizmaster.with_wrong_options", more)
-    monkeypatch.setattr("lora_ppo.quizmaster.replies", lambda policy, requests: spelled(policy, *answers))
+    monkeypatch.setattr("lora_ppo.quizmaster.replies", say)
     return rounds
 
 
@@ -406,13 +432,21 @@ def test_a_quiz_is_made_from_so_much_agreement_on(monkeypatch, agreeing, agreeme
     if agreement < 12:
         assert quiz is None
         assert rounds == []
-        assert why == ["only 11 of 16 short answers agree, on 'Paris'; 12 must"]
+        assert why == ["only 11 of 16 short answers agree, on 'Paris'; 12 of 16 must"]
     else:
         assert quiz.question == "Which city?"
         assert quiz.options[quiz.key] == "Paris"
         assert sorted(quiz.options) == ["Bern", "Lima", "Paris", "Rome"]  # Oslo is too near
         assert rounds == [2, 2]
         assert why == []
+
+
+def test_where_too_few_agree_the_rewording_is_not_asked(monkeypatch, agreeing):
+    halves = [*spelled(agreeing, *["Paris"] * 3, "Oslo", "Rome", "Bern", "Lima", "Riga"), *spelled(agreeing, "Where?")]
+    why = []
+    monkeypatch.setattr("lora_ppo.quizmaster.replies", lambda *_: pytest.fail("nothing has to be written"))
+    assert make_quiz(agreeing, "Which city?", halves, why) is None
+    assert why == ["only 3 of 8 short answers agree, on 'Paris'; 12 of 16 must"]
 
 
 def test_too_few_wrong_options_are_no_quiz(monkeypatch, agreeing):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from lora_ppo import caches, ppo  # noqa: E402
 from lora_ppo.generate import Request, generate, replies  # noqa: E402
 from lora_ppo.policy import Policy  # noqa: E402
-from lora_ppo.quizmaster import ANSWERS, Draft, answer_logprobs, answer_request, with_wrong_options  # noqa: E402
+from lora_ppo.quizmaster import ANSWERS, Draft, answer_logprobs, answer_requests, with_wrong_options  # noqa: E402
 from tools.bench.measure import Arm, peak_above, race  # noqa: E402
 from tools.bench.setup import Bench  # noqa: E402
 from tools.bench.speed import Work  # noqa: E402
@@ -92,7 +92,8 @@ def measure(bench: Bench, name: str) -> None:
 
     def quiz() -> None:
         answering = Request(prompt, 1.0)
-        replies(policy, [answering, *(answer_request(policy, QUESTION) for _ in range(ANSWERS))])
+        replies(policy, [answering, *answer_requests(policy, QUESTION)])
+        replies(policy, answer_requests(policy, QUESTION))
         with_wrong_options(policy, Draft(QUESTION, OPTIONS[0], ANSWERS))
         answer_logprobs(policy, QUESTION, OPTIONS)
 
