@@ -6,7 +6,7 @@ Lowest to highest: the defaults below, a YAML file (`--config FILE`), the comman
 
 from dataclasses import dataclass
 
-from lora_ppo.settings import BUNDLED_LEARNING_RATE, GPU_MODEL, LEARNING_RATE, Settings, setting
+from lora_ppo.settings import BUNDLED_LEARNING_RATE, GPU_MODEL, Settings, setting
 
 
 @dataclass
@@ -49,7 +49,10 @@ class Config(Settings):
     max_new_tokens: int = setting(256, "longest answer, and longest quiz, in tokens")
     quiz_tries: int = setting(3, "quizzes made before a turn goes without one")
     learning_rate: float | None = setting(
-        None, f"AdamW's; auto: {LEARNING_RATE:g}, bundled model {BUNDLED_LEARNING_RATE:g}", group="PPO"
+        None,
+        "AdamW's; auto: by the model's size, 2e-4 for 0.1 B parameters, 6e-5 for 0.5 B, 1e-5 from 4 B on; "
+        f"bundled model {BUNDLED_LEARNING_RATE:g}",
+        group="PPO",
     )
     batch_size: int = setting(1, "answered quizzes that make one PPO step")
     ppo_epochs: int = setting(1, "passes over the batch in one step")

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from lora_ppo.settings import (
     BUNDLED_MODEL,
     DEFAULT_PROMPTS,
     GPU_MODEL,
-    LEARNING_RATE,
+    LEARNING_RATES,
     PROMPTS_FILE,
     SMOLLM2,
     SMOLLM2_FOLDER,
@@ -69,7 +70,8 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
         prompts = find_prompts(config)
         model, tokenizer = load_base(config)
     if config.learning_rate is None:
-        config.learning_rate = BUNDLED_LEARNING_RATE if is_bundled(config.model_name) else LEARNING_RATE
+        bundled = is_bundled(config.model_name)
+        config.learning_rate = BUNDLED_LEARNING_RATE if bundled else usual_learning_rate(model.num_parameters())
     if getattr(config, "compile", "off") == "auto" and compilable(model) and not compiler():
         notice("There is no C++ compiler (g++ or clang++): answers are written by slower passes. See compile=off.")
         config.compile = "off"
@@ -87,6 +89,16 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
     check_policy(policy)
     policy.reading = reading_print(config, policy)
     return policy, config
+
+
+def usual_learning_rate(parameters: int) -> float:
+    """A rate for a model of so many parameters: on the line through LEARNING_RATES, both axes logarithmic; two digits.
+
+    Smaller and larger models get the rates of its ends.
+    """
+    (small, fast), (large, slow) = LEARNING_RATES
+    share = math.log(min(max(parameters, small), large) / small) / math.log(large / small)
+    return float(f"{fast * (slow / fast) ** share:.1e}")
 
 
 def load_base(config: Settings):

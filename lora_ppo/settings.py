@@ -26,8 +26,9 @@ DEFAULT_PROMPTS = Path(__file__).resolve().parent.parent / "prompts" / "default.
 PROMPTS_FILE = "prompts.yaml"  # in a model's folder, and in every checkpoint
 GATE_FILE = "quiz_gate.json"  # in a model's folder: what its quizzes are worth
 GPU_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
-# What `learning_rate=auto` means: the first is right for 3 to 7 billion parameters, the second for the bundled model.
-LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 8e-5
+# `learning_rate=auto`: of models of so many parameters (loading.usual_learning_rate), and of the bundled one.
+LEARNING_RATES = (135e6, 2e-4), (4e9, 1e-5)
+BUNDLED_LEARNING_RATE = 8e-5
 
 
 # Settings that name files or folders.

@@ -28,7 +28,7 @@ from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.forward import collate
 from lora_ppo.generate import generate
-from lora_ppo.loading import check_quantization, load_policy
+from lora_ppo.loading import check_quantization, load_policy, usual_learning_rate
 from lora_ppo.settings import ConfigError
 from lora_ppo.step import ppo_step
 
@@ -38,6 +38,20 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 WORDS = ("lm_head.weight", "model.embed_tokens.weight")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the libraries say about their own future
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate"), [(1, 2e-4), (135e6, 2e-4), (735e6, 4.5e-5), (4e9, 1e-5), (32e9, 1e-5)]
+)
+def test_the_usual_learning_rate_falls_with_size(parameters, rate):
+    """735 million are the geometric mean of the two that were measured."""
+    assert usual_learning_rate(parameters) == rate
+
+
+def test_the_usual_learning_rate_is_taken_where_none_is_set(tiny_folder):
+    for name in ("llama", "qwen3"):
+        assert load_policy(tiny_config(tiny_folder(name), learning_rate=None))[1].learning_rate == 2e-4
+    assert load_policy(tiny_config(tiny_folder("llama"), learning_rate=0.5))[1].learning_rate == 0.5
 
 
 def refusal(folder, **settings) -> str:
