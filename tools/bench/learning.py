@@ -55,8 +55,7 @@ from lora_ppo.training import chunks  # noqa: E402
 from tasks.quiz import QUIZZES_PER_PASS, QuizTask, Sample  # noqa: E402
 from tools.bench.half_known import RuleTask  # noqa: E402
 
-TRL_VERSION = "0.11.4"
-TRL_NEEDS = "trl==0.11.4 tyro docstring-parser typeguard"
+TRL_VERSION, TRL_NEEDS = "0.11.4", "trl==0.11.4 tyro docstring-parser typeguard"
 ARMS = {"ours": "ours", "trl": "TRL, our settings", "trl-defaults": "TRL, its defaults"}
 EVALUATION_SEED = 1_000_000  # added to the run's: evaluation draws from generators of its own
 
@@ -276,13 +275,14 @@ def experiment(arguments: argparse.Namespace, say: Callable[[str], None]) -> dic
 
     After each run the output file has it; what it has already, of a call with the same options, isn't run again.
     """
-    arms = ["ours"] + (["trl", "trl-defaults"] if arguments.trl and not arguments.control else [])
+    peers = ["trl"] if arguments.learner == "rules" else ["trl", "trl-defaults"]
+    arms = ["ours"] + (peers if arguments.trl and not arguments.control else [])
     runs = earlier_runs(arguments, arms)
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         config = replace(settings_with(dict(pair.split("=", 1) for pair in arguments.set)), seed=seed)
         missing = [arm for arm in arms if seed not in [run["seed"] for run in runs[arm]]]
-        if len(missing) < len(arms):
-            say(f"seed {seed}: {', '.join(ARMS[arm] for arm in arms if arm not in missing)}: from {arguments.output}")
+        for arm in [arm for arm in arms if arm not in missing]:
+            say(f"seed {seed}: {ARMS[arm]}: from {arguments.output}")
         if not missing:
             continue
         say(f"seed {seed}: writing quizzes")
