@@ -40,9 +40,7 @@ WORDS = ("lm_head.weight", "model.embed_tokens.weight")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the libraries say about their own future
 
 
-@pytest.mark.parametrize(
-    ("parameters", "rate"), [(1, 2e-4), (135e6, 2e-4), (735e6, 4.5e-5), (4e9, 1e-5), (32e9, 1e-5)]
-)
+@pytest.mark.parametrize(("parameters", "rate"), [(1, 2e-4), (135e6, 2e-4), (735e6, 4.5e-5), (4e9, 1e-5), (32e9, 1e-5)])
 def test_the_usual_learning_rate_falls_with_size(parameters, rate):
     """735 million are the geometric mean of the two that were measured."""
     assert usual_learning_rate(parameters) == rate
