@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from lora_ppo.chat import Message
-from lora_ppo.episodes import Episode, Outcome, Task, judge, play
+from lora_ppo.episodes import Episode, Outcome, Task, at_once, judge, play
 from lora_ppo.files import replace_file
 from lora_ppo.journal import turn_seed
 from lora_ppo.policy import Policy
@@ -64,13 +64,16 @@ class Unjudged:
     def __init__(self, episode: Episode):
         self.episode, self.question = episode, ""
 
-    def reset(self) -> list[Message]:
-        messages = self.episode.reset()
-        self.question = messages[-1]["content"]
-        return messages
+    @staticmethod
+    def resets(episodes: Sequence["Unjudged"]) -> list[list[Message]]:
+        openings = at_once([unjudged.episode for unjudged in episodes], "reset")
+        for unjudged, messages in zip(episodes, openings, strict=True):
+            unjudged.question = messages[-1]["content"]
+        return openings
 
-    def step(self, reply: str) -> str | None:
-        return self.episode.step(reply)
+    @staticmethod
+    def steps(episodes: Sequence["Unjudged"], replies: Sequence[str]) -> list[str | None]:
+        return at_once([unjudged.episode for unjudged in episodes], "step", replies)
 
     def outcome(self) -> None:
         return None

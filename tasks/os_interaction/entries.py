@@ -82,7 +82,9 @@ def read_file(path: Path) -> list[Entry]:
     if isinstance(rows, dict):
         named: Iterable[tuple[str, Any]] = rows.items()
     elif isinstance(rows, list):
-        named = ((str(row.get("sample_index", i)) if isinstance(row, dict) else str(i), row) for i, row in enumerate(rows))
+        named = (
+            (str(row.get("sample_index", i)) if isinstance(row, dict) else str(i), row) for i, row in enumerate(rows)
+        )
     else:
         raise ConfigError(f"{path}: found {type(rows).__name__}, expected a list or a mapping of entries")
     return [from_row(row, name, f"{path}, entry {name}") for name, row in named]

@@ -89,7 +89,9 @@ def probe(make: Callable[[], Sandbox], kind: str, limits: Limits) -> None:
                 if kind == "docker" and what == "it fills the disk":  # Docker's storage driver decides that
                     continue
                 if not held(ran := sandbox.run(script, 15)):
-                    raise ConfigError(f"sandbox={kind} does not hold here: {what} ({ran.output.strip()[:200]}){advice()}")
+                    raise ConfigError(
+                        f"sandbox={kind} does not hold here: {what} ({ran.output.strip()[:200]}){advice()}"
+                    )
             marker = f"lora_ppo_{os.getpid()}"
             sandbox.run(f"(exec -a {marker} sleep 60) & (setsid sleep 60 &) ; exit 0", 5)
             if kind == "namespaces" and running(marker):
@@ -124,5 +126,5 @@ def advice() -> str:
     if switch.exists() and switch.read_text().strip() == "0":
         return "; sudo sysctl kernel.unprivileged_userns_clone=1 allows user namespaces"
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
-        return "; in a container: start that with --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+        return "; in a container: give it --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
     return ""

@@ -19,7 +19,7 @@ FROM_HOST = (
 FOLDERS = {
     "etc": "cron.d cron.daily cron.hourly cron.weekly cron.monthly default init.d opt sudoers.d systemd/system",
     "": "boot home media mnt opt run run/lock srv tmp:1777 root:700 usr bin sbin lib lib64 lib32 libx32 dev proc sys",
-    "var": "backups cache lib lib/misc local:2775:50 log log/apt mail:2775:8 opt spool spool/cron spool/mail tmp:1777 www",
+    "var": "backups cache lib lib/misc local:2775:50 log log/apt mail:2775:8 opt spool spool/cron tmp:1777 www",
 }
 ACCOUNTS = Path("/usr/share/base-passwd")
 PASSWD = """root:*:0:0:root:/root:/bin/bash

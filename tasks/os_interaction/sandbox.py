@@ -196,6 +196,9 @@ class Namespaces:
         if self.cgroup:
             self.cgroup.remove()
 
+    def __del__(self):  # of an episode that was never judged
+        self.close()
+
 
 @contextlib.contextmanager
 def waiting(command: list[str], stdin: bytes = b"") -> Iterator[int]:
@@ -257,9 +260,17 @@ def collect(command: list[str], stdin: int, keep: list[int], seconds: float, mos
     """Runs a program and reads what it says, `most` characters of it; what takes too long is killed."""
     until = time.monotonic() + seconds
     kept, count, timed_out = bytearray(), 0, False
-    with subprocess.Popen(
-        command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=keep, start_new_session=True
-    ) as process, selectors.DefaultSelector() as selector:
+    with (
+        subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=keep,
+            start_new_session=True,
+        ) as process,
+        selectors.DefaultSelector() as selector,
+    ):
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
             if (left := until - time.monotonic()) <= 0 or not selector.select(left):
@@ -281,6 +292,14 @@ def collect(command: list[str], stdin: int, keep: list[int], seconds: float, mos
     text = kept.decode("utf-8", "replace")
     left_out = max(0, len(text) - most) + max(0, count - len(kept))
     return Ran(text[:most], process.returncode, timed_out, left_out)
+
+
+def in_short(ran: Ran) -> str:
+    """How a script ended, in a few words."""
+    if ran.timed_out:
+        return "it ran out of time"
+    last = ran.output.strip().splitlines()[-1:] or [""]
+    return f"exit status {ran.status}" + (f": {last[0][:160]}" if last[0] else "")
 
 
 def missing_tools() -> list[str]:

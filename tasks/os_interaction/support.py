@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_ppo.files import cache_folder, replace_file
 from tasks.os_interaction.entries import Entry
-from tasks.os_interaction.sandbox import Ran, Sandbox, SandboxFailed
+from tasks.os_interaction.sandbox import Sandbox, SandboxFailed, in_short
 
 VERSION = "1"  # raised where the sandbox changes what entries can do
 SETTING_UP = 60.0  # seconds that a start script, a truth and a check may take here
@@ -25,14 +25,6 @@ def put_files(sandbox: Sandbox, entry: Entry, *names: str) -> None:
             ran = sandbox.run(f"rm -rf /{name}; tar -x -C /", SETTING_UP, stdin=entry.files[name])
             if ran.status:
                 raise SandboxFailed(f"/{name} can't be laid out: {in_short(ran)}")
-
-
-def in_short(ran: Ran) -> str:
-    """How a script ended, in a few words."""
-    if ran.timed_out:
-        return "it ran out of time"
-    last = ran.output.strip().splitlines()[-1:] or [""]
-    return f"exit status {ran.status}" + (f": {last[0][:160]}" if last[0] else "")
 
 
 def why_not(entry: Entry, make: Callable[[], Sandbox]) -> str:
@@ -89,7 +81,8 @@ def left_out(
     make().close()
     reasons = {}
     with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
-        for number, (entry, why) in enumerate(zip(entries, pool.map(lambda e: why_not(e, make), entries), strict=True), 1):
+        tried = pool.map(lambda entry: why_not(entry, make), entries)
+        for number, (entry, why) in enumerate(zip(entries, tried, strict=True), 1):
             if why:
                 reasons[entry.name] = why
             done(number)
