@@ -134,14 +134,9 @@ def figures(result: Result) -> dict[str, Any]:
         "accuracy_interval": wilson_interval(right, len(known)),
         "strict_accuracy": sum(strict) / len(strict) if strict else None,
         "strict_interval": wilson_interval(sum(strict), len(strict)) if strict else None,
-        "by_level": {
-            level: {
-                "samples": len(some),
-                "accuracy": sum(some) / len(some),
-                "interval": wilson_interval(sum(some), len(some)),
-            }
-            for level, some in by_level(known).items()
-        },
+        "by_level": accuracies(known, lambda answer: [answer.outcome.details.get("level")]),
+        "by_skill": accuracies(known, lambda answer: answer.outcome.details.get("skills", [])),
+        "reasons": reasons(result.answers),
         "pass_at": passed(result),
         "cut_off_share": fmean(answer.cut_off for answer in result.answers),
         "facts": len(stated),
@@ -154,13 +149,28 @@ def figures(result: Result) -> dict[str, Any]:
     }
 
 
-def by_level(answers: Sequence[Answer]) -> dict[str, list[bool]]:
-    """Which answers are right, level by level, where the task has levels."""
-    levels: dict[str, list[bool]] = {}
+def accuracies(answers: Sequence[Answer], kinds: Callable[[Answer], Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """How many answers of each kind are right: of a level, of a skill, where the task has them."""
+    verdicts: dict[str, list[bool]] = {}
     for answer in answers:
-        if level := answer.outcome.details.get("level"):
-            levels.setdefault(level, []).append(answer.outcome.verdict == "correct")
-    return dict(sorted(levels.items()))
+        for kind in filter(None, kinds(answer)):
+            verdicts.setdefault(kind, []).append(answer.outcome.verdict == "correct")
+    return {
+        kind: {
+            "samples": len(some),
+            "accuracy": sum(some) / len(some),
+            "interval": wilson_interval(sum(some), len(some)),
+        }
+        for kind, some in sorted(verdicts.items())
+    }
+
+
+def reasons(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """Why episodes ended, where the task tells: each reason's share of all."""
+    told = [answer.outcome.details["reason"] for answer in answers if "reason" in answer.outcome.details]
+    return {
+        reason: {"samples": told.count(reason), "share": told.count(reason) / len(told)} for reason in sorted({*told})
+    }
 
 
 def passed(result: Result) -> dict[int, dict[str, Any]]:
