@@ -51,6 +51,7 @@ class TaskSettings(Settings):
     command_seconds: float = setting(20.0, "seconds that a command may take")
     output_length: int = setting(1000, "characters of a command's output that the model is shown")
     judge: str = setting("stands", "stands: episodes are judged as they stand; finished: those that said finish")
+    record_dir: str = setting("", "folder where every episode is written, for `play --replay FILE`; empty: nowhere")
     opening: str = setting("", "JSON file with the chat that comes before the instruction; empty: the task's own")
 
 
@@ -87,7 +88,8 @@ def rules_of(config: Any) -> Rules:
     if config.judge not in ("stands", "finished"):
         raise ConfigError(f"judge={config.judge} is unknown: expected one of stands, finished")
     opening = read_opening(Path(config.opening).expanduser()) if config.opening else ()
-    return Rules(config.max_rounds, config.command_seconds, config.output_length, config.judge, opening)
+    record = Path(config.record_dir).expanduser() if config.record_dir else None
+    return Rules(config.max_rounds, config.command_seconds, config.output_length, config.judge, opening, record)
 
 
 def read_opening(path: Path) -> tuple[Message, ...]:

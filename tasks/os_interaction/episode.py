@@ -3,9 +3,13 @@
 Unknown is only what the policy can't have caused. Whatever else ends an episode, it is judged as its system stands.
 """
 
+import json
 import re
+import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_ppo.chat import Message
@@ -47,6 +51,7 @@ class Rules:
     output_length: int = 1000  # characters of an observation
     judge: str = "stands"  # or "finished": only episodes that said so can be correct
     opening: tuple[Message, ...] = ()  # in place of RULES and "OK."
+    record: Path | None = None  # the folder where episodes are written
 
     def messages(self, entry: Entry) -> list[Message]:
         """The chat that opens an episode: rules, "OK.", instruction."""
@@ -79,6 +84,17 @@ def observation(ran: Ran) -> str:
         return "The output of the OS is empty."
     cut = f"\n[{ran.left_out} more characters left out]" if ran.left_out else ""
     return f"The output of the OS:\n{text}{cut}"
+
+
+def write_recording(path: Path, episode: "ShellEpisode") -> None:
+    """Writes a judged episode as JSON, for `play --replay`. One that the disk does not take is only told of."""
+    record = {"name": episode.entry.name, "instruction": episode.entry.instruction, "rounds": episode.shown}
+    record |= {"verdict": episode.verdict.verdict, "why": episode.verdict.why}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1), encoding="ascii")
+    except OSError as error:
+        print(f"{path} can't be written: {error.strerror}", file=sys.stderr)
 
 
 class ShellEpisode:
@@ -142,6 +158,8 @@ class ShellEpisode:
             label = f"{verdict}, {self.reason}" if self.reason else verdict
             self.verdict = Outcome(verdict, REWARDS[verdict], why, details, label)
             self.close()
+            if self.rules.record:
+                write_recording(self.rules.record / f"{self.entry.name}_{uuid.uuid4().hex[:8]}.json", self)
         return self.verdict
 
     def judged(self) -> tuple[str, str]:

@@ -17,14 +17,14 @@ import secrets
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lora_ppo.files import cache_folder
-from lora_ppo.settings import ConfigError, Settings, from_command_line, setting
+from lora_ppo.settings import ConfigError, Settings, help_text, parse, read_yaml, setting, split_arguments
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
 from tasks.os_interaction import TaskSettings, ready
@@ -256,11 +256,25 @@ Serves episodes at the shell on 127.0.0.1.
 """
 
 
+def settings_from(arguments: Sequence[str]) -> ServerConfig:
+    """The settings from a command line. A `--config FILE` may be training's: what is not the server's is passed over.
+
+    Raises ConfigError.
+    """
+    file, pairs = split_arguments(ServerConfig, list(arguments))
+    names = {one.name for one in fields(ServerConfig)} - {"server", "server_token"}
+    own = {name: value for name, value in (read_yaml(file) if file else {}).items() if name in names}
+    words = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in own.items()]
+    return parse(ServerConfig, words + [f"{name}={value}" for name, value in pairs])
+
+
 def main() -> int:
     """The program. Exit status: 0; 2 for bad settings or no sandbox; 130 after Ctrl-C."""
-    config = from_command_line(ServerConfig, USAGE)
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(help_text(ServerConfig, USAGE))
+        return 0
     try:
-        return serve(config)
+        return serve(settings_from(sys.argv[1:]))
     except ConfigError as error:
         print(f"error: {clean(str(error))}", file=sys.stderr)
         return 2
