@@ -5,15 +5,22 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from lora_ppo.chat import Message
 from lora_ppo.episodes import Outcome
+from lora_ppo.files import cache_folder
 from lora_ppo.settings import ConfigError
 from lora_ppo.terminal import clean
 
 FULL, WAIT = 429, 2.0  # what a server answers that has no room; seconds between two tries
+
+
+def token_file(port: int, name: str = "") -> Path:
+    """Where the server on a port writes its token, and the client reads it."""
+    return Path(name).expanduser() if name else cache_folder() / "os_interaction" / f"token_{port}"
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,6 @@ class Server:
             import httpx
         except ImportError:
             raise ConfigError("server=URL needs a package: pip install httpx") from None
-        from tasks.os_interaction.server import token_file
-
         self.url, self.httpx = url.rstrip("/"), httpx
         try:
             port = urlsplit(self.url).port or 80

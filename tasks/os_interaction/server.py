@@ -20,14 +20,13 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from lora_ppo.files import cache_folder
 from lora_ppo.settings import ConfigError, Settings, help_text, parse, read_yaml, setting, split_arguments
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
 from tasks.os_interaction import TaskSettings, ready
+from tasks.os_interaction.client import token_file
 from tasks.os_interaction.episode import ShellEpisode
 
 
@@ -44,11 +43,6 @@ class ServerSettings(Settings):
 @dataclass
 class ServerConfig(TaskSettings, ServerSettings):
     """The server's settings, and the task's."""
-
-
-def token_file(port: int, name: str = "") -> Path:
-    """Where the server on a port writes its token, and the client reads it."""
-    return Path(name).expanduser() if name else cache_folder() / "os_interaction" / f"token_{port}"
 
 
 @dataclass
