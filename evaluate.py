@@ -275,7 +275,7 @@ def show(record: dict[str, Any]) -> None:
                 table.add_row(clean(str(kind)), *shares)
             console.print(table)
     if models[0]["unknown"]:
-        console.print(f"{models[0]['unknown']} more samples had no outcome (no sound quiz) and are left out.")
+        console.print(f"{models[0]['unknown']} more samples had no outcome and are left out.")
     if len(models) == 1:
         return
     table = Table(title="difference from the base, sample by sample")

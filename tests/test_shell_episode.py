@@ -56,12 +56,18 @@ def test_replies_with_one_action_are_understood(reply, commands):
         ("Act: bash\n```python\nls\n```", "no blocks"),
         ("Act: bash\n```bash\nls\n```\n```bash\nid\n```", "2 blocks"),
         (bash("echo \0"), "zero byte"),
+        (bash("echo " + "x" * 100_000), "more than 100000 bytes"),
     ],
 )
 def test_others_are_not_and_it_is_said_why(reply, why):
     with pytest.raises(ValueError, match="found") as error:
         action(reply)
     assert why in str(error.value)
+
+
+def test_characters_that_no_program_can_be_given_are_an_invalid_action():
+    with pytest.raises(ValueError, match="surrogates"):
+        action(bash("echo \ud800"))
 
 
 def test_what_is_shown_has_no_control_characters_and_says_what_is_missing():
@@ -177,13 +183,15 @@ def test_an_episode_can_be_played_again(sandboxes):
 
 
 def test_a_model_plays_episodes_side_by_side(sandboxes, llama_policy):
-    task = ShellTask({"train": [ENTRY] * 4, "test": []}, lambda e: ShellEpisode(e, lambda: Namespaces(SMALL), Rules()))
+    short = ({"role": "user", "content": "Rules."}, {"role": "assistant", "content": "OK."})
+    rules = Rules(opening=short)
+    task = ShellTask({"train": [ENTRY] * 4, "test": []}, lambda e: ShellEpisode(e, lambda: Namespaces(SMALL), rules))
     episodes = [task.episode(entry) for entry in task.samples("train")]
     trajectories = lora_ppo.episodes.play(llama_policy, episodes)
     assert all(isinstance(episode, AtOnce) for episode in episodes)
     assert {t.outcome.details["reason"] for t in trajectories} == {"invalid action"}  # it can't write yet
     assert {t.outcome.reward for t in trajectories} == {-0.5}
-    opening = encode_chat(llama_policy.tokenizer, Rules().messages(ENTRY))
+    opening = encode_chat(llama_policy.tokenizer, rules.messages(ENTRY))
     assert all(t.prompt == opening for t in trajectories)
 
 

@@ -101,7 +101,7 @@ def warm_start(config: WarmConfig, notice: Callable[[str], None]) -> None:
     if config.task != "os_interaction":
         raise ConfigError(f"task={config.task} has no ground truths to start from: expected os_interaction")
     entries, make, rules = ready(config)
-    train = split(entries, config.seed, config.test_share, config.entry_levels)["train"]
+    train = split(entries, config.test_share, config.entry_levels)["train"]
     policy, config = load_policy(config, notice)
     rows = [conversation(policy, ShellEpisode(entry, make, rules)) for entry in train]
     notice(f"{len(rows)} episodes, {sum(map(len, (row['input_ids'] for row in rows))) / len(rows):.0f} tokens each")

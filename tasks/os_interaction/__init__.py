@@ -67,10 +67,10 @@ def prepare(config: Any) -> Callable[[Policy], Task]:
         from tasks.os_interaction.client import Server
 
         server = Server(config.server, config.server_token)
-        splits = split(server.samples(), config.seed, config.test_share, config.entry_levels)
+        splits = split(server.samples(), config.test_share, config.entry_levels)
         return lambda policy: ShellTask(splits, server.episode)
     entries, make, rules = ready(config)
-    splits = split(entries, config.seed, config.test_share, config.entry_levels)
+    splits = split(entries, config.test_share, config.entry_levels)
     return lambda policy: ShellTask(splits, lambda entry: ShellEpisode(entry, make, rules))
 
 
@@ -122,14 +122,14 @@ def supported(entries: Sequence[Entry], make: Callable, kind: str, say: Callable
     return kept
 
 
-def split(entries: Sequence[Any], seed: int, share: float, levels: Sequence[str]) -> dict[str, list[Any]]:
-    """The entries of both splits: of each level a share, drawn from the seed, is held out. Raises ConfigError."""
+def split(entries: Sequence[Any], share: float, levels: Sequence[str]) -> dict[str, list[Any]]:
+    """The entries of both splits: of each level a share, always the same, is held out. Raises ConfigError."""
     splits: dict[str, list[Any]] = {"train": [], "test": []}
     for level in sorted({entry.level for entry in entries}):
         if level and level not in levels:
             continue
         some = sorted((entry for entry in entries if entry.level == level), key=lambda entry: entry.name)
-        random.Random(f"{seed}/os_interaction").shuffle(some)
+        random.Random("os_interaction").shuffle(some)
         count = min(len(some), max(1, round(share * len(some)))) if len(some) > 1 else 0
         splits["test"] += some[:count]
         splits["train"] += some[count:]

@@ -37,10 +37,10 @@ def settings(**changes: Any) -> TaskSettings:
         raise ConfigError(str(error).partition(") ")[2]) from None
 
 
-def training_rows(seed: int = 42, test_share: float = 0.2, **changes: Any) -> list[dict[str, Any]]:
+def training_rows(test_share: float = 0.2, **changes: Any) -> list[dict[str, Any]]:
     """A row for each training entry: the opening messages, and the entry's name, which `reset` is called with."""
     entries = ready(settings(**changes))[0]
-    train = split(entries, seed, test_share, settings(**changes).entry_levels)["train"]
+    train = split(entries, test_share, settings(**changes).entry_levels)["train"]
     told = "You work on a Linux system, as root. Use the tools to do the task, then finish. The task: "
     return [{"prompt": [{"role": "user", "content": told}], "name": entry.name} for entry in train]
 

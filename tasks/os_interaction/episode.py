@@ -37,7 +37,7 @@ I show you what the commands print. Each block runs in a new shell: files stay, 
 don't. Use no command that waits for input. The task ends when you finish, or after {rounds} turns; then the system is \
 checked."""
 REWARDS = {"correct": 1.0, "incorrect": -0.5, "unknown": 0.0}
-REASONS = ("finished", "rounds", "invalid action", "time-out", "context")
+MOST = 100_000  # bytes of commands
 MARK = re.compile(r"^[ \t]*Act:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 BLOCK = re.compile(r"^[ \t]*```[ \t]*bash[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 
@@ -74,6 +74,8 @@ def action(reply: str) -> str | None:
         raise ValueError(f"found {len(blocks) or 'no'} blocks of commands after Act: bash, expected one")
     if "\0" in blocks[0]:
         raise ValueError("found a zero byte in the commands")
+    if len(blocks[0].encode()) > MOST:  # characters that can't be encoded are a ValueError, too
+        raise ValueError(f"found commands of more than {MOST} bytes")
     return blocks[0]
 
 

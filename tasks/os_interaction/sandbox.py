@@ -40,6 +40,7 @@ IDS, ROOTS_FIRST_ID = 65536, 0x7001_0000  # above all that systemd and useradd h
 CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL NET_BIND_SERVICE SETFCAP SETGID SETPCAP SETUID SYS_CHROOT".split()
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CHECKS_PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
+LONGEST = 128 * 1024  # bytes of an argument, the kernel's own limit
 STORE = "/mnt"  # where the files lie, in a mount namespace of their own
 FIXED = "lib lib64 lib32 libx32 libexec".split()  # of /usr: what runs every program is never the episode's
 
@@ -114,7 +115,8 @@ class Namespaces:
 
     def make(self) -> None:
         """Makes the user and the mount namespace with all that lies in them, and keeps both by descriptors."""
-        with waiting([*self.limited(), "unshare", "--user", "sh", "-c", "echo ready; read -r _"]) as pid:
+        limited = [*(self.cgroup.joined() if self.cgroup else []), *self.limits.of_user(self.cgroup is not None)]
+        with waiting([*limited, "unshare", "--user", "sh", "-c", "echo ready; read -r _"]) as pid:
             map_ids(pid)
             self.keep(pid, "user")
         sizes = [str(self.limits.disk_mb << 20), str(self.limits.inodes)]
@@ -197,7 +199,8 @@ class Namespaces:
             self.cgroup.remove()
 
     def __del__(self):  # of an episode that was never judged
-        self.close()
+        with contextlib.suppress(Exception):  # at the program's end there may be no modules left
+            self.close()
 
 
 @contextlib.contextmanager
@@ -257,7 +260,12 @@ def memory_file(content: bytes) -> int:
 
 
 def collect(command: list[str], stdin: int, keep: list[int], seconds: float, most: int) -> Ran:
-    """Runs a program and reads what it says, `most` characters of it; what takes too long is killed."""
+    """Runs a program and reads what it says, `most` characters of it; what takes too long is killed.
+
+    Raises SandboxFailed for a script that is too long.
+    """
+    if max(len(os.fsencode(word)) for word in command) >= LONGEST:
+        raise SandboxFailed(f"a script is longer than {LONGEST} bytes, which no command may be")
     until = time.monotonic() + seconds
     kept, count, timed_out = bytearray(), 0, False
     with (
