@@ -98,6 +98,8 @@ def test_the_warm_start_makes_truths_likelier_and_training_goes_on_from_it(
     given |= {"warm_learning_rate": 1e-2, "warm_batch_size": 4}
     monkeypatch.setattr(sys, "argv", ["warm_start.py", *(f"{k}={v}" for k, v in (shell | given).items())])
     assert warm_start.main() == 0
+    losses = capsys.readouterr().err.partition("loss by epoch: ")[2].partition(";")[0].split(", ")
+    assert float(losses[1]) < float(losses[0]) - 0.1
     assert verify_checkpoint(tmp_path / "warm")["step"] == 0
     status, output = train_py(**shell, output_dir="run", resume_from="warm", samples_per_epoch=4, eval_samples=2)
     assert status == 0, output

@@ -62,8 +62,8 @@ def conversation(policy: Policy, episode: ShellEpisode) -> dict[str, list[int]]:
     return {"input_ids": ids, "completion_mask": chosen}
 
 
-def fine_tune(policy: Policy, rows: list[dict[str, list[int]]], config: WarmConfig) -> float:
-    """Trains the adapters on the rows; returns the last epoch's mean loss, in nats a token."""
+def fine_tune(policy: Policy, rows: list[dict[str, list[int]]], config: WarmConfig) -> list[float]:
+    """Trains the adapters on the rows; returns each epoch's mean loss, in nats a token."""
     import tempfile
 
     from datasets import Dataset
@@ -91,7 +91,7 @@ def fine_tune(policy: Policy, rows: list[dict[str, list[int]]], config: WarmConf
         )
         trainer.train()
         policy.model.eval()
-        return [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 def warm_start(config: WarmConfig, notice: Callable[[str], None]) -> None:
@@ -105,10 +105,12 @@ def warm_start(config: WarmConfig, notice: Callable[[str], None]) -> None:
     policy, config = load_policy(config, notice)
     rows = [conversation(policy, ShellEpisode(entry, make, rules)) for entry in train]
     notice(f"{len(rows)} episodes, {sum(map(len, (row['input_ids'] for row in rows))) / len(rows):.0f} tokens each")
-    loss = fine_tune(policy, rows, config)
+    losses = fine_tune(policy, rows, config)
     state: dict[str, Any] = {"epoch": 0, "data_cursor": 0, "rng": {"seed": config.seed, "step": 0}, "log_offset": 0}
-    save_checkpoint(folder, policy, state, f"Fine-tuned on {len(rows)} ground truths; loss {loss:.3f}.")
-    notice(f"loss {loss:.3f}; wrote {folder}: train on with resume_from={folder}")
+    save_checkpoint(folder, policy, state, f"Fine-tuned on {len(rows)} ground truths; loss {losses[-1]:.3f}.")
+    notice(
+        f"loss by epoch: {', '.join(f'{loss:.3f}' for loss in losses)}; wrote {folder}: train on with resume_from={folder}"
+    )
 
 
 USAGE = """usage: python tools/warm_start.py [--config FILE] [name=value ...]
