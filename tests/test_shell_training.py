@@ -90,8 +90,8 @@ def test_the_warm_start_shows_the_tokens_of_an_episode(llama_policy, sandboxes, 
     assert not any(found["completion_mask"][: len(opening)])
 
 
-def test_the_warm_start_makes_truths_likelier_and_training_goes_on_from_it(
-    llama, train_py, shell, tmp_path, monkeypatch
+def test_the_warm_start_lowers_the_loss_and_training_goes_on_from_it(
+    llama, train_py, shell, tmp_path, monkeypatch, capsys
 ):
     pytest.importorskip("trl")
     given = {"model_name": llama, "device": "cpu", "lora_r": 4, "warm_dir": "warm", "warm_epochs": 2, "lora_alpha": 8}

@@ -108,9 +108,8 @@ def warm_start(config: WarmConfig, notice: Callable[[str], None]) -> None:
     losses = fine_tune(policy, rows, config)
     state: dict[str, Any] = {"epoch": 0, "data_cursor": 0, "rng": {"seed": config.seed, "step": 0}, "log_offset": 0}
     save_checkpoint(folder, policy, state, f"Fine-tuned on {len(rows)} ground truths; loss {losses[-1]:.3f}.")
-    notice(
-        f"loss by epoch: {', '.join(f'{loss:.3f}' for loss in losses)}; wrote {folder}: train on with resume_from={folder}"
-    )
+    told = ", ".join(f"{loss:.3f}" for loss in losses)
+    notice(f"loss by epoch: {told}; wrote {folder}: train on with resume_from={folder}")
 
 
 USAGE = """usage: python tools/warm_start.py [--config FILE] [name=value ...]
