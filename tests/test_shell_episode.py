@@ -1,5 +1,8 @@
 """Episodes at the shell: what replies mean, what is shown, how it ends, and what that is worth."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,7 @@ from tasks.os_interaction.episode import Rules, ShellEpisode, action, observatio
 from tasks.os_interaction.probe import sandbox_maker
 from tasks.os_interaction.sandbox import Namespaces, Ran, SandboxFailed
 
+ROOT = Path(__file__).resolve().parent.parent
 ENTRY = Entry("x", "Create /x.", "echo hello >/greeting", "test -f /x", "touch /x", ("touch",), "1")
 
 
@@ -233,3 +237,36 @@ def test_the_opening_of_lifelongagentbench_is_read(tmp_path):
     path.write_text('[{"role": "system", "content": "Rules."}]')
     with pytest.raises(ConfigError, match="opening="):
         shell.read_opening(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- play
+
+
+def program(*words: str, typed: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tasks.os_interaction", "play", *words]
+    return subprocess.run(command, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=60)
+
+
+def test_a_person_plays_and_the_recording_shows_the_same(sandboxes, tmp_path):
+    file = tmp_path / "recording.json"
+    done = program("mkdir-1", "--record", str(file), typed="printf '\\033[31m%s' red\n\nmkdir /srv/photos\nfinish\n")
+    assert done.returncode == 0, done.stderr
+    assert "Make a directory called /srv/photos." in done.stdout
+    assert "correct: the check passes (finished)" in done.stdout
+    again = program("--replay", str(file))
+    assert again.returncode == 0, again.stderr
+    for said in ("# mkdir /srv/photos", "[31mred", "The output of the OS is empty.", "correct: the check passes"):
+        assert said in again.stdout
+    assert "\x1b[31m" not in done.stdout + again.stdout
+    incorrect = program("mkdir-1", typed="")  # the input ends at once: so does the episode
+    assert "incorrect: the check fails" in incorrect.stdout
+
+
+def test_what_can_not_be_played_is_one_line(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    for words, told in ((["no-such"], "'no-such'"), (["--replay", str(tmp_path / "x.json")], "expected a file that")):
+        done = program(*words)
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert "mkdir-1\t1\tMake a directory" in program("--list").stdout
