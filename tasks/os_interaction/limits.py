@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-NAME = "lora_ppo"
+NAME, LEAF = "lora_ppo", "lora_ppo_main"
 NUMBERS = itertools.count()
 
 
@@ -118,8 +118,9 @@ def cgroup_parents() -> dict[str, Path]:
     if {"memory", "pids", "cpu"} <= mounts.keys() & own.keys():
         found = {name: place(name) for name in ("memory", "pids", "cpu")}
     elif "" in mounts and "" in own:
-        top = mounts[""][1]
-        found = next(({"": folder} for folder in (top, place("")) if controllers_on(folder)), {})
+        own_folder = place("")  # its parent where an earlier process of the same scope moved this one into the leaf
+        places = (mounts[""][1], own_folder.parent if own_folder.name == LEAF else own_folder)
+        found = next(({"": folder} for folder in places if controllers_on(folder)), {})
     try:
         if found:
             Cgroup(found, Limits()).remove()
@@ -139,9 +140,9 @@ def controllers_on(folder: Path) -> bool:
         if not os.access(control, os.W_OK) or not wanted <= set((folder / "cgroup.controllers").read_text().split()):
             return False
         if folder.name.endswith((".scope", ".service")):
-            (folder / "main").mkdir(exist_ok=True)
+            (folder / LEAF).mkdir(exist_ok=True)
             for pid in (folder / "cgroup.procs").read_text().split():
-                (folder / "main" / "cgroup.procs").write_text(pid)
+                (folder / LEAF / "cgroup.procs").write_text(pid)
         control.write_text("+memory +pids +cpu")
         return True
     return False
