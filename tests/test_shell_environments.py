@@ -39,7 +39,7 @@ def test_trls_trainer_plays_it(entries_file, tmp_path, llama, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    tokenizer.chat_template = trl.chat_template_utils.qwen3_training_chat_template
+    tokenizer.chat_template = trl.chat_template_utils.qwen3_instruct_2507_chat_template
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     arguments = trl.GRPOConfig(
         output_dir=str(tmp_path / "out"),

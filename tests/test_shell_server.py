@@ -83,7 +83,7 @@ def test_ping_needs_no_token_and_no_content_type(running):
     assert json.loads(done.stdout)["ok"] is True
 
 
-@pytest.mark.parametrize("token", ["", "Bearer ", "Bearer wrong", "Basic x"])
+@pytest.mark.parametrize("token", ["", "Bearer", "Bearer wrong", "Basic x"])
 def test_all_else_needs_it(running, token):
     for method, path, body in (
         ("GET", "/api/samples", None),
