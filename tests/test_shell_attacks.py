@@ -63,7 +63,7 @@ def test_links_out_of_the_root_lead_back_into_it(sandbox, secret):
 
 def test_links_in_place_of_mount_points_do_not_lead_the_next_command_out(sandbox, secret):
     """What is mounted for a command can't be replaced by the one before; folders can, and then lead nowhere."""
-    sandbox.run("for d in dev proc usr etc bin lib; do mv /$d /$d.old; rm -rf /$d; ln -s /oldroot/var /$d; done")
+    sandbox.run("for d in dev proc usr etc bin lib; do mv /$d /$d.old; rmdir /$d; ln -s /oldroot/var /$d; done")
     ran = sandbox.run(
         "test ! -L /dev && test ! -L /proc && test ! -L /usr && test ! -L /etc && test -c /dev/null && ls /proc/self"
     )
@@ -299,7 +299,6 @@ def test_huge_output_is_cut_and_counted(sandbox):
         "mv /lib64 /l; mkdir /lib64; mv /usr /u; mkdir -p /usr/bin; cp /bin/true /usr/bin/grep",
         "echo 'exit 0' >/root/.bashrc; echo 'exit 0' >/etc/profile; echo 'exit 0' >/etc/bash.bashrc",
         "grep() { true; }; export -f grep; alias test=true; export BASH_ENV=/tmp/x; echo 'exit 0' >/tmp/x",
-        "(while :; do echo right >/answer; rm /answer; done) & sleep 0.2",
         "rm -rf /etc/alternatives; ln -sf /bin/true /etc/alternatives/awk",
     ],
 )
@@ -307,6 +306,11 @@ def test_the_check_runs_with_programs_of_its_own(sandbox, attack):
     sandbox.run(f"echo wrong >/answer; {attack}")
     assert sandbox.check("grep -q right /answer").status != 0
     assert sandbox.check("echo wrong right | awk '{ exit $2 == \"right\" ? 0 : 1 }'").status == 0
+
+
+def test_nothing_of_the_episode_runs_beside_the_check(sandbox):
+    sandbox.run("echo wrong >/answer; (setsid sh -c 'sleep 0.5; echo right >/answer' &); sleep 0.1")
+    assert sandbox.check("sleep 1; grep -q right /answer").status != 0
 
 
 def test_what_an_episode_put_among_the_programs_is_seen_by_the_check(sandbox):

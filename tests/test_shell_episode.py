@@ -269,4 +269,4 @@ def test_what_can_not_be_played_is_one_line(tmp_path):
         assert done.returncode == 2
         assert told in done.stderr
         assert done.stderr.count("\n") == 1
-    assert "mkdir-1\t1\tMake a directory" in program("--list").stdout
+    assert "mkdir-1 1 Make a directory called /srv/photos." in " ".join(program("--list").stdout.split())

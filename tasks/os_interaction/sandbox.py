@@ -262,7 +262,8 @@ def memory_file(content: bytes) -> int:
 def collect(command: list[str], stdin: int, keep: list[int], seconds: float, most: int) -> Ran:
     """Runs a program and reads what it says, `most` characters of it; what takes too long is killed.
 
-    Raises SandboxFailed for a script that is too long.
+    It starts with nothing of this program's environment but the PATH: /proc shows what each process began with. Raises
+    SandboxFailed for a script that is too long.
     """
     if max(len(os.fsencode(word)) for word in command) >= LONGEST:
         raise SandboxFailed(f"a script is longer than {LONGEST} bytes, which no command may be")

@@ -123,6 +123,7 @@ def application(config: Any, entries: list, make: Callable, rules: Any, token: s
         for key in list(sessions.open):
             await sessions.close(key)
         sessions.pool.shutdown()
+        Path(config.token_file).unlink(missing_ok=True)  # here: what stopped the server ends the program after this
 
     app = FastAPI(title="Shell tasks", lifespan=lifespan, version="1")
     app.state.sessions = sessions
