@@ -14,7 +14,7 @@ def run_command(command: list[str], seconds: float, most: int, stdin: bytes) -> 
     """Runs a program, with `stdin` or nothing to read."""
     number = memory_file(stdin) if stdin else os.open(os.devnull, os.O_RDONLY)
     try:
-        return collect(command, number, [], seconds, most)
+        return collect(command, number, [], seconds, most, dict(os.environ))
     finally:
         os.close(number)
 

@@ -259,11 +259,18 @@ def memory_file(content: bytes) -> int:
     return number
 
 
-def collect(command: list[str], stdin: int, keep: list[int], seconds: float, most: int) -> Ran:
+def collect(
+    command: list[str],
+    stdin: int,
+    keep: list[int],
+    seconds: float,
+    most: int,
+    environment: dict[str, str] | None = None,
+) -> Ran:
     """Runs a program and reads what it says, `most` characters of it; what takes too long is killed.
 
-    It starts with nothing of this program's environment but the PATH: /proc shows what each process began with. Raises
-    SandboxFailed for a script that is too long.
+    It starts with the `environment` given, else with nothing of this program's but the PATH: /proc shows what each
+    process began with. Raises SandboxFailed for a script that is too long.
     """
     if max(len(os.fsencode(word)) for word in command) >= LONGEST:
         raise SandboxFailed(f"a script is longer than {LONGEST} bytes, which no command may be")
@@ -277,6 +284,7 @@ def collect(command: list[str], stdin: int, keep: list[int], seconds: float, mos
             stderr=subprocess.STDOUT,
             pass_fds=keep,
             start_new_session=True,
+            env=environment or {"PATH": os.environ.get("PATH", os.defpath)},
         ) as process,
         selectors.DefaultSelector() as selector,
     ):

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from lora_ppo.settings import ConfigError, Settings, help_text, parse, read_yaml, setting, split_arguments
