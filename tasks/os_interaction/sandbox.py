@@ -186,11 +186,14 @@ class Namespaces:
             for number in (filter_fd, input_fd, status_reader, status_writer):
                 if number >= 0:
                     os.close(number)
+        records = [json.loads(line) for line in told.splitlines() if line.endswith("}")]
         # From "child-pid" on whatever goes wrong is the command's doing, its own end by the memory limit included.
-        if "child-pid" not in told and not ran.timed_out:
+        if pid := next((record["child-pid"] for record in records if "child-pid" in record), None):
+            wait_for_end(pid)
+        elif not ran.timed_out:
             raise SandboxFailed(ran.output.strip() or f"bubblewrap ended with status {ran.status}")
-        status = [json.loads(line).get("exit-code") for line in told.splitlines()][-1] if told.endswith("}\n") else None
-        return Ran(ran.output, ran.status if status is None else status, ran.timed_out, ran.left_out)
+        status = next((record["exit-code"] for record in records if "exit-code" in record), ran.status)
+        return Ran(ran.output, status, ran.timed_out, ran.left_out)
 
     def close(self) -> None:
         while self.descriptors:
@@ -317,6 +320,23 @@ def in_short(ran: Ran) -> str:
         return "it ran out of time"
     last = ran.output.strip().splitlines()[-1:] or [""]
     return f"exit status {ran.status}" + (f": {last[0][:160]}" if last[0] else "")
+
+
+def wait_for_end(pid: int) -> None:
+    """Waits until the first process of a sandbox's process namespace is gone, and so, by the kernel's rule, all others.
+
+    It is killed when the bubblewrap outside ends, and that takes a moment, in which they could still write.
+    """
+    try:
+        number = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with selectors.DefaultSelector() as selector:
+        selector.register(number, selectors.EVENT_READ)
+        ended = selector.select(10)
+    os.close(number)
+    if not ended:
+        raise SandboxFailed(f"process {pid} outlives its command")
 
 
 def missing_tools() -> list[str]:
