@@ -262,17 +262,20 @@ def show(record: dict[str, Any]) -> None:
             percent(model["cut_off_share"]),
         )
     console.print(table)
-    for title, key, share in (("accuracy by level", "by_level", "accuracy"), ("pass@k", "pass_at", "share")):
-        if models[0][key]:
+    tables = (("accuracy by level", "by_level", "accuracy"), ("accuracy by skill", "by_skill", "accuracy"))
+    for title, key, share in (*tables, ("how episodes ended", "reasons", "share"), ("pass@k", "pass_at", "share")):
+        if kinds := list(dict.fromkeys(kind for model in models for kind in model[key])):
             table = Table(title=title)
-            for heading in ("model", *map(str, models[0][key])):
-                table.add_column(heading, justify="left" if heading == "model" else "right")
+            table.add_column("", justify="left")
             for model in models:
-                cells = [percent(cell[share], cell["interval"]) for cell in model[key].values()]
-                table.add_row(clean(model["name"]), *cells)
+                table.add_column(clean(model["name"]), justify="right")
+            for kind in kinds:  # a row each: there may be dozens
+                cells = [model[key].get(kind) for model in models]
+                shares = [percent(cell[share], cell.get("interval")) if cell else "-" for cell in cells]
+                table.add_row(clean(str(kind)), *shares)
             console.print(table)
     if models[0]["unknown"]:
-        console.print(f"{models[0]['unknown']} more samples had no outcome (no sound quiz) and are left out.")
+        console.print(f"{models[0]['unknown']} more samples had no outcome and are left out.")
     if len(models) == 1:
         return
     table = Table(title="difference from the base, sample by sample")

@@ -28,7 +28,11 @@ class Outcome:
 
 
 class Episode(Protocol):
-    """One try at a sample."""
+    """One try at a sample.
+
+    A class whose episodes are played better together has static methods `resets(episodes)`, `steps(episodes, replies)`
+    or `outcomes(episodes)`, too.
+    """
 
     def reset(self) -> list[Message]:
         """The opening chat messages."""
@@ -76,8 +80,7 @@ def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> l
     """
     tokenizer = policy.tokenizer
     trajectories = []
-    for episode in episodes:
-        messages = episode.reset()
+    for messages in at_once(episodes, "reset"):
         trajectories.append(Trajectory(encode_chat(tokenizer, messages), [], [], [], question=messages[-1]["content"]))
         if room(policy, trajectories[-1]) < 0:
             set_aside(policy, trajectories[-1])
@@ -85,14 +88,16 @@ def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> l
     while active:
         contexts = [trajectories[i].prompt + trajectories[i].response for i in active]
         written = replies(policy, [Request(context, policy.config.temperature, adapter) for context in contexts])
-        finished = []
         for i, ids in zip(active, written, strict=True):
             trajectory = trajectories[i]
             trajectory.response += ids
             trajectory.chosen += [True] * len(ids)
             trajectory.cut_off = ids[-1] not in policy.stop_ids
             trajectory.replies.append(tokenizer.decode(ids, skip_special_tokens=True))
-            said = episodes[i].step(trajectory.replies[-1])
+        answers = at_once([episodes[i] for i in active], "step", [trajectories[i].replies[-1] for i in active])
+        finished = []
+        for i, ids, said in zip(active, written, answers, strict=True):
+            trajectory = trajectories[i]
             said_ids = [] if said is None else environment_ids(policy, said, ids[-1] in policy.stop_ids)
             if said is None or room(policy, trajectory) < len(said_ids):
                 finished.append(i)
@@ -105,10 +110,17 @@ def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> l
     return trajectories
 
 
+def at_once(episodes: Sequence[Episode], name: str, *columns: Sequence[Any]) -> list[Any]:
+    """What each episode's method gives: all at once where their class has it in the plural (`outcomes(episodes)`)."""
+    together = getattr(type(episodes[0]), f"{name}s", None) if episodes else None
+    if together:
+        return together(episodes, *columns)
+    return [getattr(episode, name)(*row) for episode, *row in zip(episodes, *columns, strict=True)]
+
+
 def judge(episodes: Sequence[Episode]) -> list[Outcome]:
-    """The outcomes of finished episodes: judged all at once where their class has `outcomes(episodes)`."""
-    at_once = getattr(type(episodes[0]), "outcomes", None) if episodes else None
-    return at_once(episodes) if at_once else [episode.outcome() for episode in episodes]
+    """The outcomes of finished episodes."""
+    return at_once(episodes, "outcome")
 
 
 def room(policy: Policy, trajectory: Trajectory) -> int:

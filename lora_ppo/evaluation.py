@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from lora_ppo.chat import Message
-from lora_ppo.episodes import Episode, Outcome, Task, judge, play
+from lora_ppo.episodes import Episode, Outcome, Task, at_once, judge, play
 from lora_ppo.files import replace_file
 from lora_ppo.journal import turn_seed
 from lora_ppo.policy import Policy
@@ -64,13 +64,16 @@ class Unjudged:
     def __init__(self, episode: Episode):
         self.episode, self.question = episode, ""
 
-    def reset(self) -> list[Message]:
-        messages = self.episode.reset()
-        self.question = messages[-1]["content"]
-        return messages
+    @staticmethod
+    def resets(episodes: Sequence["Unjudged"]) -> list[list[Message]]:
+        openings = at_once([unjudged.episode for unjudged in episodes], "reset")
+        for unjudged, messages in zip(episodes, openings, strict=True):
+            unjudged.question = messages[-1]["content"]
+        return openings
 
-    def step(self, reply: str) -> str | None:
-        return self.episode.step(reply)
+    @staticmethod
+    def steps(episodes: Sequence["Unjudged"], replies: Sequence[str]) -> list[str | None]:
+        return at_once([unjudged.episode for unjudged in episodes], "step", replies)
 
     def outcome(self) -> None:
         return None
@@ -131,14 +134,9 @@ def figures(result: Result) -> dict[str, Any]:
         "accuracy_interval": wilson_interval(right, len(known)),
         "strict_accuracy": sum(strict) / len(strict) if strict else None,
         "strict_interval": wilson_interval(sum(strict), len(strict)) if strict else None,
-        "by_level": {
-            level: {
-                "samples": len(some),
-                "accuracy": sum(some) / len(some),
-                "interval": wilson_interval(sum(some), len(some)),
-            }
-            for level, some in by_level(known).items()
-        },
+        "by_level": accuracies(known, lambda answer: [answer.outcome.details.get("level")]),
+        "by_skill": accuracies(known, lambda answer: answer.outcome.details.get("skills", [])),
+        "reasons": reasons(result.answers),
         "pass_at": passed(result),
         "cut_off_share": fmean(answer.cut_off for answer in result.answers),
         "facts": len(stated),
@@ -151,13 +149,28 @@ def figures(result: Result) -> dict[str, Any]:
     }
 
 
-def by_level(answers: Sequence[Answer]) -> dict[str, list[bool]]:
-    """Which answers are right, level by level, where the task has levels."""
-    levels: dict[str, list[bool]] = {}
+def accuracies(answers: Sequence[Answer], kinds: Callable[[Answer], Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """How many answers of each kind are right: of a level, of a skill, where the task has them."""
+    verdicts: dict[str, list[bool]] = {}
     for answer in answers:
-        if level := answer.outcome.details.get("level"):
-            levels.setdefault(level, []).append(answer.outcome.verdict == "correct")
-    return dict(sorted(levels.items()))
+        for kind in filter(None, kinds(answer)):
+            verdicts.setdefault(kind, []).append(answer.outcome.verdict == "correct")
+    return {
+        kind: {
+            "samples": len(some),
+            "accuracy": sum(some) / len(some),
+            "interval": wilson_interval(sum(some), len(some)),
+        }
+        for kind, some in sorted(verdicts.items())
+    }
+
+
+def reasons(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """Why episodes ended, where the task tells: each reason's share of all."""
+    told = [answer.outcome.details["reason"] for answer in answers if "reason" in answer.outcome.details]
+    return {
+        reason: {"samples": told.count(reason), "share": told.count(reason) / len(told)} for reason in sorted({*told})
+    }
 
 
 def passed(result: Result) -> dict[int, dict[str, Any]]:

@@ -128,8 +128,9 @@ def check(config: Settings) -> Settings:
     for name in ("model_name", "device", "checkpoint_dir", "log_dir", "resume"):
         if not getattr(config, name, True):
             raise ConfigError(f"{name} is empty: give it a value, or leave it out for its default")
-    if not config.target_modules or not all(isinstance(name, str) for name in config.target_modules):
-        raise ConfigError(f"target_modules={config.target_modules}: name at least one linear layer, such as q_proj")
+    modules = getattr(config, "target_modules", ["q_proj"])
+    if not modules or not all(isinstance(name, str) for name in modules):
+        raise ConfigError(f"target_modules={modules}: name at least one linear layer, such as q_proj")
     return config
 
 

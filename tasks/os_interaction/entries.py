@@ -1,0 +1,193 @@
+"""Entries: an instruction, a script that sets the scene, a check, and commands that pass it.
+
+They are read from files in the form of LifelongAgentBench (JSON, a list or a mapping; parquet; fields that arrive as
+Python literals in text) and from Harbor's task folders (instruction.md, task.toml, tests/test.sh, solution/), where
+those need no image of their own.
+"""
+
+import ast
+import hashlib
+import io
+import json
+import tarfile
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_ppo.settings import ConfigError
+
+OWN = Path(__file__).resolve().parent.parent.parent / "data" / "os_interaction"
+REWARD = "/logs/verifier/reward.txt"  # where Harbor's tests leave their verdict
+LEVELS = ("1", "2", "3")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One task. `start` and `truth` are bash scripts, `check` one that exits with 0 where the task is done."""
+
+    name: str
+    instruction: str
+    start: str
+    check: str
+    truth: str
+    skills: tuple[str, ...] = ()
+    level: str = ""
+    files: dict[str, bytes] = field(default_factory=dict, hash=False)  # archives for the check and the truth: a folder
+
+    @property
+    def key(self) -> str:
+        """A fingerprint of all that decides how it runs."""
+        parts = (self.start, self.check, self.truth, *(f"{k}{v.hex()}" for k, v in sorted(self.files.items())))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def read_entries(place: str | Path) -> list[Entry]:
+    """The entries in a file or folder. Raises ConfigError, naming file and entry, where something is missing."""
+    path = Path(place)
+    if path.is_dir() and (path / "instruction.md").is_file():
+        return [harbor(path)]
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".parquet"))
+        if (path / "entry_dict.json") in files:  # LifelongAgentBench's folder holds the same entries twice
+            files = [path / "entry_dict.json"]
+        folders = sorted(p.parent for p in path.glob("*/instruction.md"))
+        if not files and folders:
+            return [harbor(folder) for folder in folders]
+    else:
+        raise ConfigError(f"entries={place}: there is no such file or folder")
+    entries = [entry for file in files for entry in read_file(file)]
+    if not entries:
+        raise ConfigError(f"entries={place} holds none: expected .json or .parquet files, or Harbor's task folders")
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"entries={place}: the name {twice[0]} stands twice, expected names that differ")
+    return entries
+
+
+def read_file(path: Path) -> list[Entry]:
+    """The entries of one JSON or parquet file."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows: Any = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: can't be read: {' '.join(str(error).split())[:200]}") from None
+    if isinstance(rows, dict):
+        named: Iterable[tuple[str, Any]] = rows.items()
+    elif isinstance(rows, list):
+        named = (
+            (str(row.get("sample_index", i)) if isinstance(row, dict) else str(i), row) for i, row in enumerate(rows)
+        )
+    else:
+        raise ConfigError(f"{path}: found {type(rows).__name__}, expected a list or a mapping of entries")
+    return [from_row(row, name, f"{path}, entry {name}") for name, row in named]
+
+
+def from_row(row: Any, name: str, place: str) -> Entry:
+    """An entry in LifelongAgentBench's form. Raises ConfigError."""
+
+    def part(parent: Any, key: str, kind: type) -> Any:
+        value = literal(parent.get(key)) if isinstance(parent, dict) else None
+        if not isinstance(value, kind):
+            found = "nothing" if value is None else type(value).__name__
+            raise ConfigError(f"{place}: {key}: found {found}, expected {'text' if kind is str else kind.__name__}")
+        return value
+
+    def script(parent: Any, key: str) -> str:
+        item = part(parent, key, dict)
+        if item.get("command_name", "bash") != "bash":
+            raise ConfigError(f"{place}: {key}: found the command {item['command_name']!r}, expected bash")
+        if not isinstance(item.get("script"), str):  # a script that looks like a literal stays the script that it is
+            raise ConfigError(f"{place}: {key}: found no script, expected text")
+        return item["script"]
+
+    instruction = row.get("instruction") if isinstance(row, dict) else None
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise ConfigError(f"{place}: found no instruction, expected text")
+    information = part(row, "evaluation_info", dict)
+    return Entry(
+        name,
+        instruction,
+        script(row, "initialization_command_item"),
+        script(information, "evaluation_command_item"),
+        script(information, "ground_truth_command_item"),
+        tuple(part(row, "skill_list", list)),
+        str(row.get("level", "")),
+    )
+
+
+def literal(value: Any) -> Any:
+    """A value that arrived as a Python literal in text; anything else as it is."""
+    if isinstance(value, str):
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return value
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------ harbor
+
+
+def harbor(folder: Path) -> Entry:
+    """A Harbor task folder. Raises ConfigError where it needs an image of its own, or lacks a file."""
+    needed = ("instruction.md", "task.toml", "tests/test.sh", "solution/solve.sh")
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise ConfigError(f"{folder}: found no {', '.join(missing)}, which a Harbor task has")
+    try:
+        settings = tomllib.loads((folder / "task.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}/task.toml: {error}") from None
+    steps = image_steps(folder / "environment" / "Dockerfile")
+    if steps is None or settings.get("environment", {}).get("docker_image"):
+        raise ConfigError(f"{folder} needs an image of its own: leave it out, this sandbox has none")
+    about = settings.get("metadata", {})
+    levels = {"easy": "1", "medium": "2", "hard": "3"}
+    return Entry(
+        folder.name,
+        (folder / "instruction.md").read_text(encoding="utf-8").strip(),
+        steps or "true",
+        f"mkdir -p /logs/verifier; bash /tests/test.sh; done=$?; [ -f {REWARD} ] || exit $done; "
+        f"awk '{{ exit !($1 >= 1) }}' {REWARD}",
+        "bash /solution/solve.sh",
+        tuple(about.get("tags", [])),
+        levels.get(about.get("difficulty", ""), ""),
+        {name: packed(folder / name) for name in ("tests", "solution")},
+    )
+
+
+def image_steps(dockerfile: Path) -> str | None:
+    """What a Dockerfile does as a start script, where it only makes folders on a plain Debian or Ubuntu; else None."""
+    if not dockerfile.is_file():
+        return ""
+    lines = dockerfile.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    script = []
+    for line in lines:
+        word, _, rest = line.strip().partition(" ")
+        if word == "FROM" and rest.split(":")[0].strip() in ("ubuntu", "debian"):
+            continue
+        if word == "WORKDIR":
+            script.append(f"mkdir -p {rest.strip()}")
+        elif word and not word.startswith("#"):
+            return None
+    return "\n".join(script)
+
+
+def packed(folder: Path) -> bytes:
+    """A folder as a tar archive, owned by root, always the same bytes for the same files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                entry = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder)}")
+                content = path.read_bytes()
+                entry.size, entry.mode = len(content), 0o755
+                tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()

@@ -1,0 +1,77 @@
+"""The other two sandboxes: a container of Docker's, with the data set's image, and none at all."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import uuid
+
+from tasks.os_interaction.limits import Limits
+from tasks.os_interaction.sandbox import Ran, SandboxFailed, collect, memory_file
+
+
+def run_command(command: list[str], seconds: float, most: int, stdin: bytes) -> Ran:
+    """Runs a program, with `stdin` or nothing to read."""
+    number = memory_file(stdin) if stdin else os.open(os.devnull, os.O_RDONLY)
+    try:
+        return collect(command, number, [], seconds, most, dict(os.environ))
+    finally:
+        os.close(number)
+
+
+class Docker:
+    """A container without a network. Here the check runs in it as it is: its programs are the image's, or what the
+    episode made of them. Raises SandboxFailed where it doesn't start."""
+
+    def __init__(self, image: str, limits: Limits):
+        self.name = f"lora_ppo_{os.getpid()}_{uuid.uuid4().hex[:12]}"
+        # What runs first ends when this program's end closes its input, and the container with it.
+        command = (
+            f"docker run --rm --init --interactive --name {self.name} --network none --memory {limits.memory_mb}m "
+            f"--memory-swap {limits.memory_mb}m --pids-limit {limits.processes} --cpus {limits.cpus} "
+            "--security-opt no-new-privileges --cap-drop NET_RAW --cap-drop MKNOD --hostname sandbox"
+        ).split()
+        self.process = subprocess.Popen(
+            [*command, image, "sh", "-c", "echo ready; cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        if (first := self.process.stdout.readline().decode(errors="replace").strip()) != "ready":
+            self.close()
+            raise SandboxFailed(first or "docker run ended without a word")
+
+    def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
+        if self.process.poll() is not None:
+            raise SandboxFailed("the container is gone")
+        command = ["docker", "exec", "--interactive", "--workdir", "/root", self.name, "bash", "-c", script]
+        ran = run_command(command, seconds, most, stdin)
+        if ran.timed_out:  # docker exec's own end leaves the command running
+            run_command(["docker", "exec", self.name, "sh", "-c", "kill -9 -1"], 10, 1000, b"")
+        return ran
+
+    def check(self, script: str, seconds: float = 20) -> Ran:
+        return self.run(script, seconds)
+
+    def close(self) -> None:
+        subprocess.run(["docker", "rm", "--force", self.name], capture_output=True)
+        self.process.kill()
+        self.process.communicate()
+
+
+class Nothing:
+    """No sandbox: commands run as the user, in a temporary folder that goes when the episode does."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="lora_ppo_")
+
+    def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
+        command = ["env", "--chdir", self.folder, f"HOME={self.folder}", "timeout", "--signal=KILL", str(seconds + 1)]
+        return run_command([*command, "bash", "-c", script], seconds, most, stdin)
+
+    def check(self, script: str, seconds: float = 20) -> Ran:
+        return self.run(script, seconds)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,351 @@
+"""A throw-away Linux system in which a model's shell commands run: namespaces made by util-linux and bubblewrap.
+
+How it is built, and why so. It has to work for root without systemd and for an ordinary user alike:
+
+1. A user namespace with 65,536 ids, root's among them, mapped to ids that nobody has outside. Root writes the map
+   itself; for a user newuidmap does, from /etc/subuid. So `useradd`, `chown` and `su` work inside, and root inside is
+   nobody outside.
+2. In it a mount namespace with a tmpfs of limited size, which holds the sandbox's files, and an overlay on it that
+   makes the host's /usr writable in appearance. No process keeps these namespaces: this program holds them by file
+   descriptors alone, so that they go when it goes, however it ends.
+3. Each command is a bubblewrap of its own, started in that mount namespace: pivot_root into the tmpfs, and new
+   pid, network, ipc and uts namespaces, few capabilities, no new privileges, a seccomp filter. When its bash ends, or
+   its time does, the kernel kills all that it left running. Nothing from inside is ever executed on the way in.
+4. The check sees the host's own /usr on top of what the episode changed there, and looks for programs there first.
+
+crun and podman do 1 to 3, too. They want a container that lives between commands, with a process that a crash leaves
+behind, and crun makes no root on tmpfs and no cgroup where version 1 and 2 are mounted side by side; bubblewrap's own
+--unshare-user maps one id, with which most of the data's scripts fail.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import selectors
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from lora_ppo.settings import ConfigError
+from tasks.os_interaction import rootfs, seccomp
+from tasks.os_interaction.limits import Cgroup, Limits, cgroup_parents
+
+PACKAGES = "apt-get install bubblewrap uidmap"
+IDS, ROOTS_FIRST_ID = 65536, 0x7001_0000  # above all that systemd and useradd hand out
+CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL NET_BIND_SERVICE SETFCAP SETGID SETPCAP SETUID SYS_CHROOT".split()
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+CHECKS_PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
+LONGEST = 128 * 1024  # bytes of an argument, the kernel's own limit
+STORE = "/mnt"  # where the files lie, in a mount namespace of their own
+FIXED = "lib lib64 lib32 libx32 libexec".split()  # of /usr: what runs every program is never the episode's
+
+PREPARE = f"""
+exec 2>&1; set -e; umask 022
+echo 0 >/proc/sys/user/max_user_namespaces
+mount -t tmpfs -o "size=$1,nr_inodes=$2,mode=755,nosuid,nodev" sandbox {STORE}
+cd {STORE}; mkdir root upper work shm sealed upper/bin upper/sbin upper/local upper/share
+cd upper/local; mkdir bin sbin lib share etc include src games man; cd {STORE}
+chmod 1777 shm; mkdir -p root; tar -x -p --numeric-owner -C root
+for options in ,userxattr ''; do
+  mount -t overlay -o "lowerdir=/usr,upperdir={STORE}/upper,workdir={STORE}/work$options" usr root/usr && break
+done
+mountpoint -q root/usr
+echo ready
+read -r _
+"""
+SEAL = f"mount -t overlay -o ro,lowerdir=/usr:{STORE}/upper usr {STORE}/sealed"
+
+
+class SandboxFailed(RuntimeError):
+    """The sandbox, not what ran in it, failed: nothing can be said about the episode."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did: its output (standard error with it), cut to a limit, and its exit status."""
+
+    output: str
+    status: int
+    timed_out: bool = False
+    left_out: int = 0  # characters of output beyond the limit
+
+
+class Sandbox(Protocol):
+    """A system of its own. Commands run as root inside; files stay from one to the next, and nothing else does."""
+
+    def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
+        """Runs `bash -c script`, with so many seconds and characters of output. Raises SandboxFailed."""
+
+    def check(self, script: str, seconds: float = 20) -> Ran:
+        """The same, with programs that no earlier command could have changed."""
+
+    def close(self) -> None:
+        """Ends it; nothing is left."""
+
+
+@dataclass
+class Namespaces:
+    """The sandbox that this file's docstring describes. Raises SandboxFailed where it can't be made."""
+
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self):
+        self.descriptors: list[int] = []
+        self.cgroup: Cgroup | None = None
+        self.sealed = False
+        parents = cgroup_parents()
+        try:
+            self.cgroup = Cgroup(parents, self.limits) if parents else None
+            self.make()
+        except OSError as error:
+            self.close()
+            raise SandboxFailed(f"the sandbox can't be made: {error}") from None
+        except SandboxFailed:
+            self.close()
+            raise
+
+    def limited(self) -> list[str]:
+        """A command line's beginning that puts a command under the limits."""
+        return [*(self.cgroup.joined() if self.cgroup else []), *self.limits.rlimits(self.cgroup is not None)]
+
+    def make(self) -> None:
+        """Makes the user and the mount namespace with all that lies in them, and keeps both by descriptors."""
+        limited = [*(self.cgroup.joined() if self.cgroup else []), *self.limits.of_user(self.cgroup is not None)]
+        with waiting([*limited, "unshare", "--user", "sh", "-c", "echo ready; read -r _"]) as pid:
+            map_ids(pid)
+            self.keep(pid, "user")
+        sizes = [str(self.limits.disk_mb << 20), str(self.limits.inodes)]
+        prepare = self.inside("unshare", "--mount", "sh", "-c", PREPARE, "sh", *sizes)
+        with waiting(prepare, rootfs.archive()) as pid:
+            self.keep(pid, "mnt")
+
+    def keep(self, pid: int, name: str) -> None:
+        self.descriptors.append(os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC))
+
+    def inside(self, *command: str) -> list[str]:
+        """The command line of a program of the host's that runs as root of the user namespace, on the files."""
+        # By these names nsenter opens the namespaces itself, and no descriptor of theirs reaches what it starts.
+        kinds = zip(("user", "mount"), self.descriptors, strict=False)
+        enter = [f"--{kind}=/proc/{os.getpid()}/fd/{number}" for kind, number in kinds]
+        return [*self.limited(), "nsenter", *enter, "-S", "0", "-G", "0", "--", *command]
+
+    def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
+        usr = ["--bind", f"{STORE}/root/usr", "/usr"]
+        binaries = [x for name in ("bin", "sbin") for x in ("--bind", f"{STORE}/root/usr/{name}", f"/{name}")]
+        return self.start([*usr, *binaries], PATH, script, seconds, most, stdin)
+
+    def check(self, script: str, seconds: float = 20) -> Ran:
+        if not self.sealed:
+            for options in (",userxattr", ""):
+                words = SEAL.replace("ro,", f"ro{options},").split()
+                done = subprocess.run(self.inside(*words), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+                if not done.returncode:
+                    break
+            else:
+                raise SandboxFailed(f"the check's programs can't be made: {done.stderr.strip()}")
+            self.sealed = True
+        usr = ["--ro-bind", f"{STORE}/sealed", "/usr"]
+        binaries = [x for name in ("bin", "sbin") for x in ("--ro-bind", f"{STORE}/sealed/{name}", f"/{name}")]
+        return self.start([*usr, *binaries], CHECKS_PATH, script, seconds, 4000, b"")
+
+    def start(self, usr: list[str], path: str, script: str, seconds: float, most: int, stdin: bytes) -> Ran:
+        """Runs bash in a bubblewrap of its own, whose /usr, /bin and /sbin are given. Raises SandboxFailed."""
+        if not self.descriptors:
+            raise SandboxFailed("the sandbox is closed")
+        filter_fd = memory_file(seccomp.program())
+        input_fd = memory_file(stdin) if stdin else os.open(os.devnull, os.O_RDONLY)
+        status_reader, status_writer = os.pipe()
+        command = ["bwrap", "--bind", f"{STORE}/root", "/", *usr]
+        for name in FIXED:
+            if Path(f"/usr/{name}").is_dir():
+                command += ["--ro-bind", f"/usr/{name}", f"/usr/{name}"]
+                command += [] if name == "libexec" else ["--ro-bind", f"/usr/{name}", f"/{name}"]
+        # /etc is a mount point, so that nobody inside can put another in its place; what steers every program's start
+        # lies in mounts of its own.
+        command += ["--bind", f"{STORE}/root/etc", "/etc", "--ro-bind", "/etc/alternatives", "/etc/alternatives"]
+        command += ["--ro-bind", "/etc/ld.so.cache", "/etc/ld.so.cache", "--ro-bind", "/dev/null", "/etc/ld.so.preload"]
+        command += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{STORE}/shm", "/dev/shm", "--remount-ro", "/dev"]
+        command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+        command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+        command += [word for name in CAPABILITIES for word in ("--cap-add", f"CAP_{name}")]
+        command += ["--seccomp", str(filter_fd), "--json-status-fd", str(status_writer), "--clearenv"]
+        for name, value in {"PATH": path, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "TERM": "dumb"}.items():
+            command += ["--setenv", name, value]
+        command += ["--chdir", "/root", "--", "bash", "-c", script]
+        try:
+            ran = collect(self.inside(*command), input_fd, [filter_fd, status_writer], seconds, most)
+            os.close(status_writer)
+            status_writer = -1
+            told = os.read(status_reader, 1 << 16).decode()
+        finally:
+            for number in (filter_fd, input_fd, status_reader, status_writer):
+                if number >= 0:
+                    os.close(number)
+        records = [json.loads(line) for line in told.splitlines() if line.endswith("}")]
+        # From "child-pid" on whatever goes wrong is the command's doing, its own end by the memory limit included.
+        if pid := next((record["child-pid"] for record in records if "child-pid" in record), None):
+            wait_for_end(pid)
+        elif not ran.timed_out:
+            raise SandboxFailed(ran.output.strip() or f"bubblewrap ended with status {ran.status}")
+        status = next((record["exit-code"] for record in records if "exit-code" in record), ran.status)
+        return Ran(ran.output, status, ran.timed_out, ran.left_out)
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+        if self.cgroup:
+            self.cgroup.remove()
+
+    def __del__(self):  # of an episode that was never judged
+        with contextlib.suppress(Exception):  # at the program's end there may be no modules left
+            self.close()
+
+
+@contextlib.contextmanager
+def waiting(command: list[str], stdin: bytes = b"") -> Iterator[int]:
+    """A program that has said "ready" and waits, with its process id; then it is ended. Raises SandboxFailed."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(stdin)
+                process.stdin.flush()
+            said = []
+            while (line := process.stdout.readline().decode(errors="replace").strip()) != "ready":
+                if not line:
+                    raise SandboxFailed(" ".join(said) or f"{command[-1]} ended without a word")
+                said.append(line)
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def map_ids(pid: int) -> None:
+    """Maps ids 0 to 65535 of a process's new user namespace to ids that nobody has. Raises SandboxFailed."""
+    if os.geteuid() == 0:
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{pid}/{name}").write_text(f"0 {ROOTS_FIRST_ID} {IDS}\n")
+        return
+    for tool, file in (("newuidmap", "/etc/subuid"), ("newgidmap", "/etc/subgid")):
+        done = subprocess.run([tool, str(pid), "0", str(first_id(file)), str(IDS)], capture_output=True, text=True)
+        if done.returncode:
+            raise SandboxFailed(f"{tool}: {done.stderr.strip()}")
+
+
+def first_id(file: str) -> int:
+    """The first of the 65,536 ids that /etc/subuid or /etc/subgid gives this user. Raises SandboxFailed."""
+    import pwd
+
+    user = pwd.getpwuid(os.getuid()).pw_name
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text().splitlines():
+            owner, first, count = [*line.split(":"), "", ""][:3]
+            if owner in (user, str(os.getuid())) and count.isdigit() and int(count) >= IDS:
+                return int(first)
+    raise SandboxFailed(f"{file} gives {user} no {IDS} ids: sudo usermod --add-subuids 100000-165535 "
+                        f"--add-subgids 100000-165535 {user}")  # fmt: skip
+
+
+def memory_file(content: bytes) -> int:
+    """A descriptor of a file in memory that nobody can change, at its start."""
+    number = os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(os.dup(number), "wb") as file:
+        file.write(content)
+    os.lseek(number, 0, os.SEEK_SET)
+    fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    return number
+
+
+def collect(
+    command: list[str],
+    stdin: int,
+    keep: list[int],
+    seconds: float,
+    most: int,
+    environment: dict[str, str] | None = None,
+) -> Ran:
+    """Runs a program and reads what it says, `most` characters of it; what takes too long is killed.
+
+    It starts with the `environment` given, else with nothing of this program's but the PATH: /proc shows what each
+    process began with. Raises SandboxFailed for a script that is too long.
+    """
+    if max(len(os.fsencode(word)) for word in command) >= LONGEST:
+        raise SandboxFailed(f"a script is longer than {LONGEST} bytes, which no command may be")
+    until = time.monotonic() + seconds
+    kept, count, timed_out = bytearray(), 0, False
+    with (
+        subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=keep,
+            start_new_session=True,
+            env=environment or {"PATH": os.environ.get("PATH", os.defpath)},
+        ) as process,
+        selectors.DefaultSelector() as selector,
+    ):
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            if (left := until - time.monotonic()) <= 0 or not selector.select(left):
+                timed_out = True
+                process.kill()
+                break
+            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            if not chunk:
+                break
+            kept += chunk[: max(0, 4 * most - len(kept))]
+            count += len(chunk)
+        if not timed_out:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, until - time.monotonic()))
+            if process.returncode is None:  # it closed its output and went on
+                timed_out = True
+                process.kill()
+        process.wait()
+    text = kept.decode("utf-8", "replace")
+    left_out = max(0, len(text) - most) + max(0, count - len(kept))
+    return Ran(text[:most], process.returncode, timed_out, left_out)
+
+
+def in_short(ran: Ran) -> str:
+    """How a script ended, in a few words."""
+    if ran.timed_out:
+        return "it ran out of time"
+    last = ran.output.strip().splitlines()[-1:] or [""]
+    return f"exit status {ran.status}" + (f": {last[0][:160]}" if last[0] else "")
+
+
+def wait_for_end(pid: int) -> None:
+    """Waits until the first process of a sandbox's process namespace is gone, and so, by the kernel's rule, all others.
+
+    It is killed when the bubblewrap outside ends, and that takes a moment, in which they could still write.
+    """
+    try:
+        number = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with selectors.DefaultSelector() as selector:
+        selector.register(number, selectors.EVENT_READ)
+        ended = selector.select(10)
+    os.close(number)
+    if not ended:
+        raise SandboxFailed(f"process {pid} outlives its command")
+
+
+def missing_tools() -> list[str]:
+    """The programs that the sandbox needs and this machine lacks."""
+    tools = ["bwrap", "unshare", "nsenter", "setpriv", "prlimit"] + ([] if os.geteuid() == 0 else ["newuidmap"])
+    return [name for name in tools if not shutil.which(name)]
+
+
+def require_tools() -> None:
+    """Raises ConfigError, with the fix, where a program is missing."""
+    if missing := missing_tools():
+        raise ConfigError(f"sandbox=namespaces needs {', '.join(missing)}, which this machine lacks: {PACKAGES}")

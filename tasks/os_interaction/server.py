@@ -1,0 +1,282 @@
+"""Serves episodes at the shell over HTTP, so that the program that trains need not be the one that runs commands.
+
+    python -m tasks.os_interaction.server [port=8000] [entries=DIR] [name=value ...]
+
+    curl -X POST -d '{}' http://127.0.0.1:8000/api/ping
+
+`POST /api/reset`, `/api/step`, `/api/outcome`, `/api/close`, `GET /api/samples`; http://127.0.0.1:8000/docs describes
+them. All but ping want the token that the server writes to a file at its start, as `Authorization: Bearer TOKEN`.
+It listens on 127.0.0.1 alone, and answers no other Host and no Origin but its own, so that no web page can talk to it.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import os
+import secrets
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lora_ppo.settings import ConfigError, Settings, help_text, parse, read_yaml, setting, split_arguments
+from lora_ppo.streams import run_program
+from lora_ppo.terminal import clean
+from tasks.os_interaction import TaskSettings, ready
+from tasks.os_interaction.client import token_file
+from tasks.os_interaction.episode import ShellEpisode
+
+
+@dataclass
+class ServerSettings(Settings):
+    port: int = setting(8000, "port on 127.0.0.1", group="the server")
+    token_file: str = setting("", "where the token is written; empty: in the cache folder")
+    most_sessions: int = setting(64, "episodes at the same time")
+    idle_seconds: int = setting(600, "an episode that nobody asked for so long is ended")
+    session_seconds: int = setting(3600, "no episode lasts longer")
+    body_bytes: int = setting(1_000_000, "largest request")
+
+
+@dataclass
+class ServerConfig(TaskSettings, ServerSettings):
+    """The server's settings, and the task's."""
+
+
+@dataclass
+class Session:
+    """An episode that a client plays, and when it began and was last asked for."""
+
+    episode: ShellEpisode
+    began: float
+    asked: float
+    lock: asyncio.Lock
+
+
+class Sessions:
+    """The episodes that are going on."""
+
+    def __init__(self, config: Any, make: Callable[[str], ShellEpisode]):
+        self.config, self.make_episode = config, make
+        self.open: dict[str, Session] = {}
+        self.pool = ThreadPoolExecutor(max(4, config.most_sessions), thread_name_prefix="episode")
+
+    async def call(self, function: Callable, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+    async def start(self, name: str) -> tuple[str, list[dict[str, str]]]:
+        """A new episode: its session's name and its opening messages. Raises OverflowError where there are too many."""
+        if len(self.open) >= self.config.most_sessions:
+            raise OverflowError(
+                f"{self.config.most_sessions} episodes are going on (most_sessions): close one, or wait"
+            )
+        key, now = uuid.uuid4().hex, time.monotonic()
+        session = self.open[key] = Session(self.make_episode(name), now, now, asyncio.Lock())
+        try:
+            return key, await self.call(session.episode.reset)
+        except BaseException:
+            self.open.pop(key, None)
+            raise
+
+    @contextlib.asynccontextmanager
+    async def at(self, key: str) -> AsyncIterator[ShellEpisode]:
+        """The episode of a session, for one request at a time. Raises KeyError."""
+        session = self.open[key]
+        async with session.lock:
+            session.asked = time.monotonic()
+            yield session.episode
+            session.asked = time.monotonic()
+
+    async def close(self, key: str) -> None:
+        if session := self.open.pop(key, None):
+            async with session.lock:
+                await self.call(session.episode.close)
+
+    async def reap(self) -> None:
+        """Ends, for ever, the episodes that nobody asks for any more."""
+        while True:
+            await asyncio.sleep(min(5.0, self.config.idle_seconds / 4))
+            now = time.monotonic()
+            for key, one in list(self.open.items()):
+                idle = not one.lock.locked() and now - one.asked > self.config.idle_seconds
+                if idle or now - one.began > self.config.session_seconds:
+                    await self.close(key)
+
+
+def application(config: Any, entries: list, make: Callable, rules: Any, token: str):
+    """The server as an ASGI application."""
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.responses import JSONResponse
+    from pydantic import BaseModel
+
+    by_name = {entry.name: entry for entry in entries}
+    sessions = Sessions(config, lambda name: ShellEpisode(by_name[name], make, rules))
+    hosts = {f"127.0.0.1:{config.port}", f"localhost:{config.port}"}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI):
+        reaper = asyncio.create_task(sessions.reap())
+        yield
+        reaper.cancel()
+        for key in list(sessions.open):
+            await sessions.close(key)
+        sessions.pool.shutdown()
+        Path(config.token_file).unlink(missing_ok=True)  # here: what stopped the server ends the program after this
+
+    app = FastAPI(title="Shell tasks", lifespan=lifespan, version="1")
+    app.state.sessions = sessions
+
+    @app.middleware("http")
+    async def guard(request: Request, go_on: Callable):
+        """No other host's name (DNS rebinding), no other site's page, no large body."""
+        origin = request.headers.get("origin")
+        if request.headers.get("host", "") not in hosts:
+            return JSONResponse({"detail": "this Host is not served: use 127.0.0.1"}, 421)
+        if origin is not None and origin not in {f"http://{host}" for host in hosts}:
+            return JSONResponse({"detail": "this Origin is not served"}, 403)
+        if request.method == "POST":
+            size = 0
+            parts = []
+            async for part in request.stream():
+                size += len(part)
+                if size > config.body_bytes:
+                    return JSONResponse({"detail": f"the body is larger than {config.body_bytes} bytes"}, 413)
+                parts.append(part)
+            request._body = b"".join(parts)  # read once; what comes next finds it here, as after `body()`
+            request.scope["headers"] = [  # `curl -d` says a form, and means JSON
+                (name, b"application/json" if name == b"content-type" else value)
+                for name, value in request.scope["headers"]
+            ]
+        return await go_on(request)
+
+    def authorized(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), token.encode()):
+            raise HTTPException(401, f"the token is missing or wrong: it stands in {config.token_file}")
+
+    class Reset(BaseModel):
+        name: str
+
+    class One(BaseModel):
+        session: str
+
+    class Step(One):
+        reply: str
+
+    @app.post("/api/ping", summary="Whether the server is there; no token needed")
+    async def ping() -> dict[str, Any]:
+        return {"ok": True, "entries": len(by_name), "sessions": len(sessions.open)}
+
+    @app.get("/api/samples", dependencies=[Depends(authorized)], summary="The entries, without their checks")
+    async def samples() -> list[dict[str, Any]]:
+        rows = [(entry.name, entry.instruction, entry.skills, entry.level) for entry in entries]
+        return [dict(zip(("name", "instruction", "skills", "level"), row, strict=True)) for row in rows]
+
+    @app.post("/api/reset", dependencies=[Depends(authorized)], summary="Begins an episode")
+    async def reset(body: Reset) -> dict[str, Any]:
+        if body.name not in by_name:
+            raise HTTPException(404, f"there is no entry {body.name[:100]!r}")
+        try:
+            session, messages = await sessions.start(body.name)
+        except OverflowError as error:
+            raise HTTPException(429, str(error)) from None
+        return {"session": session, "messages": messages}
+
+    @contextlib.asynccontextmanager
+    async def found(key: str) -> AsyncIterator[ShellEpisode]:
+        try:
+            async with sessions.at(key) as episode:
+                yield episode
+        except KeyError:
+            raise HTTPException(404, "there is no such session: it was closed, or reaped") from None
+
+    @app.post("/api/step", dependencies=[Depends(authorized)], summary="A reply; the next message, null at the end")
+    async def step(body: Step) -> dict[str, Any]:
+        async with found(body.session) as episode:
+            return {"message": await sessions.call(episode.step, body.reply), "reason": episode.reason}
+
+    @app.post("/api/outcome", dependencies=[Depends(authorized)], summary="The verdict; the episode is over then")
+    async def outcome(body: One) -> dict[str, Any]:
+        async with found(body.session) as episode:
+            verdict = asdict(await sessions.call(episode.outcome))
+        await sessions.close(body.session)
+        return verdict
+
+    @app.post("/api/close", dependencies=[Depends(authorized)], summary="Ends an episode without a verdict")
+    async def close(body: One) -> dict[str, Any]:
+        await sessions.close(body.session)
+        return {"ok": True}
+
+    return app
+
+
+def serve(config: ServerConfig) -> int:
+    """Serves until it is told to stop. Raises ConfigError where it can't begin."""
+    import socket
+
+    try:
+        import uvicorn
+    except ImportError:
+        raise ConfigError("the server needs packages: pip install fastapi uvicorn httpx") from None
+    if config.server:
+        raise ConfigError("server=URL is a setting of train.py and evaluate.py: leave it out here")
+    entries, make, rules = ready(config)
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(("127.0.0.1", config.port))
+    except OSError as error:
+        raise ConfigError(f"port={config.port} can't be had ({error.strerror}): set another port") from None
+    config.port = listening.getsockname()[1]  # with port=0, the one that was free
+    token, path = secrets.token_urlsafe(32), token_file(config.port, config.token_file)
+    config.token_file = str(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(token)
+    app = application(config, entries, make, rules, token)
+    print(f"http://127.0.0.1:{config.port} serves {len(entries)} entries; token: {path}", file=sys.stderr, flush=True)
+    try:
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listening])
+    finally:
+        path.unlink(missing_ok=True)
+    return 0
+
+
+USAGE = """usage: python -m tasks.os_interaction.server [--config FILE] [name=value ...]
+
+Serves episodes at the shell on 127.0.0.1.
+"""
+
+
+def settings_from(arguments: Sequence[str]) -> ServerConfig:
+    """The settings from a command line. A `--config FILE` may be training's: what is not the server's is passed over.
+
+    Raises ConfigError.
+    """
+    file, pairs = split_arguments(ServerConfig, list(arguments))
+    names = {one.name for one in fields(ServerConfig)} - {"server", "server_token"}
+    own = {name: value for name, value in (read_yaml(file) if file else {}).items() if name in names}
+    words = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in own.items()]
+    return parse(ServerConfig, words + [f"{name}={value}" for name, value in pairs])
+
+
+def main() -> int:
+    """The program. Exit status: 0; 2 for bad settings or no sandbox; 130 after Ctrl-C."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(help_text(ServerConfig, USAGE))
+        return 0
+    try:
+        return serve(settings_from(sys.argv[1:]))
+    except ConfigError as error:
+        print(f"error: {clean(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

@@ -1,0 +1,92 @@
+"""Which entries a sandbox supports: the start script runs, the untouched start fails the check, the truth passes it.
+
+Found once by running all of them, and kept in the cache folder, by the entry's scripts and the kind of sandbox.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lora_ppo.files import cache_folder, replace_file
+from tasks.os_interaction.entries import Entry
+from tasks.os_interaction.sandbox import Sandbox, SandboxFailed, in_short
+
+VERSION = "1"  # raised where the sandbox changes what entries can do
+SETTING_UP = 60.0  # seconds that a start script, a truth and a check may take here
+
+
+def put_files(sandbox: Sandbox, entry: Entry, *names: str) -> None:
+    """Lays folders that come with an entry into the sandbox's root, in place of what is there under their names."""
+    for name in names:
+        if name in entry.files:
+            ran = sandbox.run(f"rm -rf /{name}; tar -x -C /", SETTING_UP, stdin=entry.files[name])
+            if ran.status:
+                raise SandboxFailed(f"/{name} can't be laid out: {in_short(ran)}")
+
+
+def why_not(entry: Entry, make: Callable[[], Sandbox]) -> str:
+    """Why an entry isn't supported; empty where it is."""
+    try:
+        for solved in (False, True):
+            sandbox = make()
+            try:
+                ran = sandbox.run(entry.start, SETTING_UP)
+                if ran.status or ran.timed_out:
+                    return f"the start script fails ({in_short(ran)})"
+                if solved:
+                    put_files(sandbox, entry, "solution")
+                    truth = sandbox.run(entry.truth, SETTING_UP)
+                put_files(sandbox, entry, "tests")
+                checked = sandbox.check(entry.check, SETTING_UP)
+                if checked.status == 0 and not solved:
+                    return "the untouched start passes the check"
+                if solved and checked.status:
+                    how = f"; the truth itself ends with {in_short(truth)}" if truth.status else ""
+                    return f"the truth does not pass the check{how}"
+            finally:
+                sandbox.close()
+    except SandboxFailed as failed:
+        return f"the sandbox failed: {failed}"
+    return ""
+
+
+def cache_file(entries: Sequence[Entry], kind: str) -> Path:
+    """Where the result for these entries is kept, on this machine and for this user."""
+    keys = "".join(entry.name + entry.key for entry in entries)
+    fingerprint = hashlib.sha256(f"{VERSION}/{kind}/{os.geteuid()}/{os.uname().release}/{keys}".encode()).hexdigest()
+    return cache_folder() / "os_interaction" / f"{fingerprint[:24]}.json"
+
+
+def left_out(
+    entries: Sequence[Entry],
+    make: Callable[[], Sandbox],
+    kind: str,
+    done: Callable[[int], None] = lambda count: None,
+    again: bool = False,
+    workers: int = 0,
+) -> dict[str, str]:
+    """The entries that are not supported, by name, with the reason; `done` is told how many were tried.
+
+    Sandboxes that could not be made at all are no result: nothing is kept then. Raises SandboxFailed.
+    """
+    path = cache_file(entries, kind)
+    if not again:
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            pass
+    make().close()
+    reasons = {}
+    with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
+        tried = pool.map(lambda entry: why_not(entry, make), entries)
+        for number, (entry, why) in enumerate(zip(entries, tried, strict=True), 1):
+            if why:
+                reasons[entry.name] = why
+            done(number)
+    if not any(why.startswith("the sandbox failed") for why in reasons.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(reasons, indent=1).encode("ascii"))
+    return reasons

@@ -1,0 +1,90 @@
+"""Shell tasks in other libraries' hands: TRL's GRPOTrainer, and OpenEnv's client."""
+
+import json
+import threading
+import time
+
+import pytest
+from test_shell_entries import row
+
+from tasks.os_interaction.entries import read_entries
+from tasks.os_interaction.environment import environment_factory, openenv_application, training_rows
+from tasks.os_interaction.episode import Rules
+from tasks.os_interaction.sandbox import Namespaces
+
+
+@pytest.fixture
+def entries_file(tmp_path, monkeypatch, sandboxes) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "e.json").write_text(json.dumps({f"e{i}": row() for i in range(5)}))
+    return str(tmp_path / "e.json")
+
+
+def test_the_tools_are_the_shell(entries_file):
+    environment = environment_factory(entries=entries_file)()
+    assert environment.reset(name="e0", prompt="ignored") == "Create /x."
+    assert environment.bash("echo hi; touch /x") == "The output of the OS:\nhi"
+    assert environment.finish() == "Finished."
+    assert environment.bash("rm /x") == "The task is over."
+    assert environment.get_reward() == 1.0
+    environment.reset(name="e1")
+    assert environment.get_reward() == -0.5
+
+
+def test_trls_trainer_plays_it(entries_file, tmp_path, llama, monkeypatch):
+    """A step of GRPO with a model that can't do it: episodes are reset, judged, and the reward is in TRL's log."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = trl.chat_template_utils.qwen3_instruct_2507_chat_template
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=8,
+        max_steps=1,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = trl.GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(llama),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(training_rows(entries=entries_file)),
+        processing_class=tokenizer,
+        environment_factory=environment_factory(entries=entries_file),
+    )
+    trainer.train()
+    assert [one["reward"] for one in trainer.state.log_history if "reward" in one] == [-0.5]
+
+
+def test_openenvs_client_plays_several_sessions(entries_file):
+    pytest.importorskip("openenv", reason="OpenEnv is not here: pip install openenv")
+    uvicorn = pytest.importorskip("uvicorn")
+    from openenv.core.generic_client import GenericEnvClient
+
+    app = openenv_application(read_entries(entries_file), Namespaces, Rules(), 4)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.02)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        with GenericEnvClient(base_url=url).sync() as one, GenericEnvClient(base_url=url).sync() as two:
+            assert one.reset(name="e1").observation["text"] == "Create /x."
+            assert two.reset(name="e2").observation["text"] == "Create /x."
+            assert not one.step({"commands": "touch /x"}).done
+            assert two.step({"commands": "ls /x"}).observation["text"].startswith("The output of the OS:\nls: ")
+            first, second = one.step({"finish": True}), two.step({"finish": True})
+            assert (first.done, first.reward) == (True, 1.0)
+            assert (second.done, second.reward) == (True, -0.5)
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,220 @@
+"""The server of shell tasks as a user meets it: a process of its own, HTTP, kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from test_shell_entries import row
+
+from lora_ppo.settings import ConfigError
+from tasks.os_interaction.limits import cgroup_parents
+
+httpx = pytest.importorskip("httpx", reason="the server's packages are not here: pip install -r requirements-dev.txt")
+pytest.importorskip("uvicorn", reason="the server's packages are not here: pip install -r requirements-dev.txt")
+from tasks.os_interaction.client import Server  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+TOUCH, FINISH = "Act: bash\n```bash\ntouch /x; echo done\n```", "Act: finish"
+
+
+class Running:
+    """A server process on a free port, its log, and what it answers."""
+
+    def __init__(self, folder: Path, *words: str, port: int = 0):
+        (folder / "entries.json").write_text(json.dumps({f"e{i}": row() for i in range(4)}))
+        self.log = folder / "log"
+        command = [
+            sys.executable,
+            "-m",
+            "tasks.os_interaction.server",
+            f"port={port}",
+            f"entries={folder}/entries.json",
+        ]
+        with self.log.open("w") as log:
+            env = os.environ | {"XDG_CACHE_HOME": str(folder)}
+            self.process = subprocess.Popen([*command, *words], cwd=ROOT, stderr=log, env=env)
+        until = time.monotonic() + 60
+        while "serves" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.05)
+        line = next(line for line in self.log.read_text().splitlines() if "serves" in line)
+        self.url, self.token_file = line.split()[0], line.rpartition("token: ")[2]
+        self.token = Path(self.token_file).read_text()
+
+    def ask(self, path: str, body: dict | None = None, method: str = "POST", **headers: str):
+        headers = {"Authorization": f"Bearer {self.token}"} | headers
+        return httpx.request(method, self.url + path, json=body, headers=headers, trust_env=False, timeout=60)
+
+    def left(self) -> list[Path]:
+        """The cgroups of its sandboxes that are still there."""
+        found = cgroup_parents().values()
+        return [path for parent in found for path in parent.glob(f"lora_ppo-{self.process.pid}-*")]
+
+    def stop(self, how: int = signal.SIGTERM) -> None:
+        self.process.send_signal(how)
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[Running]:
+    from support.shell import why_no_sandbox
+
+    if why := why_no_sandbox():
+        pytest.skip(why)
+    server = Running(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+    assert server.left() == []
+    assert not Path(server.token_file).exists()
+
+
+def test_ping_needs_no_token_and_no_content_type(running):
+    done = subprocess.run(
+        ["curl", "-s", "--noproxy", "*", "-X", "POST", "-d", "{}", f"{running.url}/api/ping"], capture_output=True
+    )
+    assert json.loads(done.stdout)["ok"] is True
+
+
+@pytest.mark.parametrize("token", ["", "Bearer", "Bearer wrong", "Basic x"])
+def test_all_else_needs_it(running, token):
+    for method, path, body in (
+        ("GET", "/api/samples", None),
+        ("POST", "/api/reset", {"name": "e0"}),
+        ("POST", "/api/step", {"session": "x", "reply": "y"}),
+        ("POST", "/api/outcome", {"session": "x"}),
+        ("POST", "/api/close", {"session": "x"}),
+    ):
+        answer = running.ask(path, body, method, Authorization=token)
+        assert answer.status_code == 401
+        assert running.token not in answer.text
+
+
+def test_the_token_is_for_its_owner_alone(running):
+    assert Path(running.token_file).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "127.0.0.1:1"}, 421),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({}, 200),
+    ],
+)
+def test_pages_of_other_sites_are_not_served(running, headers, status):
+    assert running.ask("/api/ping", {}, **headers).status_code == status
+
+
+def test_a_body_that_is_too_large_is_refused(running):
+    assert running.ask("/api/step", {"session": "x", "reply": "y" * 1_000_001}).status_code == 413
+    endless = (b"x" * 100_000 for _ in range(100))
+    answer = httpx.post(f"{running.url}/api/ping", content=endless, trust_env=False)
+    assert answer.status_code == 413
+
+
+def test_an_episode_over_http(running):
+    samples = running.ask("/api/samples", method="GET").json()
+    assert [one["name"] for one in samples] == ["e0", "e1", "e2", "e3"]
+    assert set(samples[0]) == {"name", "instruction", "skills", "level"}
+    begun = running.ask("/api/reset", {"name": "e1"}).json()
+    assert begun["messages"][-1]["content"] == "Create /x."
+    session = begun["session"]
+    step = running.ask("/api/step", {"session": session, "reply": TOUCH}).json()
+    assert step["message"] == "The output of the OS:\ndone"
+    assert running.ask("/api/step", {"session": session, "reply": FINISH}).json()["message"] is None
+    assert running.ask("/api/outcome", {"session": session}).json()["verdict"] == "correct"
+    for path, body in (("/api/step", {"session": session, "reply": "x"}), ("/api/outcome", {"session": session})):
+        assert running.ask(path, body).status_code == 404
+    assert running.ask("/api/reset", {"name": "../etc"}).status_code == 404
+    assert running.ask("/api/reset", {"nome": "e1"}).status_code == 422
+    assert running.left() == []
+    assert "/api/reset" in running.ask("/openapi.json", method="GET").json()["paths"]
+
+
+def client(running: Running) -> Server:
+    return Server(running.url, running.token_file)
+
+
+def test_sixteen_episodes_at_once_through_the_client(running):
+    server = client(running)
+    entries = server.samples()
+
+    def one(number: int) -> str:
+        episode = server.episode(entries[number % 4])
+        episode.reset()
+        said = episode.step(TOUCH if number % 2 else "Act: bash\n```bash\nls /x\n```")
+        assert said.startswith("The output of the OS:")
+        episode.step(FINISH)
+        return episode.outcome().verdict
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(one, range(32))) == ["incorrect", "correct"] * 16
+
+
+def test_sessions_are_counted_and_idle_ones_end(tmp_path, sandboxes):
+    running = Running(tmp_path, "most_sessions=2", "idle_seconds=2")
+    try:
+        first, second, third = (running.ask("/api/reset", {"name": "e0"}) for _ in range(3))
+        assert (first.status_code, second.status_code, third.status_code) == (200, 200, 429)
+        until = time.monotonic() + 20
+        while running.left():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        assert running.ask("/api/step", {"session": first.json()["session"], "reply": FINISH}).status_code == 404
+        assert running.ask("/api/reset", {"name": "e0"}).status_code == 200
+    finally:
+        running.stop()
+    assert running.left() == []
+
+
+def test_a_server_that_is_killed_costs_the_episodes_in_flight_and_leaves_nothing(
+    tmp_path, sandboxes, capfd, monkeypatch
+):
+    monkeypatch.setattr("tasks.os_interaction.client.WAIT", 0.1)
+    running = Running(tmp_path)
+    server = client(running)
+    entry = server.samples()[0]
+    episode = server.episode(entry)
+    episode.reset()
+    assert episode.step(TOUCH)
+    busy = server.episode(entry)
+    busy.reset()
+    with ThreadPoolExecutor(2) as pool:
+        step = pool.submit(busy.step, "Act: bash\n```bash\nexec -a lora_ppo_busy sleep 15\n```")
+        time.sleep(0.5)
+        running.stop(signal.SIGKILL)
+        assert step.result(10) is None
+        assert episode.step(FINISH) is None
+        assert [one.outcome().verdict for one in (episode, busy)] == ["unknown", "unknown"]
+        assert "gone" in episode.outcome().why
+        until = time.monotonic() + 10
+        while running.left() or b"lora_ppo_busy" in subprocess.run(["ps", "ax"], capture_output=True).stdout:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        # The next episode waits until the server is back.
+        waiting = pool.submit(server.episode(entry).reset)
+        time.sleep(0.5)
+        assert not waiting.done()
+        again = Running(tmp_path, port=int(running.url.rpartition(":")[2]))
+        try:
+            assert waiting.result(30)[-1]["content"] == "Create /x."
+        finally:
+            again.stop()
+    said = capfd.readouterr().err
+    assert said.count("waiting until it is back") == 1
+    assert "is back\n" in said
+
+
+def test_a_server_that_is_not_there_is_one_line():
+    with pytest.raises(ConfigError, match="does not answer: start it with"):
+        Server("http://127.0.0.1:9")

@@ -1,0 +1,131 @@
+"""What shell tasks cost: making a sandbox, a command, episodes a second through the server; and kills.
+
+    python tools/bench/os.py cost                     milliseconds a sandbox and a command, beside a bare bash
+    python tools/bench/os.py server [--at-once 16]    episodes a second through a server process
+    python tools/bench/os.py kill [--times 20]        kill -9 of the server at random moments: what is left behind
+
+A server process of its own is started on a free port for `server` and `kill`.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tasks.os_interaction.client import RemoteEntry, Server  # noqa: E402
+from tasks.os_interaction.entries import OWN, read_entries  # noqa: E402
+from tasks.os_interaction.limits import cgroup_parents  # noqa: E402
+from tasks.os_interaction.sandbox import Namespaces  # noqa: E402
+
+
+def median_ms(function: Callable[[], object], times: int = 50) -> float:
+    """The median of so many calls, in milliseconds."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)
+
+
+def cost() -> None:
+    sandbox = Namespaces()
+    print(f"a sandbox, made and closed   {median_ms(lambda: Namespaces().close(), 20):6.1f} ms")
+    print(f"a command in it (true)       {median_ms(lambda: sandbox.run('true')):6.1f} ms")
+    print(f"the check (true)             {median_ms(lambda: sandbox.check('true')):6.1f} ms")
+    print(f"bash -c true without it      {median_ms(lambda: subprocess.run(['bash', '-c', 'true'])):6.1f} ms")
+    sandbox.close()
+
+
+def start(log: Path) -> tuple[subprocess.Popen, str]:
+    """A server on a free port, and its URL."""
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "tasks.os_interaction.server", "port=0"]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=file)
+    while " serves " not in (said := log.read_text()):
+        if process.poll() is not None:
+            raise SystemExit(said)
+        time.sleep(0.1)
+    return process, next(line for line in said.splitlines() if " serves " in line).split()[0]
+
+
+def episode(server: Server, entry: RemoteEntry, truth: str) -> str:
+    """Plays an entry's ground truth; returns the verdict."""
+    one = server.episode(entry)
+    one.reset()
+    one.step(f"Act: bash\n```bash\n{truth}\n```")
+    one.step("Act: finish")
+    return one.outcome().verdict
+
+
+def through_server(at_once: int) -> None:
+    process, url = start(Path("/tmp") / f"os_bench_{os.getpid()}.log")
+    truths = {entry.name: entry.truth for entry in read_entries(OWN)}
+    try:
+        server = Server(url)
+        entries = server.samples()
+        started = time.perf_counter()
+        with ThreadPoolExecutor(at_once) as pool:
+            verdicts = list(pool.map(lambda entry: episode(server, entry, truths[entry.name]), entries))
+        seconds = time.perf_counter() - started
+    finally:
+        process.terminate()
+        process.wait()
+    counts = {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
+    print(f"{len(entries)} episodes, {at_once} at once: {len(entries) / seconds:.1f} a second; {json.dumps(counts)}")
+
+
+def left_behind(pid: int) -> list[str]:
+    """What a server with this id left: cgroups, and processes of its sandboxes."""
+    cgroups = [str(path) for parent in cgroup_parents().values() for path in parent.glob(f"lora_ppo-{pid}-*")]
+    said = subprocess.run(["ps", "axo", "args"], capture_output=True, text=True).stdout
+    return cgroups + [line for line in said.splitlines() if line.startswith(("bwrap", "nsenter")) or f"-{pid}-" in line]
+
+
+def kills(times: int) -> None:
+    rng, left = random.Random(0), []
+    for number in range(times):
+        process, url = start(Path("/tmp") / f"os_bench_{os.getpid()}.log")
+        server = Server(url)
+        entries = server.samples()
+        mounts = Path("/proc/self/mountinfo").read_text()
+        with ThreadPoolExecutor(8) as pool:
+            plays = [pool.submit(server.episode(entries[i]).reset) for i in range(8)]
+            commands = "touch /x; sleep 30"
+            plays += [pool.submit(episode, server, entry, commands) for entry in entries[:8]]
+            time.sleep(rng.uniform(0, 1.5))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            server.wait = lambda: (_ for _ in ()).throw(SystemExit)  # this one does not come back
+            for one in plays:
+                one.exception()
+        time.sleep(2)
+        found = left_behind(process.pid)
+        found += [] if Path("/proc/self/mountinfo").read_text() == mounts else ["a mount"]
+        left += found
+        print(f"kill {number + 1}: {found or 'nothing left'}", flush=True)
+    print(f"{times} kills, {len(left)} things left behind")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["cost", "server", "kill"])
+    parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--times", type=int, default=20)
+    words = parser.parse_args()
+    {"cost": cost, "server": lambda: through_server(words.at_once), "kill": lambda: kills(words.times)}[words.what]()
+
+
+if __name__ == "__main__":
+    main()
