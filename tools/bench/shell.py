@@ -1,8 +1,8 @@
 """What shell tasks cost: making a sandbox, a command, episodes a second through the server; and kills.
 
-    python tools/bench/os.py cost                     milliseconds a sandbox and a command, beside a bare bash
-    python tools/bench/os.py server [--at-once 16]    episodes a second through a server process
-    python tools/bench/os.py kill [--times 20]        kill -9 of the server at random moments: what is left behind
+    python tools/bench/shell.py cost                     milliseconds a sandbox and a command, beside a bare bash
+    python tools/bench/shell.py server [--at-once 16]    episodes a second through a server process
+    python tools/bench/shell.py kill [--times 20]        kill -9 of the server at random moments: what is left behind
 
 A server process of its own is started on a free port for `server` and `kill`.
 """
