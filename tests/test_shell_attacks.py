@@ -305,6 +305,7 @@ def test_huge_output_is_cut_and_counted(sandbox):
 def test_the_check_runs_with_programs_of_its_own(sandbox, attack):
     sandbox.run(f"echo wrong >/answer; {attack}")
     assert sandbox.check("grep -q right /answer").status != 0
+    assert sandbox.check("test ! -s /etc/ld.so.preload").status == 0  # loaded into every program
     assert sandbox.check("echo wrong right | awk '{ exit $2 == \"right\" ? 0 : 1 }'").status == 0
 
 

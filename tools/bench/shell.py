@@ -98,6 +98,7 @@ def kills(times: int) -> None:
     for number in range(times):
         process, url = start(Path("/tmp") / f"os_bench_{os.getpid()}.log")
         server = Server(url)
+        server.wait = lambda: (_ for _ in ()).throw(SystemExit)  # this one will not come back
         entries = server.samples()
         mounts = Path("/proc/self/mountinfo").read_text()
         with ThreadPoolExecutor(8) as pool:
@@ -107,7 +108,6 @@ def kills(times: int) -> None:
             time.sleep(rng.uniform(0, 1.5))
             process.send_signal(signal.SIGKILL)
             process.wait()
-            server.wait = lambda: (_ for _ in ()).throw(SystemExit)  # this one does not come back
             for one in plays:
                 one.exception()
         time.sleep(2)
