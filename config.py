@@ -36,7 +36,7 @@ class Config(Settings):
         "", "YAML file of prompts, for all roles or some; else those of the model's folder, or prompts/default.yaml"
     )
     lora_r: int = setting(16, "rank of the LoRA adapters")
-    lora_alpha: int = setting(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
+    lora_alpha: float = setting(32.0, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
     lora_dropout: float = setting(0.0, "LoRA dropout, in the gradient pass alone")
     target_modules: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "linear layers that get adapters"

@@ -10,7 +10,7 @@ into advantages and takes minibatch updates on them (lora_ppo/training.py); a st
 undone. Here are the settings and the order of things; the run itself is lora_ppo/trainer.py. A step follows from the
 weights, the settings and its number, so that a run which was stopped goes on as if it had not been.
 
-Left out on purpose: a reward model, asynchronous rollouts, an inference server.
+Left out on purpose: asynchronous rollouts, an inference server.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
 from lora_ppo.trainer import Training, writing
 from lora_ppo.training import prepare
+from lora_ppo.watching import bands
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -71,6 +72,11 @@ class TrainSettings(Settings):
     )
     report_to: str = setting("none", "tracker: none, tensorboard, wandb or trackio")
     test_share: float = setting(0.2, "share of the samples that a task keeps for its test split", split=True)
+    stop_if: list[str] = setting(
+        [],
+        "ends training where held-out replies leave a band: conditions such as length>2, length<0.5, distinct_2<0.8, "
+        "in units of the value at the start",
+    )
     control: str = setting("none", "none, or random: the reward is a coin, and nothing must be learned")
     seed: int = shared("seed")
     model_name: str = shared("model_name", "model")
@@ -80,7 +86,7 @@ class TrainSettings(Settings):
     dtype: str = shared("dtype")
     prompts: str = shared("prompts")
     lora_r: int = shared("lora_r")
-    lora_alpha: int = shared("lora_alpha")
+    lora_alpha: float = shared("lora_alpha")
     lora_dropout: float = shared("lora_dropout")
     target_modules: list[str] = shared("target_modules")
     gradient_checkpointing: bool = setting(False, "compute activations again in the backward pass: less memory")
@@ -180,6 +186,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             f"samples_per_epoch={config.samples_per_epoch} is not divisible by the {config.prompts_per_step} prompts "
             f"of a step (batch_size={config.batch_size})"
         )
+    bands(config.stop_if)
     if config.baseline not in ("auto", "none") and not (Path(config.baseline) / "train.log").is_file():
         raise ConfigError(f"baseline={config.baseline} holds no run (no train.log): expected auto, none, or its folder")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:

@@ -5,7 +5,7 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     files, streams              any name, whole or not at all; streams that are full or closed
     settings, statistics        how settings are declared and checked; intervals and tests
     ppo, functions              the mathematics, pure functions of tensors; a module's functions in their place
-    chat                        roles and their prompts; chats as token ids
+    chat, prompts               chats as token ids; the roles and what they are told
     layers                      layers that are quicker or keep less
     caches, compiled, recording one pass behind a cache; passes compiled (CPU) and recorded (CUDA)
     policy, loading, gguf       base model, gated LoRA adapters, value head, optimizer; how they are loaded; GGUF files
@@ -21,7 +21,7 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     terminal                    what a person types and sees
     signals                     when the program is interrupted, and how it leaves
     trainer, evaluation, report unattended runs, held-out samples, plots
-    watching                    what tells whether a run learns
+    rewards, watching           reward models on the same base; what tells whether a run learns, and what is meant
 
 Imports go one way, downwards in tests/test_house.py's list. Importing this package imports nothing else: a room brings
 in torch, transformers and peft where it needs them.

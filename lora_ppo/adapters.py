@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.chat import Prompts, encode_chat, load_prompts
+from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import Damaged, adapter_config, other_base, prompt_note, tensors_in, verify_checkpoint
 from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.gate import write_gate
 from lora_ppo.loading import base_name, find_prompts, load_policy
 from lora_ppo.policy import Policy
+from lora_ppo.prompts import Prompts, load_prompts
 from lora_ppo.settings import (
     BUNDLED_MODEL,
     DEFAULT_PROMPTS,

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from lora_ppo.chat import ROLES, encode_chat
+from lora_ppo.chat import encode_chat
+from lora_ppo.prompts import ROLES
 
 ROUND = 8  # oneDNN compiles a product for each number of rows, and keeps it: a CPU reads a multiple of so many tokens
 BEGINNING = 64  # tokens from which on it pays to read once what prompts begin with

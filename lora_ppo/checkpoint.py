@@ -14,10 +14,10 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from lora_ppo.chat import Prompts, load_prompts
 from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
+from lora_ppo.prompts import Prompts, load_prompts
 from lora_ppo.settings import DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError, Settings, split_settings
 
 PARTS = ("adapter_model", "value_head", "optimizer")  # files of tensors
@@ -54,7 +54,9 @@ def save_checkpoint(
     try:
         slots = {n.removeprefix("optimizer."): t for n, t in policy.tensors().items() if n.startswith("optimizer.")}
         with utf8_path(new) as place:
-            policy.model.save_pretrained(place, safe_serialization=True, save_embedding_layers=False)
+            policy.model.save_pretrained(
+                place, safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"]
+            )
             save_file(policy.value_head.state_dict(), place / "value_head.safetensors")
             save_file(slots, place / "optimizer.safetensors")
         config = policy.config
@@ -97,7 +99,7 @@ def model_card(policy: Policy, result: str) -> str:
 
 def prompt_note(config: Settings, prompts: Prompts) -> str:
     """What a model card says of the tutor's prompts: adapters of the quiz talk nonsense under others."""
-    if getattr(config, "task", "quiz") != "quiz":
+    if getattr(config, "task", "quiz") not in ("quiz", "voice"):
         return ""
     system, *turns = prompts.tutor.messages("")[:-1]
     note = "\nThey were trained under this system message; use it, or expect nonsense:\n\n"
@@ -290,7 +292,7 @@ def all_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 # What decides which samples a step gets, or belongs to it: a run can't go on under another value.
-COURSE = ("task", "algorithm", "batch_size", "group_size", "samples_per_epoch", "seed")
+COURSE = "task algorithm batch_size group_size samples_per_epoch seed topic_order steps_per_topic".split()
 
 
 def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.chat import ROLES, encode_chat
+from lora_ppo.chat import encode_chat
 from lora_ppo.generate import Request, replies
 from lora_ppo.policy import Policy
+from lora_ppo.prompts import ROLES
 from lora_ppo.quiz import quiz_json
 from lora_ppo.quizmaster import QuizGrammar
 from lora_ppo.settings import ConfigError

@@ -45,7 +45,11 @@ class Episode(Protocol):
 
 
 class Task(Protocol):
-    """A source of samples and episodes."""
+    """A source of samples and episodes.
+
+    It may have `in_order`, true where the training samples are a course, to be taken as they stand; and `scale`, a
+    rewards.RunningScale, where rewards are a model's scores: training normalises them, and watches for what they miss.
+    """
 
     def samples(self, split: Literal["train", "test"]) -> Sequence[Any]:
         """The samples of a split; "train" and "test" share nothing, and a seed gives the same ones every time."""

@@ -151,18 +151,17 @@ def figures(result: Result) -> dict[str, Any]:
 
 def accuracies(answers: Sequence[Answer], kinds: Callable[[Answer], Sequence[str]]) -> dict[str, dict[str, Any]]:
     """How many answers of each kind are right: of a level, of a skill, where the task has them."""
-    verdicts: dict[str, list[bool]] = {}
+    groups: dict[str, list[Answer]] = {}
     for answer in answers:
         for kind in filter(None, kinds(answer)):
-            verdicts.setdefault(kind, []).append(answer.outcome.verdict == "correct")
-    return {
-        kind: {
-            "samples": len(some),
-            "accuracy": sum(some) / len(some),
-            "interval": wilson_interval(sum(some), len(some)),
-        }
-        for kind, some in sorted(verdicts.items())
-    }
+            groups.setdefault(kind, []).append(answer)
+    rows = {}
+    for kind, some in sorted(groups.items()):
+        right = sum(answer.outcome.verdict == "correct" for answer in some)
+        rows[kind] = {"samples": len(some), "accuracy": right / len(some)}
+        rows[kind] |= {"interval": wilson_interval(right, len(some))}
+        rows[kind] |= {"reward": fmean(answer.outcome.reward for answer in some)}
+    return rows
 
 
 def reasons(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:

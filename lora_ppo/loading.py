@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_ppo.chat import Prompts, encode, load_prompts
+from lora_ppo.chat import encode
 from lora_ppo.checks import check_loaded, check_policy, check_weights
 from lora_ppo.files import utf8_path
 from lora_ppo.gate import read_gate
 from lora_ppo.gguf import unpacked
 from lora_ppo.policy import Policy, is_experts
+from lora_ppo.prompts import Prompts, load_prompts
 from lora_ppo.settings import (
     BUNDLED_LEARNING_RATE,
     BUNDLED_MODEL,
@@ -101,14 +102,17 @@ def usual_learning_rate(parameters: int) -> float:
     return float(f"{fast * (slow / fast) ** share:.1e}")
 
 
-def load_base(config: Settings):
+def load_base(config: Settings, classifier: bool = False):
     """The base model and its tokenizer; resolves `load_in_4bit` and `dtype` in place. Raises ConfigError.
+
+    A `classifier` has a fresh head with one output in place of the one that makes logits.
 
     No code that comes with a model is run, whatever its files ask for.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     on_cuda = config.device.startswith("cuda")
     try:
         stored = stored_quantization(config)
@@ -122,7 +126,7 @@ def load_base(config: Settings):
         if config.dtype == "auto":
             halved = on_cuda or (config.device.startswith("cpu") and multiplies_bfloat16())
             config.dtype = "bfloat16" if four_bit or (halved and not is_bundled(config.model_name)) else "float32"
-        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)} | ({"num_labels": 1} if classifier else {})
         if four_bit:
             options["device_map"] = {"": config.device}
         if four_bit and not stored:
@@ -137,12 +141,15 @@ def load_base(config: Settings):
         # Tensors of another shape are told with the others that don't fit, by name.
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         with source(config) as name:
-            model, found = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+            model, found = kind.from_pretrained(name, trust_remote_code=False, **options)
             if getattr(model, "_hf_peft_config_loaded", False):  # transformers loads their base model with them
                 raise ConfigError(
                     f"model_name={config.model_name} holds adapters: name their base model, or merge them into it with "
                     "evaluate.py --mode merge"
                 )
+            if classifier:  # the head that is missing is to be trained; the other one is not needed
+                found = found | {"missing_keys": set(found["missing_keys"]) - {"score.weight"}}
+                found["unexpected_keys"] = {key for key in found["unexpected_keys"] if not key.startswith("lm_head.")}
             check_loaded(found, config.model_name)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         check_weights(model, config.model_name)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.chat import Prompts, reply_end
+from lora_ppo.chat import reply_end
+from lora_ppo.prompts import Prompts
 from lora_ppo.settings import ConfigError, Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import: it is imported where it is used
@@ -91,7 +92,10 @@ class Policy:
         ]
 
     def use_adapter(self, name: str = "default") -> list:
-        """Makes `name`, its own or one that was loaded, the adapter under the gate; returns all LoRA layers."""
+        """Makes `name`, its own or one that was loaded, the adapter under the gate; returns all LoRA layers.
+
+        Some may have another adapter alone, which a reward model brings: there the base layer is called.
+        """
         from peft.tuners.lora import LoraLayer
 
         from lora_ppo.recording import Recorder
@@ -109,8 +113,9 @@ class Policy:
 
         self.config = config
         for layer in self.layers:
-            dropout = torch.nn.Dropout(config.lora_dropout).eval() if config.lora_dropout else torch.nn.Identity()
-            layer.lora_dropout["default"] = dropout
+            if "default" in layer.lora_dropout:
+                dropout = torch.nn.Dropout(config.lora_dropout).eval() if config.lora_dropout else torch.nn.Identity()
+                layer.lora_dropout["default"] = dropout
         self.use_adapter()
         self.optimizer.param_groups[0]["lr"] = config.learning_rate
         if not config.adaptive_kl:
@@ -118,7 +123,7 @@ class Policy:
 
     @property
     def dropouts(self) -> list:
-        return [layer.lora_dropout["default"] for layer in self.layers]
+        return [layer.lora_dropout["default"] for layer in self.layers if "default" in layer.lora_dropout]
 
     @property
     def context(self) -> int:

@@ -17,6 +17,14 @@ PLOTS = {
     "entropy": ("Entropy", "nats per token", "entropy", None),
     "value_loss": ("Value loss", "half the squared error", "value_loss", None),
 }
+# The same, of runs that have them: a coefficient that moves, and what a task is watched for that a model rewards.
+MORE_PLOTS = {
+    "kl_coef": ("Price of KL", "kl_coef", "kl_coef", None),
+    "score": ("Score of the reward model", "mean score of a step", "score", "eval_reward"),
+    "distinct_2": ("Different pairs of words", "share of all", None, "eval_distinct_2"),
+    "facts": ("Facts kept", "share of replies", "states_fact", "eval_states_fact"),
+    "frontier": ("Reward over distance", "held-out reward", None, "eval_kl"),
+}
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "img{max-width:100%}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem}"
@@ -34,11 +42,11 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], name: str, baseline: Seque
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    title, label, key, eval_key = PLOTS[name]
+    title, label, key, eval_key = (PLOTS | MORE_PLOTS)[name]
     figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(title=title, xlabel="step", ylabel=label)
-    points = [(line["step"], line[key]) for line in lines if line["step"] > 0 and line.get(key) is not None]
+    points = [(line["step"], line[key]) for line in lines if line["step"] > 0 and key and line.get(key) is not None]
     if points:
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color="0.75", linewidth=1, label="training")
@@ -54,7 +62,7 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], name: str, baseline: Seque
             ]
             axes.set_ylim(0, 1.02)
         axes.errorbar(steps, values, yerr=bars, fmt="o-", color="tab:red", capsize=3, label="held out")
-    other = [(line["step"], line[key]) for line in baseline if line["step"] > 0 and line.get(key) is not None]
+    other = [(line["step"], line[key]) for line in baseline if line["step"] > 0 and key and line.get(key) is not None]
     if other:
         steps, values = zip(*other, strict=True)
         axes.plot(steps, running_mean(values), "--", color="tab:green", label="baseline, training")
@@ -66,6 +74,50 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], name: str, baseline: Seque
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     figure.savefig(path)
+
+
+def draw_frontier(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """The held-out reward over the square root of KL, evaluation by evaluation, as PNG.
+
+    A reward model's score still rises where what it stands for has turned (Gao et al. 2022,
+    https://arxiv.org/abs/2210.10760): the share of right answers, by the task's own rules, is drawn beside it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = [line for line in lines if line.get("eval_kl") is not None]
+    distance = [max(line["eval_kl"], 0.0) ** 0.5 for line in found]
+    figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    title, label, *_ = MORE_PLOTS["frontier"]
+    axes = figure.add_subplot(title=title, xlabel="square root of KL (nats per answer)", ylabel=label)
+    axes.plot(distance, [line["eval_reward"] for line in found], "o-", color="tab:red", label="reward")
+    right = axes.twinx()
+    right.set(ylabel="share of right answers", ylim=(0, 1.02))
+    right.plot(distance, [line["eval_accuracy"] for line in found], "s--", color="tab:blue", label="right answers")
+    axes.legend(handles=[*axes.lines, *right.lines])
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def by_level(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Rows of a table: each topic that was trained on, its steps, accuracy and score; then those held out."""
+    levels: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        if "level" in line:
+            levels.setdefault(line["level"], []).append(line)
+    rows = []
+    for level, own in levels.items():
+        score = sum(line["score"] for line in own) / len(own)
+        rows.append((level, str(len(own)), f"{sum(line['accuracy'] for line in own) / len(own):.1%}", f"{score:+.2f}"))
+    held_out = [line["eval_by_level"] for line in lines if line.get("eval_by_level")]
+    for level in held_out[-1] if held_out else ():
+        first, last = held_out[0].get(level, held_out[-1][level]), held_out[-1][level]
+        accuracy, score = (
+            f"{first[key]:{form}} to {last[key]:{form}}" for key, form in (("accuracy", ".0%"), ("reward", "+.2f"))
+        )
+        rows.append((level, "held out", accuracy, score))
+    return rows
 
 
 def running_mean(values: Sequence[float], window: int = 20) -> list[float]:
@@ -89,10 +141,16 @@ def write_report(
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     images = []
-    for name, (title, _, key, _) in PLOTS.items():
-        if not any(line.get(key) is not None for line in lines):
+    watched = any(line.get("eval_kl") is not None for line in lines)
+    for name, (title, _, key, eval_key) in (PLOTS | (MORE_PLOTS if watched else {})).items():
+        if not any(line.get(key or eval_key) is not None for line in lines):
             continue  # with GRPO there is no value loss
-        draw(plots / f"{name}.png", lines, name, baseline)
+        if name == "reward" and any("score" in line for line in lines):
+            continue  # of steps it is in other units than of evaluations: the score is drawn
+        if name == "frontier":
+            draw_frontier(plots / f"{name}.png", lines)
+        else:
+            draw(plots / f"{name}.png", lines, name, baseline)
         data = base64.b64encode((plots / f"{name}.png").read_bytes()).decode("ascii")
         images.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
     rows = [
@@ -106,6 +164,7 @@ def write_report(
         f"<title>Training report</title><style>{STYLE}</style></head><body><h1>Training report</h1>",
         f"<p>{html.escape(result)}</p>",
         f'<div class="plots">{"".join(images)}</div>',
+        *table("By topic", ("Topic", "Steps", "Accuracy", "Score"), by_level(lines)),
         "<h2>Held-out questions, before and after</h2>",
         "<table><tr><th>Question</th><th>Base model</th><th>Trained</th></tr>",
         *rows,
@@ -114,6 +173,20 @@ def write_report(
     path = folder / "report.html"
     replace_file(path, ("\n".join(page) + "\n").encode("utf-8", "backslashreplace"))
     return path
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A heading and a table in HTML; nothing without rows."""
+    if not rows:
+        return []
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
+    cells = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
+    return [
+        f"<h2>{html.escape(title)}</h2>",
+        f"<table><tr>{head}</tr>",
+        *(f"<tr>{row}</tr>" for row in cells),
+        "</table>",
+    ]
 
 
 def join(replies: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ BUNDLED_LEARNING_RATE = 8e-5
 # Settings that name files or folders.
 PATHS = (
     "model_name prompts checkpoint_dir log_dir resume questions output_dir resume_from adapter merged_model_path "
-    "output_file"
+    "output_file pairs held_out reward_model topics"
 ).split()
 
 
@@ -62,7 +62,7 @@ def split_settings(config: Settings) -> list[str]:
 
 RANGES = {  # name: (lowest, highest, whether the lowest itself is allowed)
     "lora_r": (1, 4096, True),
-    "lora_alpha": (1, 65536, True),
+    "lora_alpha": (0, 65536, False),
     "lora_dropout": (0, 0.99, True),
     "temperature": (0, 10, False),
     "quiz_temperature": (0, 10, False),

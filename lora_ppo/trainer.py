@@ -23,13 +23,14 @@ from lora_ppo.journal import LineFile, now, turn_seed
 from lora_ppo.loading import base_name
 from lora_ppo.policy import Policy
 from lora_ppo.processes import align, everywhere, total
+from lora_ppo.rewards import normalize
 from lora_ppo.settings import ConfigError, Settings
 from lora_ppo.signals import stop_requests
 from lora_ppo.statistics import wilson_interval
 from lora_ppo.step import StepSkipped
 from lora_ppo.terminal import clean
-from lora_ppo.training import chunks, learn
-from lora_ppo.watching import in_short, shares, training_stats, without_contrast
+from lora_ppo.training import chunks, learn, rows_per_pass
+from lora_ppo.watching import in_short, out_of_band, result_of, shares, training_stats, watch, without_contrast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,6 +55,8 @@ class Training:
         self.lost: set[str] = set()  # what the disk did not take
         self.lines: list[dict[str, Any]] = []
         self.train, self.laps = task.samples("train"), {}
+        self.in_order = getattr(task, "in_order", False)
+        self.scale = getattr(task, "scale", None)  # of a task whose reward is a model's score
         per_epoch = config.samples_per_epoch or len(self.train)
         self.steps_per_epoch = max(1, per_epoch // config.prompts_per_step)
         self.last = config.num_epochs * self.steps_per_epoch
@@ -65,29 +68,37 @@ class Training:
     def resume(self, folder: Path, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint; the log's lines of later steps are dropped, as these steps are taken again."""
         try:
-            load_checkpoint(folder, self.policy, self.say)
+            state = load_checkpoint(folder, self.policy, self.say)
+            if self.scale and "scale" in state:
+                self.scale.load(state["scale"])
         except Damaged as error:
             raise ConfigError(f"resume_from={folder}: {error}") from None
         self.policy.configure(self.policy.config)
         self.shelf.kept["resumed"] = self.root / f"step_{state['step']}"
-        if folder.resolve().parent == self.root.resolve() and self.accelerator.is_main_process:
-            self.shelf.clear_up()
-            for step, epoch in all_checkpoints(self.root):  # of epochs that were shorter
-                if epoch.name.startswith("epoch_") and epoch.name != f"epoch_{step / self.steps_per_epoch:g}":
-                    epoch.rename(self.root / f"step_{step}")
+        if folder.resolve().parent == self.root.resolve():
             there, damaged = self.log.read()
-            if damaged:
-                self.say(f"{self.log.path}: left out what can't be read: line {', '.join(map(str, damaged))}.")
             self.lines = [line for line in there if line.get("step", math.inf) <= state["step"]]
-            if damaged or len(self.lines) < len(there):
-                replace_file(self.log.path, b"".join(json.dumps(line).encode("ascii") + b"\n" for line in self.lines))
+            if self.accelerator.is_main_process:
+                self.tidy_up(damaged, len(self.lines) < len(there))
         self.say(f"Resuming from {folder} at step {self.policy.step}.")
 
+    def tidy_up(self, damaged: Sequence[int], later: bool) -> None:
+        """Takes out of the folder what a run that goes on has no use for: in its log damaged lines and `later` ones."""
+        self.shelf.clear_up()
+        for step, epoch in all_checkpoints(self.root):  # of epochs that were shorter
+            if epoch.name.startswith("epoch_") and epoch.name != f"epoch_{step / self.steps_per_epoch:g}":
+                epoch.rename(self.root / f"step_{step}")
+        if damaged:
+            self.say(f"{self.log.path}: left out what can't be read: line {', '.join(map(str, damaged))}.")
+        if damaged or later:
+            replace_file(self.log.path, b"".join(json.dumps(line).encode("ascii") + b"\n" for line in self.lines))
+
     def samples(self, step: int) -> list[Any]:
-        """The samples of a step: shuffled passes over the training split, one after the other."""
+        """The samples of a step: shuffled passes over the training split, or a course as it stands."""
         places = range(step * self.config.prompts_per_step, (step + 1) * self.config.prompts_per_step)
         for lap in {place // len(self.train) for place in places} - self.laps.keys():
-            self.laps[lap] = shuffled(self.config.seed, lap, len(self.train))
+            count = len(self.train)
+            self.laps[lap] = range(count) if self.in_order else shuffled(self.config.seed, lap, count)
         return [self.train[self.laps[place // len(self.train)][place % len(self.train)]] for place in places]
 
     def play(self, parts: Sequence[Sequence[Any]], adapter: bool = True) -> list[list[Trajectory]]:
@@ -116,10 +127,13 @@ class Training:
         except StepSkipped as skipped:
             trajectories, metrics = [], {"outcome": "skipped", "why": str(skipped)}
         played = time.perf_counter() - started
+        scored = normalize(self.scale, accelerator, trajectories) if self.scale and trajectories else {}
+        if self.in_order and (told := [t.outcome.details for t in trajectories if t.outcome.verdict != "unknown"]):
+            scored["level"] = told[0]["level"]  # a step's answers are all of one
         if config.control == "random":
             toss_coins(trajectories, f"{config.seed}/{number}/{accelerator.process_index}")
         if trajectories:
-            metrics = learn(self.policy, accelerator, config, trajectories)
+            metrics = learn(self.policy, accelerator, config, trajectories) | scored
         self.policy.step = number + 1
         tokens = total(accelerator, sum(t.length for t in trajectories))[0]
         line = {"timestamp": now(), "step": number + 1, "epoch": number // self.steps_per_epoch + 1} | metrics
@@ -135,10 +149,13 @@ class Training:
         torch.manual_seed(turn_seed(self.config.seed, -1 - rank))
         try:
             played = self.play(chunks(samples, max(1, self.config.batch_size // processes)))
+            trajectories = [trajectory for part in played for trajectory in part]
+            parts, watched = chunks(trajectories, rows_per_pass(self.config, self.accelerator)), {}
+            if self.scale or self.config.stop_if:
+                watched = watch(self.policy, self.accelerator, parts)
         except StepSkipped as skipped:
             self.say(f"Step {self.policy.step} was not evaluated: {skipped}.")
             return {}
-        trajectories = [trajectory for part in played for trajectory in part]
         known = [t for t in trajectories if t.outcome.verdict != "unknown"]
         right = sum(t.outcome.verdict == "correct" for t in known)
         count, right, reward, tokens, answers = total(
@@ -149,7 +166,8 @@ class Training:
         low, high = wilson_interval(right, count)
         found = {"eval_accuracy": right / max(count, 1), "eval_low": low, "eval_high": high, "eval_samples": int(count)}
         found |= {"eval_reward": reward / max(count, 1), "eval_length": tokens / max(answers, 1)}
-        return found | {f"eval_{name}": share for name, share in shares(self.accelerator, trajectories).items()}
+        told = shares(self.accelerator, trajectories) | watched
+        return found | {f"eval_{name}": figure for name, figure in told.items()}
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds a line to the log and to the trackers; a disk that refuses costs a message, not the run."""
@@ -163,32 +181,19 @@ class Training:
             except OSError as error:
                 self.say(f"Could not write the log ({error}). The run goes on.")
 
-    def result(self, lines: Sequence[dict[str, Any]] | None = None, what: str = "Held-out accuracy") -> str:
-        """How the run of these log lines went, or this run, in a sentence, for the model card."""
-        found = [line for line in lines or self.lines if "eval_accuracy" in line]
-        if not found:
-            return "It was not evaluated yet."
-
-        def told(line: dict[str, Any]) -> str:
-            interval = f"{line['eval_low']:.1%} to {line['eval_high']:.1%}"
-            return f"{line['eval_accuracy']:.1%} at step {line['step']} (95 % interval {interval})"
-
-        samples = found[-1]["eval_samples"]
-        return f"{what} {told(found[-1])}, {told(found[0])}, on {samples} samples."
-
     def compared(self) -> tuple[str, list[dict[str, Any]]]:
-        """`result`, and beside it the baseline's, whose log lines are the second."""
+        """How the run went, and beside it the baseline's, whose log lines are the second."""
         folder, name = self.config.baseline_folder, self.checkpoint_name()
         if not folder:
-            return self.result(), []
+            return result_of(self.lines), []
         try:
             lines, _ = LineFile(folder / "train.log").read()
         except OSError as error:
-            return f"{self.result()} The baseline's log can't be read ({error}).", []
+            return f"{result_of(self.lines)} The baseline's log can't be read ({error}).", []
         weights = [root / name / "adapter_model.safetensors" for root in (self.root, folder)]
         same = all(path.is_file() for path in weights) and weights[0].read_bytes() == weights[1].read_bytes()
         end = "The weights are the baseline's, bit for bit." if same else "The weights are not the baseline's."
-        return f"{self.result()} {self.result(lines, f'The baseline {folder}: held-out accuracy')} {end}", lines
+        return f"{result_of(self.lines)} {result_of(lines, f'The baseline {folder}: held-out accuracy')} {end}", lines
 
     def save(self, name: str) -> None:
         """Writes the checkpoint `name`, on the main process, while the others wait."""
@@ -197,11 +202,13 @@ class Training:
         if self.accelerator.is_main_process:
             step = self.policy.step
             state = {"epoch": step // self.steps_per_epoch, "data_cursor": step * self.config.prompts_per_step}
+            state |= {"scale": self.scale.state()} if self.scale else {}
             state |= {"rng": {"seed": self.config.seed, "step": step}, "log_offset": self.log.size}
             stats = {"training_stats.json": json.dumps(training_stats(self.lines), indent=1)}
             try:
                 folder = self.root / name
-                self.shelf.save(folder, lambda: save_checkpoint(folder, self.policy, state, self.result(), stats))
+                result = result_of(self.lines)
+                self.shelf.save(folder, lambda: save_checkpoint(folder, self.policy, state, result, stats))
                 self.lost.discard("the last checkpoint")
                 self.shelf.prune(self.config.keep_checkpoints)
             except (OSError, SafetensorError) as error:
@@ -224,7 +231,7 @@ class Training:
                 self.say("Stopped at once. " + (self.how_to_go_on() if there else "Nothing was saved yet."))
                 return 130
         policy = self.policy
-        if policy.step < self.last:
+        if policy.step < self.last and not self.ended:
             folder = self.root / self.checkpoint_name()
             self.say(f"Stopped after step {policy.step}" + (f", saved in {folder}." if folder.exists() else "."))
             self.say(self.how_to_go_on())
@@ -245,7 +252,7 @@ class Training:
         if not self.lines:  # the start of this run, be it the base model or a checkpoint of another
             self.write({"timestamp": now(), "step": policy.step} | self.evaluate())
             self.save(self.checkpoint_name())  # from here on resume_from=latest finds something
-        stop = False
+        stop = bool(self.ended)
         while policy.step < self.last and not stop:
             line = self.step()
             stop = total(self.accelerator, float(bool(asked)))[0] > 0
@@ -255,8 +262,14 @@ class Training:
             show(line)
             if advice := without_contrast(self.lines, config.prompts_per_step):
                 self.say(advice)
+            stop = stop or bool(self.ended)
             if stop or policy.step % self.steps_per_epoch == 0 or policy.step % config.save_every == 0:
                 self.save(self.checkpoint_name())
+
+    @property
+    def ended(self) -> str:
+        """What ended the run before its last step: the condition of stop_if that is fulfilled, in a sentence."""
+        return out_of_band(self.lines, self.config.stop_if)
 
     def how_to_go_on(self) -> str:
         several = self.accelerator.num_processes
@@ -310,6 +323,7 @@ class Training:
             settings += f"learning rate {self.config.learning_rate:g}, {self.config.batch_size} answers per step, "
             settings += f"seed {self.config.seed}."
             result, other = self.compared()
+            result = f"{self.ended} {result}".strip()
             try:
                 path = write_report(self.root, self.lines, rows, f"{settings} {result}", other)
                 self.say(f"{result} The report is {path}.")

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["support.decoding", "support.evaluation", "support.session", "support.shell", "support.training"]
+pytest_plugins = [
+    *("support.decoding", "support.evaluation", "support.reward", "support.session", "support.shell"),
+    "support.training",
+]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from support.tiny import CHATML, DROPS_SYSTEM, RAISES_ON_SYSTEM, SPECIAL_TOKENS,
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_ppo.chat import Role, encode_chat, encode_text, reply_end
+from lora_ppo.chat import encode_chat, encode_text, reply_end
+from lora_ppo.prompts import Role
 from lora_ppo.settings import ConfigError
 
 ALTERNATES = (

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import tasks.quiz
 from lora_ppo.adapters import MERGE_TOLERANCE, attach, probe_logits
-from lora_ppo.chat import load_prompts
 from lora_ppo.checkpoint import save_checkpoint
 from lora_ppo.episodes import Outcome
 from lora_ppo.evaluation import Answer, Result, answer_all, comparison, figures, held_out
+from lora_ppo.prompts import load_prompts
 from lora_ppo.quiz import Quiz
 from lora_ppo.settings import PROMPTS_FILE
 from lora_ppo.statistics import mcnemar_exact

@@ -20,9 +20,10 @@ from transformers import AutoTokenizer
 
 import lora_ppo.gguf
 from config import Config
-from lora_ppo.chat import Role, encode_chat
+from lora_ppo.chat import encode_chat
 from lora_ppo.generate import generate
 from lora_ppo.loading import base_name, load_base, load_policy
+from lora_ppo.prompts import Role
 from lora_ppo.settings import ConfigError
 from tools import fetch_smollm2
 

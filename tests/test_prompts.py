@@ -13,9 +13,10 @@ from support.tiny import PROMPTS, tiny_config, tiny_policy
 from transformers import AutoTokenizer
 
 from config import Config
-from lora_ppo.chat import ROLES, Prompts, Role, encode_chat, load_prompts
+from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import model_card
 from lora_ppo.loading import find_prompts, load_policy
+from lora_ppo.prompts import ROLES, Prompts, Role, load_prompts
 from lora_ppo.quiz import LETTERS, parse_quiz, quiz_json
 from lora_ppo.quizmaster import quiz_request
 from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, PROMPTS_FILE, ConfigError

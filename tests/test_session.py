@@ -16,11 +16,12 @@ from support.session import OPTIONS, log_lines, same, turns, weights
 from support.tiny import tiny_config
 
 import lora_ppo_demo as demo
-from lora_ppo.chat import Role, encode_chat
+from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import checkpoints
 from lora_ppo.generate import replies
 from lora_ppo.journal import LineFile
 from lora_ppo.loading import load_policy
+from lora_ppo.prompts import Role
 from lora_ppo.quiz import Quiz
 from lora_ppo.run import Run
 from lora_ppo.signals import SecondInterrupt, interrupts_deferred

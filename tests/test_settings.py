@@ -34,7 +34,7 @@ OTHER = {
     "compile": ("off", "off"),
     "prompts": ("prompts/german.yaml", "prompts/german.yaml"),
     "lora_r": ("8", 8),
-    "lora_alpha": ("64", 64),
+    "lora_alpha": ("64", 64.0),
     "lora_dropout": ("0.1", 0.1),
     "target_modules": ("q_proj,v_proj", ["q_proj", "v_proj"]),
     "temperature": ("0.7", 0.7),

@@ -11,10 +11,10 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import Config
-from lora_ppo.chat import load_prompts
 from lora_ppo.gate import Gate, write_gate
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
+from lora_ppo.prompts import load_prompts
 from lora_ppo.quiz import quiz_json
 from lora_ppo.settings import BUNDLED_MODEL, GATE_FILE, PROMPTS_FILE
 

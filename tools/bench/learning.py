@@ -88,7 +88,7 @@ class Trl:
 
         for module in policy.model.modules():  # the core's own forward of LoRA layers is not TRL's
             vars(module).pop("forward", None)
-        config = PPOConfig(batch_size=1, mini_batch_size=1, seed=seed, **settings)
+        config = PPOConfig(seed=seed, **{"batch_size": 1, "mini_batch_size": 1} | settings)
         model = AutoModelForCausalLMWithValueHead.from_pretrained(policy.model)
         self.policy = policy
         self.trainer = PPOTrainer(config=config, model=model, ref_model=None, tokenizer=policy.tokenizer)

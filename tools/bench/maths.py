@@ -16,6 +16,7 @@ With --validation the problems to measure on are training problems that no step 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -96,10 +97,14 @@ def run(arm: str, seed: int, root: Path, extra: Sequence[str], samples: int) -> 
     call([sys.executable, str(ROOT / "evaluate.py"), "--adapter", str(adapter), *tested])
 
 
-def call(command: list[str], folder: Path | None = None) -> None:
-    """Runs a program of this project; notes in `folder` the most memory that it took, in MB. Raises ConfigError."""
+def call(command: list[str], folder: Path | None = None, log: Path | None = None) -> None:
+    """Runs a program of this project; notes in `folder` the most memory that it took, in MB. Raises ConfigError.
+
+    What it says goes to the end of `log`.
+    """
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT)
+    with log.open("ab") if log else contextlib.nullcontext() as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if folder and folder.is_dir():

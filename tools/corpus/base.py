@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from lora_ppo.chat import Prompts, load_prompts
+from lora_ppo.prompts import Prompts, load_prompts
 from lora_ppo.settings import BUNDLED_MODEL, PROMPTS_FILE
 from tasks.facts import Fact, Subject, arithmetic_facts, in_words, table_facts
 

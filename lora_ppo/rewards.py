@@ -1,0 +1,253 @@
+"""Reward models: a second LoRA adapter with a scalar head on the policy's own base, or any sequence classifier.
+
+The first shares its weights with policy and reference. One model is in memory: with the adapter "default" it is the
+policy, with adapters off the reference, with the adapter "reward" the reward model. What it reads is a chat and its
+reply, under the template of its own tokenizer; a score is read off the last token, as transformers' classifiers do.
+
+`RunningScale` brings scores of whatever size to rewards.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_ppo.chat import Message, behind_reply, encode, encode_chat, encode_text
+from lora_ppo.checkpoint import SCALING, other_base, tensors_in
+from lora_ppo.episodes import Trajectory
+from lora_ppo.files import utf8_path
+from lora_ppo.policy import AdapterGate, Policy, gated_forward
+from lora_ppo.processes import total
+from lora_ppo.settings import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor
+
+ADAPTER, HEAD = "reward", "base_model.model.score.weight"  # as PEFT calls the head of a sequence classifier
+REWARD_FILE = "reward.json"  # beside a reward adapter: the base that it belongs to
+AT_ONCE = 16  # replies of one forward pass
+
+Chat = tuple[Sequence[Message], str]  # what was asked, and the reply
+
+
+def reply_ids(tokenizer, messages: Sequence[Message], reply: str) -> list[int]:
+    """Token ids of a chat whose last message is `reply`, whole: with what the template puts behind a reply."""
+    tail = encode(tokenizer, behind_reply(tokenizer, asked_again=False)) or [tokenizer.eos_token_id]
+    return [*encode_chat(tokenizer, list(messages)), *encode_text(tokenizer, reply), *tail]
+
+
+def pad_id(tokenizer) -> int:
+    """The token that pads; a score is read off the last token that is another one."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+class RewardModel:
+    """Scores replies. `model` is a classifier with one output, as transformers has them; `tokenizer` its own."""
+
+    def __init__(self, model: Any, tokenizer: Any, device: "torch.device | str" = "cpu"):
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+
+    def score(self, chats: Sequence[Chat]) -> list[float]:
+        """A score for each chat and reply, in float32."""
+        import torch
+
+        rows = [reply_ids(self.tokenizer, *chat) for chat in chats]
+        scores: list[float] = []
+        for part in (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)):
+            width, pad = max(map(len, part)), pad_id(self.tokenizer)
+            ids = torch.tensor([row + [pad] * (width - len(row)) for row in part], device=self.device)
+            real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=self.device)
+            with torch.no_grad():
+                scores += self.forward(ids, real).float().tolist()
+        return scores
+
+    def forward(self, ids: "Tensor", real: "Tensor") -> "Tensor":
+        """Scores (B,) of padded rows (B, T); `real` is 1 on what is no padding."""
+        return self.model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, 0]
+
+
+class SharedReward(RewardModel):
+    """The reward adapter of `folder` on the policy's base. Raises ConfigError where it does not belong there."""
+
+    def __init__(self, policy: Policy, folder: Path):
+        import torch
+
+        super().__init__(policy.model.get_base_model().base_model, policy.tokenizer, policy.device)
+        told, tensors = read_reward_adapter(folder)
+        if difference := other_base(read_json(folder / REWARD_FILE), policy):
+            raise ConfigError(f"reward_model={folder} was trained {difference}")
+        add_adapter(policy, folder, told, {name: x for name, x in tensors.items() if name != HEAD})
+        head = tensors[HEAD].float().to(policy.device)  # (1, H)
+        if head.shape != (1, width := policy.head.in_features):
+            raise ConfigError(f"reward_model={folder}: its head is {tuple(head.shape)}, expected (1, {width})")
+        self.head = torch.nn.Parameter(head, requires_grad=False)
+        from peft.tuners.lora import LoraLayer
+
+        gate = AdapterGate()
+        layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
+        self.forwards = [(layer, gated_forward(layer, ADAPTER, gate)) for layer in layers]
+
+    def forward(self, ids: "Tensor", real: "Tensor") -> "Tensor":
+        import torch
+
+        with self.active():
+            hidden = self.model(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state  # (B, T, H)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = (places * (ids != pad_id(self.tokenizer))).argmax(-1)  # (B,)
+        chosen = hidden[torch.arange(len(ids), device=ids.device), last]
+        return torch.nn.functional.linear(chosen.float(), self.head)[:, 0]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """In here the adapter "reward" acts, and the policy's does not."""
+        before = [layer.forward for layer, _ in self.forwards]
+        for layer, forward in self.forwards:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for (layer, _), forward in zip(self.forwards, before, strict=True):
+                layer.forward = forward
+
+
+def add_adapter(policy: Policy, folder: Path, told: dict[str, Any], tensors: "dict[str, Tensor]") -> None:
+    """Puts the low-rank parts of a reward adapter beside the policy's own, frozen. Raises ConfigError."""
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    from lora_ppo.caches import sharded
+
+    if sharded(policy):
+        raise ConfigError(f"reward_model={folder} shares the base, which is sharded: name a classifier of its own")
+    trained = {name: parameter.requires_grad for name, parameter in policy.model.named_parameters()}
+    options = {name: told[name] for name in (*SCALING, "target_modules") if name in told}
+    try:
+        policy.model.add_adapter(ADAPTER, LoraConfig(**options))
+        found = set_peft_model_state_dict(policy.model, tensors, adapter_name=ADAPTER)
+    except (RuntimeError, ValueError) as error:  # tensors of other shapes, layers that are not there
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"reward_model={folder} does not fit the base model: {reason}") from None
+    missing = [name for name in found.missing_keys if f".{ADAPTER}." in name]
+    if missing or found.unexpected_keys:
+        name = (missing or found.unexpected_keys)[0]
+        raise ConfigError(f"reward_model={folder} {'lacks' if missing else 'has, and nothing takes,'} {name}")
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_(trained.get(name, False))
+    policy.model.eval()
+    policy.use_adapter()
+
+
+def read_reward_adapter(folder: Path) -> tuple[dict[str, Any], "dict[str, Tensor]"]:
+    """A reward adapter's config and tensors, head included. Raises ConfigError, also where the head was lost."""
+    told = read_json(folder / "adapter_config.json")
+    try:
+        tensors = tensors_in(folder, "adapter_model")
+    except Exception as error:  # the file, or what safetensors says of it
+        raise ConfigError(f"reward_model={folder}: adapter_model.safetensors can't be read ({error})") from None
+    if HEAD not in tensors:
+        raise ConfigError(
+            f"reward_model={folder} has no scalar head ({HEAD}): an adapter of a causal model, or its head was lost "
+            "when it was saved; train it with tools/train_reward_model.py"
+        )
+    if told.get("peft_type") != "LORA":
+        raise ConfigError(f"reward_model={folder} has peft_type {told.get('peft_type')}: expected LORA")
+    return told, tensors
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a reward adapter's file. Raises ConfigError."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"reward_model={file.parent}: {file.name} can't be read ({error})") from None
+
+
+def check_reward_model(name: str) -> None:
+    """Raises ConfigError for what is certainly no reward model, before any model is loaded."""
+    if not name:
+        raise ConfigError("reward_model=FOLDER is missing: train one with tools/train_reward_model.py (docs/voice.md)")
+    folder = Path(name)
+    on_disk = name.startswith((".", "/")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
+    if (folder / "adapter_config.json").exists():
+        read_reward_adapter(folder)
+        read_json(folder / REWARD_FILE)
+    elif on_disk and not (folder / "config.json").exists():  # what else has a slash is a name on the hub
+        raise ConfigError(f"reward_model={name}: found no adapter_config.json and no config.json there")
+
+
+def load_reward_model(policy: Policy, name: str) -> RewardModel:
+    """The reward model by folder or name: an adapter on the policy's base, or a model of its own."""
+    if (Path(name) / "adapter_config.json").exists():
+        return SharedReward(policy, Path(name))
+    return load_classifier(name, policy.device)
+
+
+def load_classifier(name: str, device: "torch.device | str" = "cpu") -> RewardModel:
+    """A sequence classifier with one output, as it is stored. Raises ConfigError."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        with utf8_path(Path(name)) as place:
+            where = str(place) if Path(name).exists() else name
+            options = {"use_safetensors": True, "trust_remote_code": False}
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                where, output_loading_info=True, dtype="auto", **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # hub, files, architecture: the libraries raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"reward_model={name} can't be loaded ({reason})") from None
+    if found["missing_keys"]:
+        raise ConfigError(f"reward_model={name} has no {min(found['missing_keys'])}: its head was never trained")
+    if model.config.num_labels != 1:
+        raise ConfigError(f"reward_model={name} has {model.config.num_labels} outputs: expected one, the score")
+    model.config.get_text_config().pad_token_id = pad_id(tokenizer)  # the score is read off the last other token
+    return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, device)
+
+
+def normalize(
+    scale: "RunningScale", accelerator: "Accelerator", trajectories: Sequence[Trajectory]
+) -> dict[str, float]:
+    """Takes the scores of all processes' trajectories into `scale`, and makes them rewards; returns what they were."""
+    known = [t for t in trajectories if t.outcome.verdict != "unknown"]
+    scores = [t.outcome.reward for t in known]
+    sums = total(accelerator, len(scores), sum(scores), sum((score - scale.mean) ** 2 for score in scores))
+    scale.update(*sums)
+    for trajectory in known:
+        trajectory.outcome = replace(trajectory.outcome, reward=scale(trajectory.outcome.reward))
+    return {"score": sums[1] / max(sums[0], 1), "score_deviation": scale.deviation}
+
+
+class RunningScale:
+    """Mean and standard deviation of all scores so far; scores in units of it, clipped (Chan et al. 1979)."""
+
+    def __init__(self, clip: float):
+        self.clip, self.count, self.mean, self.squares = clip, 0, 0.0, 0.0
+
+    def update(self, count: float, total: float, squares: float) -> None:
+        """Takes in `count` scores by their sum and their sum of squares about the present mean."""
+        if not count:
+            return
+        shift = (total - count * self.mean) / count  # of their mean from the present one
+        own = squares - count * shift**2  # their sum of squares about their own mean
+        self.squares += max(own, 0.0) + shift**2 * self.count * count / (self.count + count)
+        self.mean += shift * count / (self.count + count)
+        self.count += int(count)
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
+
+    def __call__(self, score: float) -> float:
+        scaled = (score - self.mean) / max(self.deviation, 1e-4)
+        return min(max(scaled, -self.clip), self.clip)
+
+    def state(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])

@@ -1,0 +1,117 @@
+"""Preference pairs: JSON lines with `prompt`, `chosen` and `rejected`, text or conversational, as TRL has them.
+
+A line may have a `topic`, and `fact`, words of which a reply that keeps the facts has one at least.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ppo.chat import Message
+from lora_ppo.settings import ConfigError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two replies to a chat, the better one first; `line` is its number in the file."""
+
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    topic: str
+    line: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same for pairs that differ in case, spaces and order alone."""
+        asked, sides = [message["content"] for message in self.messages], [self.chosen, self.rejected]
+        asked, sides = ([" ".join(text.casefold().split()) for text in texts] for texts in (asked, sides))
+        return (*asked, *sorted(sides))
+
+
+def read_pairs(setting: str, name: str) -> list[Pair]:
+    """The pairs of a file. Raises ConfigError naming the line that is broken, has equal sides, or repeats another."""
+    pairs, lines = [], read_objects(setting, name)
+    seen: dict[tuple[str, ...], int] = {}
+    for number, row in lines:
+        try:
+            pair = pair_of(row, number)
+        except ValueError as error:
+            raise ConfigError(f"{setting}={name}, line {number}: {error}") from None
+        if (first := seen.setdefault(pair.key, number)) != number:
+            raise ConfigError(f"{setting}={name}, line {number}: found the pair of line {first} again, take one out")
+        pairs.append(pair)
+    return pairs
+
+
+def read_objects(setting: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a file with an object in JSON a line. Raises ConfigError naming the line."""
+    path, found = Path(name), []
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{setting}={name}: {error.strerror or error}") from None
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            start = line[:40].decode("utf-8", "replace")
+            raise ConfigError(f"{setting}={name}, line {number}: found {start!r}, expected an object in JSON")
+        found.append((number, row))
+    if not found:
+        raise ConfigError(f"{setting}={name} is empty: expected an object in JSON a line")
+    return found
+
+
+def pair_of(row: dict[str, Any], number: int) -> Pair:
+    """The pair of a line. Raises ValueError saying what was found."""
+    prompt, topic = row.get("prompt"), row.get("topic", "")
+    messages = [{"role": "user", "content": text(prompt, "prompt")}] if isinstance(prompt, str) else chat(prompt)
+    sides = [reply_of(row.get(side), side) for side in ("chosen", "rejected")]
+    if " ".join(sides[0].split()) == " ".join(sides[1].split()):
+        raise ValueError("chosen and rejected are equal: nothing can be learned from them")
+    return Pair(tuple(messages), *sides, topic=text(topic, "topic") if topic else "", line=number)
+
+
+def reply_of(value: Any, side: str) -> str:
+    """A side's reply, from text or from a conversation of one message."""
+    if isinstance(value, str):
+        return text(value, side)
+    messages = chat(value, side)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise ValueError(f"found {len(messages)} messages as {side}, expected one of the assistant's")
+    return messages[0]["content"]
+
+
+def chat(value: Any, side: str = "prompt") -> list[Message]:
+    """The messages of a conversation. Raises ValueError where it is none."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"found {str(value)[:40]!r} as {side}, expected text or a list of messages")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"found {str(message)[:40]!r} in {side}, expected a message with role and content")
+        messages.append({"role": message["role"], "content": text(message.get("content"), f"content of {side}")})
+    return messages
+
+
+def text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"found {str(value)[:40]!r} as {what}, expected text")
+    return value.strip()
+
+
+def apart(train: Sequence[Pair], held_out: Sequence[Pair]) -> None:
+    """Raises ConfigError where a pair is in both."""
+    known = {pair.key: pair.line for pair in train}
+    for pair in held_out:
+        if pair.key in known:
+            raise ConfigError(
+                f"line {pair.line} of held_out is line {known[pair.key]} of pairs, too: take it out of one of them"
+            )

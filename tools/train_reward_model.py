@@ -1,0 +1,241 @@
+"""Trains a reward model on pairs of replies: a LoRA adapter with a scalar head, by TRL's RewardTrainer.
+
+    python tools/train_reward_model.py pairs=data/voice/train.jsonl held_out=data/voice/test.jsonl \
+        output_dir=runs/voice/reward model_name=smollm2
+    python tools/train_reward_model.py --help
+
+The folder is a plain PEFT adapter of a sequence classifier, its head inside: `tasks/voice.py` puts it beside the policy
+on one base. `evaluation.json` has the accuracy on pairs that were held out, by topic, and all scores. RewardTrainer's
+loss is that of Bradley and Terry: -log sigmoid(chosen - rejected).
+"""
+
+import random
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lora_ppo.evaluation import write_json
+from lora_ppo.files import utf8_path
+from lora_ppo.loading import base_name, fingerprint, load_base, silence_libraries, weight_files
+from lora_ppo.rewards import REWARD_FILE, RewardModel, pad_id, reply_ids
+from lora_ppo.settings import BUNDLED_MODEL, ConfigError, Settings, from_command_line, setting
+from lora_ppo.statistics import wilson_interval
+from lora_ppo.terminal import clean
+from tasks.pairs import Pair, apart, read_pairs
+
+BINS = 10  # of the margins' histogram
+
+
+@dataclass
+class RewardSettings(Settings):
+    pairs: str = setting("", "pairs to train on: JSON lines with prompt, chosen, rejected, and topic", "the data")
+    held_out: str = setting("", "pairs to measure on; empty: those of a test_share of the topics of `pairs`")
+    test_share: float = setting(0.2, "share of the topics that are held out; without topics, of the pairs")
+    output_dir: str = setting("runs/reward", "where the reward adapter is written")
+    model_name: str = setting("auto", "the base, as the policy names it; auto: the bundled model", "the model")
+    load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA), true, false")
+    device: str = setting("auto", "auto (cuda, then cpu), or a torch device")
+    dtype: str = setting("auto", "precision of the base: auto, float32, bfloat16")
+    lora_r: int = setting(8, "rank of the adapter")
+    lora_alpha: float = setting(16.0, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
+    lora_dropout: float = setting(0.05, "LoRA dropout")
+    target_modules: list[str] = setting(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "linear layers that get adapters"
+    )
+    learning_rate: float = setting(3e-4, "AdamW's, down to 0 at the end", "training")
+    num_epochs: int = setting(3, "passes over the pairs")
+    batch_size: int = setting(8, "pairs of a step")
+    center: float = setting(0.01, "weight of the squared sum of both scores: keeps them around 0; 0: off")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    seed: int = setting(0, "seed of the head, of dropout and of the order of pairs")
+
+
+USAGE = "usage: python tools/train_reward_model.py pairs=FILE output_dir=DIR [name=value ...]"
+
+
+def load(config: RewardSettings) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and those held out. Raises ConfigError, before any model is loaded."""
+    if not config.pairs:
+        raise ConfigError("pairs=FILE is missing: JSON lines with prompt, chosen and rejected")
+    if not 0 < config.test_share < 1:
+        raise ConfigError(f"test_share={config.test_share:g} is out of range: expected above 0 and below 1")
+    for name, least in {"num_epochs": 1, "center": 0}.items():
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name}={getattr(config, name):g} is out of range: expected at least {least}")
+    if Path(config.output_dir).exists() and any(Path(config.output_dir).iterdir()):
+        raise ConfigError(f"output_dir={config.output_dir} is not empty: name another folder")
+    train = read_pairs("pairs", config.pairs)
+    if config.held_out:
+        held_out = read_pairs("held_out", config.held_out)
+    else:
+        train, held_out = split(train, config.test_share)
+    apart(train, held_out)
+    return train, held_out
+
+
+def split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
+    """Some topics for measuring, always the same; without topics some prompts."""
+
+    def group(pair: Pair) -> str:
+        return pair.topic or " ".join(message["content"] for message in pair.messages)
+
+    groups = sorted({group(pair) for pair in pairs})
+    random.Random("pairs").shuffle(groups)
+    tests = set(groups[: max(1, round(share * len(groups)))])
+    if len(tests) == len(groups):
+        raise ConfigError(f"pairs holds {len(groups)} topics, and test_share={share:g} leaves none to train on")
+    return [p for p in pairs if group(p) not in tests], [p for p in pairs if group(p) in tests]
+
+
+def measure(reward: RewardModel, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Accuracy on pairs with its interval, in all and by topic, and the margins with their histogram.
+
+    A pair is right whose chosen reply has the higher score; where both are equal it counts half.
+    """
+    import numpy as np
+
+    scores = reward.score([(pair.messages, side) for pair in pairs for side in (pair.chosen, pair.rejected)])
+    margins = np.array(scores[::2]) - np.array(scores[1::2])
+
+    def told(some: "np.ndarray") -> dict[str, Any]:
+        right = (some > 0).sum() + 0.5 * (some == 0).sum()
+        return {"pairs": len(some), "accuracy": right / len(some), "interval": wilson_interval(right, len(some))}
+
+    topics = np.array([pair.topic for pair in pairs])
+    counts, edges = np.histogram(margins, BINS)
+    return told(margins) | {
+        "by_topic": {topic: told(margins[topics == topic]) for topic in sorted(set(topics) - {""})},
+        "margin": {"mean": margins.mean(), "deviation": margins.std(), "lowest": margins.min()},
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "scores": [
+            {"line": p.line, "chosen": a, "rejected": b}
+            for p, a, b in zip(pairs, scores[::2], scores[1::2], strict=True)
+        ],
+    }
+
+
+def train(config: RewardSettings) -> dict[str, Any]:
+    """Trains, measures and writes a reward adapter; returns what was measured. Raises ConfigError."""
+    train_pairs, held_out = load(config)
+    try:
+        from datasets import Dataset, disable_progress_bars
+        from trl import RewardConfig, RewardTrainer
+    except ImportError as error:
+        raise ConfigError(f"training a reward model needs a package ({error}): pip install trl==1.16.0") from None
+    import torch
+    from peft import LoraConfig
+
+    silence_libraries()
+    disable_progress_bars()
+    cuda = torch.cuda.is_available()
+    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+    name = str(BUNDLED_MODEL) if config.model_name == "auto" else config.model_name
+    config = replace(config, device=device, model_name=name)
+    torch.manual_seed(config.seed)  # of the head's first weights
+    model, tokenizer = load_base(config, classifier=True)
+    rows = [
+        {side: reply_ids(tokenizer, p.messages, getattr(p, side)) for side in ("chosen", "rejected")}
+        for p in train_pairs
+    ]
+    data = Dataset.from_list([{f"{side}_ids": ids for side, ids in row.items()} for row in rows])
+    new = Path(config.output_dir).with_name(f".{Path(config.output_dir).name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    arguments = RewardConfig(
+        output_dir=str(new),
+        per_device_train_batch_size=config.batch_size,
+        num_train_epochs=config.num_epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        center_rewards_coefficient=config.center or None,
+        max_grad_norm=config.max_grad_norm,
+        max_length=None,
+        disable_dropout=False,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not device.startswith("cuda"),
+        seed=config.seed,
+        save_strategy="no",
+        logging_steps=10,
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=False,
+        pad_token=tokenizer.convert_ids_to_tokens(pad_id(tokenizer)),
+    )
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.target_modules),
+        task_type="SEQ_CLS",  # PEFT then trains the head, too, and saves it with the adapter
+    )
+    trainer = RewardTrainer(
+        model=model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora
+    )
+    trainer.train()
+    reward = RewardModel(trainer.model.eval(), tokenizer, trainer.model.device)
+    found = measure(reward, held_out) | {"trained_on": len(train_pairs), "log": trainer.state.log_history}
+    new.mkdir(parents=True, exist_ok=True)
+    with utf8_path(new) as place:
+        trainer.model.save_pretrained(place, save_embedding_layers=False)
+        tokenizer.save_pretrained(place)
+    same = {"base_model": base_name(config), "base_fingerprint": fingerprint(weight_files(config))}
+    write_json(new / REWARD_FILE, same)
+    write_json(new / "evaluation.json", found)
+    (new / "README.md").write_text(card(config, found), encoding="utf-8")
+    if Path(config.output_dir).exists():
+        Path(config.output_dir).rmdir()
+    new.rename(config.output_dir)
+    return found
+
+
+def card(config: RewardSettings, found: dict[str, Any]) -> str:
+    """The README.md of the folder."""
+    return (
+        f"---\nbase_model: {base_name(config)}\nlibrary_name: peft\ntags: [lora, reward-model]\n---\n"
+        f"# Reward adapter on `{base_name(config)}`\n\n"
+        f"Trained on {found['trained_on']} pairs; {summary(found)}. A LoRA adapter of rank {config.lora_r} with a\n"
+        "scalar head, for AutoModelForSequenceClassification with num_labels=1 and PEFT; its head is saved with it.\n"
+    )
+
+
+def summary(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"held-out accuracy {found['accuracy']:.1%} ({low:.1%} to {high:.1%}) on {found['pairs']} pairs"
+
+
+def show(found: dict[str, Any]) -> None:
+    print(summary(found))
+    for topic, one in found["by_topic"].items():
+        print(
+            f"  {topic}: {one['accuracy']:.1%} of {one['pairs']} ({one['interval'][0]:.0%} to {one['interval'][1]:.0%})"
+        )
+    print("margins (chosen less rejected):")
+    edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        print(f"  {low:+7.2f} to {high:+7.2f} {'#' * round(40 * count / max(counts))} {count}")
+
+
+def main() -> int:
+    """The program. Exit status: 0; 2 for a setting or data that can't be used; 130 after Ctrl-C."""
+    config = from_command_line(RewardSettings, USAGE)
+    try:
+        show(train(config))
+    except ConfigError as error:
+        print(f"error: {clean(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: output_dir={config.output_dir}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(f"wrote {config.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
