@@ -91,7 +91,7 @@ def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> l
             trajectory.response += ids
             trajectory.chosen += [True] * len(ids)
             trajectory.cut_off = ids[-1] not in policy.stop_ids
-            trajectory.replies.append(tokenizer.decode(ids, skip_special_tokens=True))
+            trajectory.replies.append(policy.text(ids))
             said = episodes[i].step(trajectory.replies[-1])
             said_ids = [] if said is None else environment_ids(policy, said, ids[-1] in policy.stop_ids)
             if said is None or room(policy, trajectory) < len(said_ids):
@@ -131,7 +131,7 @@ def environment_ids(policy: Policy, text: str, ended: bool) -> list[int]:
     it. The replies themselves stay the tokens that were sampled; nothing is tokenized a second time.
     """
     tokenizer = policy.tokenizer
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         return encode_text(tokenizer, f"\n\n{text}\n\n")
     opening = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     before = encode_chat(tokenizer, opening)

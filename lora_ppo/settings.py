@@ -30,10 +30,10 @@ GPU_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 LEARNING_RATE, BUNDLED_LEARNING_RATE = 1e-5, 8e-5
 
 
-# Settings that name files or folders.
+# Settings that name files or folders, or may.
 PATHS = (
     "model_name prompts checkpoint_dir log_dir resume questions output_dir resume_from adapter merged_model_path "
-    "output_file"
+    "output_file baseline functions problems"
 ).split()
 
 
