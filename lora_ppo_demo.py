@@ -97,7 +97,7 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         answering = Request(prompt, config.temperature, on_text=terminal.stream)
         beside = [] if config.pretest else first_requests(policy, question)
         response, *written = replies(policy, [answering, *beside])
-        answer = tokenizer.decode(response, skip_special_tokens=True)
+        answer = policy.text(response)
         terminal.end_stream("" if answer.strip() else "(no answer)")
 
         # 3. The quiz knows the question, never the answer, and is written by the base model: the policy can't learn to

@@ -9,6 +9,7 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     layers                      layers that are quicker or keep less
     caches, compiled, recording one pass behind a cache; passes compiled (CPU) and recorded (CUDA)
     policy, loading, gguf       base model, gated LoRA adapters, value head, optimizer; how they are loaded; GGUF files
+    stored                      what the files of a model's weights hold
     gate                        what a model's quizzes are worth, as measured
     checks                      whether what was loaded is whole, and can do what a session asks
     checkpoint, adapters        folders written whole or not at all; adapters from elsewhere, merging

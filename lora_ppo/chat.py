@@ -88,8 +88,8 @@ def encode_chat(tokenizer, messages: list[Message]) -> list[int]:
     piecewise = [i for ids in parts for i in ids]
     text_only = all(text_ids(tokenizer, content) == text_ids(tokenizer, content, trusted=True) for content in contents)
     same = text_only and [i for i in whole if i in control] == [i for i in piecewise if i in control]
-    # Without a template the text begins as the tokenizer begins every text, with its BOS token if it has one.
-    return ([] if tokenizer.chat_template else opening_ids(tokenizer)) + (whole if same else piecewise)
+    # A transcript begins as the tokenizer begins every text, with its BOS token if it has one.
+    return (opening_ids(tokenizer) if is_plain(tokenizer, messages) else []) + (whole if same else piecewise)
 
 
 def as_parts(text: str) -> list[dict[str, str]]:
@@ -159,7 +159,7 @@ def reply_end(tokenizer) -> int | None:
 
 def is_plain(tokenizer, messages: list[Message]) -> bool:
     """Whether a chat is written as a transcript: its model has no template, or is not to use it."""
-    return tokenizer.chat_template is None or messages[0]["role"] == PLAIN
+    return not tokenizer.chat_template or messages[0]["role"] == PLAIN
 
 
 def has_replies(messages: list[Message]) -> bool:

@@ -147,9 +147,10 @@ def other_base(state: dict[str, Any], policy: Policy) -> str:
     """
     then, now = state.get("base_model"), base_name(policy.config)
     prints = state.get("base_fingerprint"), policy.fingerprint
-    if all(prints) and prints[0] == prints[1]:
+    comparable = all(prints) and len(prints[0]) == len(prints[1])  # earlier versions' were shorter, of whole files
+    if comparable and prints[0] == prints[1]:
         return ""
-    if not all(prints) and then and Path(then).resolve() == Path(now).resolve():
+    if not comparable and then and Path(then).resolve() == Path(now).resolve():
         return ""
     if then != now:
         return f"with model_name={then}, now it is {now}: set model_name back"
@@ -218,15 +219,18 @@ def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] 
     expected = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
     if strange := adapter.keys() ^ expected.keys() or {n for n, x in expected.items() if adapter[n].shape != x.shape}:
         raise Damaged(f"its adapter has other tensors than this policy's, such as {min(strange)}")
+    own_head = policy.value_head.state_dict()
+    if {name: x.shape for name, x in head.items()} != {name: x.shape for name, x in own_head.items()}:
+        raise Damaged("its value head has other tensors than this policy's")
+    slots = {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
+    own = {name: tensor for name, tensor in policy.tensors().items() if name.startswith("optimizer.")}
+    if {name: x.shape for name, x in slots.items()} != {name: x.shape for name, x in own.items()}:
+        raise ConfigError(f"{folder} holds the state of another optimizer: set optimizer back, or {new_run}")
     for name, tensor in (adapter | head | optimizer).items():
         if not tensor.isfinite().all():
             raise Damaged(f"its {name} is not finite")
     set_peft_model_state_dict(policy.model, adapter)
     policy.value_head.load_state_dict(head)
-    slots = {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
-    own = {name: tensor for name, tensor in policy.tensors().items() if name.startswith("optimizer.")}
-    if {name: x.shape for name, x in slots.items()} != {name: x.shape for name, x in own.items()}:
-        raise ConfigError(f"{folder} holds the state of another optimizer: set optimizer back, or {new_run}")
     for name, tensor in own.items():
         tensor.copy_(slots[name])
     policy.step, policy.kl_coef = state["step"], state["kl_coef"]

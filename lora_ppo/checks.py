@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_ppo.chat import encode_chat
+from lora_ppo.chat import control_ids, encode_chat
 from lora_ppo.generate import Request, replies
 from lora_ppo.policy import Policy
 from lora_ppo.prompts import ROLES
 from lora_ppo.quiz import quiz_json
-from lora_ppo.quizmaster import QuizGrammar
+from lora_ppo.quizmaster import QuizGrammar, opening
 from lora_ppo.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOOKS_AHEAD = 0.1  # of the largest logit; what rounding makes of the company that a token is read in is far less
 INSTEAD = "get the model again, or name another"
+QUIZ_ROLES = ("tutor", "quizmaster", "solver", "learner")
 SAMPLE = quiz_json("What is 2 + 2?", "4", ["3", "5", "22"])
 
 
@@ -67,10 +68,12 @@ def check_policy(policy: Policy) -> None:
     name = policy.config.model_name
     if not policy.stop_ids:
         raise ConfigError(f"model_name={name} has no end token: set eos_token_id in its generation_config.json")
-    quizzes = getattr(policy.config, "task", "quiz") == "quiz"
+    task = getattr(policy.config, "task", "quiz")
+    quizzes = task == "quiz"
     prompts = attempt(name, "encode a prompt", lambda: encoded_prompts(policy))
     for role, ids in prompts.items():
-        if quizzes and len(ids) + policy.config.max_new_tokens > policy.context:
+        asked = role == task or (quizzes and role in QUIZ_ROLES)
+        if asked and len(ids) + policy.config.max_new_tokens > policy.context:
             raise ConfigError(
                 f"max_new_tokens={policy.config.max_new_tokens} leaves no room in a context of {policy.context} "
                 f"tokens: the {role}'s prompt takes {len(ids)}; lower it, or set prompts=FILE with shorter ones"
@@ -78,7 +81,7 @@ def check_policy(policy: Policy) -> None:
     if quizzes:
         attempt(name, "write a quiz under a grammar", lambda: check_grammar(policy))
     attempt(name, "read a token", lambda: check_logits(policy, prompts["tutor"]))
-    attempt(name, "write a reply", lambda: check_reply(policy, prompts["tutor"][:2]))
+    attempt(name, "write a reply", lambda: check_reply(policy, prompts["tutor"]))
 
 
 def attempt(name: str, what: str, do: Callable[[], Any]) -> Any:
@@ -94,9 +97,10 @@ def attempt(name: str, what: str, do: Callable[[], Any]) -> Any:
 
 def encoded_prompts(policy: Policy) -> dict[str, list[int]]:
     """Each role's prompt for the shortest of questions, as token ids."""
-    if policy.tokenizer.vocab_size > policy.vocabulary:  # any text may be asked
-        raise ValueError(f"its tokenizer has {policy.tokenizer.vocab_size} tokens, its head {policy.vocabulary}")
-    prompts = {role: encode_chat(policy.tokenizer, getattr(policy.prompts, role).messages("?")) for role in ROLES}
+    text = set(policy.tokenizer.get_vocab().values()) - control_ids(policy.tokenizer)
+    if (tokens := max(text, default=0) + 1) > policy.vocabulary:  # any text may be asked
+        raise ValueError(f"its tokenizer has {tokens} tokens, its head {policy.vocabulary}")
+    prompts = {role: first_read(policy, role, "?") for role in ROLES}
     for role, ids in prompts.items():
         if not ids or max(ids) >= policy.vocabulary:
             found = f"token {max(ids)}" if ids else "nothing"
@@ -106,7 +110,14 @@ def encoded_prompts(policy: Policy) -> dict[str, list[int]]:
 
 def longest_prompt(policy: Policy, question: str, roles: Sequence[str]) -> int:
     """The tokens of the longest of the prompts in which these roles are told a question: a quiz asks it again."""
-    return max(len(encode_chat(policy.tokenizer, getattr(policy.prompts, name).messages(question))) for name in roles)
+    return max(len(first_read(policy, name, question)) for name in roles)
+
+
+def first_read(policy: Policy, role: str, question: str) -> list[int]:
+    """What a role that is asked a question reads before it writes."""
+    if role == "quizmaster":
+        return opening(policy, question)
+    return encode_chat(policy.tokenizer, getattr(policy.prompts, role).messages(question))
 
 
 def check_grammar(policy: Policy) -> None:
@@ -135,13 +146,15 @@ def check_logits(policy: Policy, tokens: Sequence[int]) -> None:
 
 
 def check_reply(policy: Policy, prompt: Sequence[int]) -> None:
-    """Has policy and base model write a reply side by side, which a grammar ends at once."""
+    """Has policy and base model write a reply side by side: a token of the prompt, then the end, as a grammar wants."""
+    first = next(token for token in prompt if token not in policy.stop_ids)
+    wanted, begun = [first, policy.end_id][: policy.config.max_new_tokens], list(prompt[:2])
 
-    def end(ids: "Tensor", scores: "Tensor") -> "Tensor":
-        only = scores.new_full(scores.shape, -math.inf)
-        only[:, policy.end_id] = 0.0
-        return only
+    def only(ids: "Tensor", scores: "Tensor") -> "Tensor":
+        allowed = scores.new_full(scores.shape, -math.inf)
+        allowed[:, wanted[ids.shape[1] - len(begun)]] = 0.0
+        return allowed
 
-    written = replies(policy, [Request(prompt, 1.0, adapter=on, grammar=end) for on in (True, False)], seeds=[0, 0])
-    if written != [[policy.end_id]] * 2:
-        raise ValueError(f"it wrote {written} where only {policy.end_id} was allowed")
+    written = replies(policy, [Request(begun, 1.0, adapter=on, grammar=only) for on in (True, False)], seeds=[0, 0])
+    if written != [wanted] * 2:
+        raise ValueError(f"it wrote {written} where only {wanted} was allowed")

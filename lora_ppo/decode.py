@@ -123,7 +123,7 @@ class Row:
     def __init__(self, policy: Policy, request, seed: int):
         self.policy, self.request, self.reply, self.done = policy, request, Reply(), False
         self.generator = torch.Generator(policy.device).manual_seed(seed)
-        self.stream = request.stream(policy.tokenizer)
+        self.stream = request.stream(policy)
 
     def allowed(self, scores: Tensor) -> Tensor:
         """The scores (1, V) of what may come next; the others -inf."""

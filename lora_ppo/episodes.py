@@ -97,7 +97,7 @@ def play(policy: Policy, episodes: Sequence[Episode], adapter: bool = True) -> l
             trajectory.response += ids
             trajectory.chosen += [True] * len(ids)
             trajectory.cut_off = ids[-1] not in policy.stop_ids
-            trajectory.replies.append(tokenizer.decode(ids, skip_special_tokens=True))
+            trajectory.replies.append(policy.text(ids))
         answers = at_once([episodes[i] for i in active], "step", [trajectories[i].replies[-1] for i in active])
         finished = []
         for i, ids, said in zip(active, written, answers, strict=True):
@@ -147,7 +147,7 @@ def environment_ids(policy: Policy, text: str, ended: bool) -> list[int]:
     it. The replies themselves stay the tokens that were sampled; nothing is tokenized a second time.
     """
     tokenizer = policy.tokenizer
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         return encode_text(tokenizer, f"\n\n{text}\n\n")
     opening = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     before = encode_chat(tokenizer, opening)

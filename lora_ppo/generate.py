@@ -23,15 +23,15 @@ class Request:
     grammar: "Callable[[Tensor, Tensor], Tensor] | None" = None
     on_text: Callable[[str], None] | None = None
 
-    def stream(self, tokenizer) -> "TextStream | None":
-        return TextStream(tokenizer, self.on_text) if self.on_text else None
+    def stream(self, policy: Policy) -> "TextStream | None":
+        return TextStream(policy, self.on_text) if self.on_text else None
 
 
 class TextStream:
     """Turns token ids into pieces of text without half characters; transformers' generate can write to it."""
 
-    def __init__(self, tokenizer, on_text: Callable[[str], None]):
-        self.tokenizer, self.on_text = tokenizer, on_text
+    def __init__(self, policy: Policy, on_text: Callable[[str], None]):
+        self.policy, self.on_text = policy, on_text
         self.ids: list[int] = []
         self.written, self.prompt_seen = 0, False
 
@@ -43,12 +43,12 @@ class TextStream:
 
     def add(self, ids: list[int]) -> None:
         self.ids += ids
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = self.policy.text(self.ids)
         if not text.endswith("\ufffd"):
             self.flush(text)
 
     def end(self) -> None:
-        self.flush(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self.flush(self.policy.text(self.ids))
 
     def flush(self, text: str) -> None:
         if len(text) > self.written:
@@ -79,7 +79,7 @@ def plain_reply(policy: Policy, request: Request, seed: int) -> list[int]:
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
             logits_processor=[request.grammar] if request.grammar else None,
-            streamer=request.stream(policy.tokenizer),
+            streamer=request.stream(policy),
         )
     return up_to_stop(output[0, len(request.prompt_ids) :].tolist(), policy.stop_ids)
 

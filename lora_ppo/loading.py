@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from lora_ppo.settings import (
     ConfigError,
     Settings,
 )
+from lora_ppo.stored import fingerprint, misfits, packed
 
 QUANTIZATION = ("quantization_config", "compression_config")  # as config.json calls it, and called it
 NOTES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")  # of no effect
-PIECE, PIECES = 1024, 4096  # bytes of each piece of a file that its fingerprint reads, and about how many
 
 
 def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: None) -> tuple[Policy, Settings]:
@@ -110,7 +110,8 @@ def load_base(config: Settings, classifier: bool = False):
     No code that comes with a model is run, whatever its files ask for.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
 
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     on_cuda = config.device.startswith("cuda")
@@ -126,7 +127,7 @@ def load_base(config: Settings, classifier: bool = False):
         if config.dtype == "auto":
             halved = on_cuda or (config.device.startswith("cpu") and multiplies_bfloat16())
             config.dtype = "bfloat16" if four_bit or (halved and not is_bundled(config.model_name)) else "float32"
-        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)} | ({"num_labels": 1} if classifier else {})
+        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
         if four_bit:
             options["device_map"] = {"": config.device}
         if four_bit and not stored:
@@ -141,16 +142,29 @@ def load_base(config: Settings, classifier: bool = False):
         # Tensors of another shape are told with the others that don't fit, by name.
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         with source(config) as name:
-            model, found = kind.from_pretrained(name, trust_remote_code=False, **options)
-            if getattr(model, "_hf_peft_config_loaded", False):  # transformers loads their base model with them
+            if find_adapter_config_file(name):  # transformers would load their base model with them
                 raise ConfigError(
                     f"model_name={config.model_name} holds adapters: name their base model, or merge them into it with "
                     "evaluate.py --mode merge"
                 )
+            outputs = {"num_labels": 1} if classifier else {}
+            told = AutoConfig.from_pretrained(name, trust_remote_code=False, **outputs)
+            # Which code computes attention is not the model's to choose: it may name a kernel on the hub.
+            told._attn_implementation = told._experts_implementation = None
+            options |= {"config": told, "trust_remote_code": False}
+            try:
+                model, found = kind.from_pretrained(name, **options)
+            except RuntimeError as error:
+                files = weight_files(config)
+                if "conversion" in str(error) and all(path.suffix == ".safetensors" for path in files):
+                    check_loaded(misfits(files, told), config.model_name)
+                raise
             if classifier:  # the head that is missing is to be trained; the other one is not needed
                 found = found | {"missing_keys": set(found["missing_keys"]) - {"score.weight"}}
                 found["unexpected_keys"] = {key for key in found["unexpected_keys"] if not key.startswith("lm_head.")}
             check_loaded(found, config.model_name)
+            if not stored and (dtype := packed(weight_files(config))):
+                raise quantized(config, dtype)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         check_weights(model, config.model_name)
         return (model if four_bit else model.to(config.device)), tokenizer
@@ -187,10 +201,7 @@ def check_quantization(config: Settings, stored: dict[str, Any], on_cuda: bool) 
     method = stored.get("quant_method") or ("bitsandbytes" if "load_in_8bit" in stored else "an unknown method")
     instead = "name the model that they were made of"
     if not four_bit or method != "bitsandbytes":
-        raise ConfigError(
-            f"model_name={config.model_name}: its weights are stored quantized ({method}), expected in full or in "
-            f"bitsandbytes' 4 bits: {instead}"
-        )
+        raise quantized(config, method)
     if not on_cuda:
         raise ConfigError(
             f"model_name={config.model_name}: its weights are stored in 4 bits, which need CUDA, and device is "
@@ -200,6 +211,13 @@ def check_quantization(config: Settings, stored: dict[str, Any], on_cuda: bool) 
         raise ConfigError(
             f"load_in_4bit=false, and the weights of model_name={config.model_name} are in 4 bits: {instead}"
         )
+
+
+def quantized(config: Settings, method: str) -> ConfigError:
+    return ConfigError(
+        f"model_name={config.model_name}: its weights are stored quantized ({method}), expected in full or in "
+        "bitsandbytes' 4 bits: name the model that they were made of"
+    )
 
 
 def weight_files(config: Settings) -> list[Path]:
@@ -215,22 +233,6 @@ def weight_files(config: Settings) -> list[Path]:
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         return [folder / file for file in sorted(set(index["weight_map"].values()))]
     return []
-
-
-def fingerprint(files: Sequence[Path]) -> str:
-    """What tells weights from others under the same name: a digest of the files' sizes and of pieces all over them.
-
-    To read 8 GB would take seconds at each start. "" without files.
-    """
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(size.to_bytes(8))
-        with path.open("rb") as file:
-            for place in range(0, size, max(PIECE, size // PIECES)):
-                file.seek(place)
-                digest.update(file.read(PIECE))
-    return digest.hexdigest()[:16] if files else ""
 
 
 def reading_print(config: Settings, policy: Policy) -> str:

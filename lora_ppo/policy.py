@@ -6,7 +6,7 @@ The reference policy is the same model with the adapters off: there is no second
 import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -137,15 +137,18 @@ class Policy:
         Any of the three may be wrong, as hubs have it, and a reply that does not stop goes on as the user.
         """
         named = self.model.generation_config.eos_token_id
-        named = [*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id]
-        ids = dict.fromkeys([*named, reply_end(self.tokenizer)])
-        return [i for i in ids if isinstance(i, int) and 0 <= i < self.vocabulary]
+        ids = [*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id, reply_end(self.tokenizer)]
+        return list(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < self.vocabulary))
 
     @cached_property
     def end_id(self) -> int:
         """The one of `stop_ids` that the chat template puts behind a reply."""
         end = reply_end(self.tokenizer)
         return end if end in self.stop_ids else self.stop_ids[0]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What a reply says. The token that ended it is none of it, whether it is called special or not."""
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids], skip_special_tokens=True)
 
     @cached_property
     def beginnings(self):

@@ -143,12 +143,34 @@ def reply_logprobs(policy: Policy, prompts: Sequence[list[int]], told: Sequence[
     return logprobs.masked_fill(~batch.response_mask, 0.0).sum(-1)
 
 
+def fits(policy: Policy, chats: Sequence[list[Message]], options: Sequence[Sequence[str]]) -> bool:
+    """Whether the model's context holds each of B chats with any of its options, and an end token, as the reply."""
+    replies = [1 + max(len(encode_text(policy.tokenizer, text)) for text in texts) for texts in options]
+    prompts = (len(encode_chat(policy.tokenizer, messages)) for messages in chats)
+    return all(prompt + reply <= policy.context for prompt, reply in zip(prompts, replies, strict=True))
+
+
+def readable(policy: Policy, answer: str, quiz: Quiz) -> str | None:
+    """As much of an answer as leaves a learner room for the quiz in the model's context; None where nothing does."""
+    while not fits(policy, [learner_chat(policy, answer, quiz)], [quiz.options]):
+        if not answer:
+            return None
+        answer = answer[: len(answer) * 3 // 4]
+    return answer
+
+
+def learner_chat(policy: Policy, answer: str, quiz: Quiz) -> list[Message]:
+    return policy.prompts.learner.messages(learner_text(answer, quiz.question, quiz.options))
+
+
 def learner_probabilities(policy: Policy, answers: Sequence[str], quizzes: Sequence[Quiz]) -> tuple["Tensor", "Tensor"]:
-    """How probable each option is to a learner who has read the answer, and to one who has read none; both (B, 4)."""
-    answers, quizzes = [*answers, *[""] * len(quizzes)], [*quizzes, *quizzes]
-    pairs = zip(answers, quizzes, strict=True)
-    texts = [learner_text(answer, quiz.question, quiz.options) for answer, quiz in pairs]
-    chats = [policy.prompts.learner.messages(text) for text in texts]
+    """How probable each option is to a learner who has read the answer, and to one who has read none; both (B, 4).
+
+    An answer is read as far as the model's context goes; each quiz alone has to fit (`readable`).
+    """
+    read_by_one = [readable(policy, answer, quiz) or "" for answer, quiz in zip(answers, quizzes, strict=True)]
+    answers, quizzes = [*read_by_one, *[""] * len(quizzes)], [*quizzes, *quizzes]
+    chats = [learner_chat(policy, answer, quiz) for answer, quiz in zip(answers, quizzes, strict=True)]
     read, unread = option_probabilities(policy, chats, [quiz.options for quiz in quizzes]).chunk(2)
     return read, unread
 

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_ppo.chat import encode_chat, encode_text
+from lora_ppo.chat import Message, encode_chat, encode_text
 from lora_ppo.generate import Request, replies
 from lora_ppo.policy import Policy
 from lora_ppo.quiz import (
     LETTERS,
     Quiz,
     bare,
+    fits,
     one_line,
     option_flaw,
     option_probabilities,
@@ -199,7 +200,9 @@ def agreed_quiz(policy: Policy, question: str, written: Sequence[list[int]], why
     *written, rewording = written
     draft = agree(policy, question, written)
     if (draft.agreement if draft else 0) + ANSWERS - len(written) >= gate.agreement:
-        written += replies(policy, answer_requests(policy, reworded(policy, rewording) or question))
+        again = reworded(policy, rewording) or question
+        room = policy.context - policy.config.max_new_tokens
+        written += replies(policy, answer_requests(policy, again if len(opening(policy, again)) <= room else question))
         draft = agree(policy, question, written)
     if not draft:
         why.append("none of the model's short answers can be a quiz's key")
@@ -228,6 +231,12 @@ def begun(policy: Policy, question: str, key: str | None = None) -> tuple[list[i
     return prompt, encode_text(policy.tokenizer, beginning)
 
 
+def opening(policy: Policy, question: str) -> list[int]:
+    """What the quizmaster reads before it writes: its prompt, and the JSON that is begun where its key is agreed on."""
+    prompt, beginning = begun(policy, question)
+    return prompt + beginning if policy.quiz_gate.signal == "agreement" or not policy.quiz_gate.asked else prompt
+
+
 def answer_requests(policy: Policy, question: str) -> list[Request]:
     """Asks for half of the short answers: each the `correct` of a quiz that is begun."""
     prompt, beginning = begun(policy, question)
@@ -245,13 +254,13 @@ def rewording_request(policy: Policy, question: str) -> Request:
 
 def reworded(policy: Policy, ids: Sequence[int]) -> str:
     """The question that a reply to `rewording_request` puts; "" for one that was cut off."""
-    found = JSON_STRING.match('"' + policy.tokenizer.decode(ids, skip_special_tokens=True))
+    found = JSON_STRING.match('"' + policy.text(ids))
     return one_line(json.loads(found[0])) if found else ""
 
 
 def agree(policy: Policy, question: str, written: Sequence[list[int]]) -> Draft | None:
     """What most of the short answers say. Those that can't be a key, too long or from the question, are against it."""
-    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    texts = [policy.text(ids) for ids in written]
     spellings: dict[str, Counter[str]] = {}
     for text, end, _ in (text.partition('"') for text in texts):
         if end and usable(text := one_line(text), question) and not echoes(text, question):
@@ -265,13 +274,15 @@ def agree(policy: Policy, question: str, written: Sequence[list[int]]) -> Draft 
 def with_wrong_options(policy: Policy, draft: Draft) -> Draft:
     """The draft with more wrong options, each compared with its key."""
     prompt, beginning = begun(policy, draft.question, draft.key)
+    if len(prompt) + len(beginning) + policy.config.max_new_tokens > policy.context:
+        return draft
     asked = [
         Request(prompt + beginning, VARIETY, adapter=False, grammar=QuizGrammar(policy, len(prompt)))
         for _ in range(WRITINGS)
     ]
     counts: Counter[str] = Counter()
     for ids in replies(policy, asked):
-        text = '"' + policy.tokenizer.decode(ids, skip_special_tokens=True)
+        text = '"' + policy.text(ids)
         counts.update(one_line(json.loads(f'"{raw}"')) for raw in JSON_STRING.findall(text))
     found: list[str] = []
     for option, count in counts.most_common():
@@ -342,22 +353,31 @@ def solved_quiz(policy: Policy, question: str, ids: list[int], why: list[str], t
     for i in range(tries):
         if i:
             ids = replies(policy, [quiz_request(policy, question)])[0]
-        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        text = policy.text(ids)
         if text == "null":
             why.append("the quizmaster found nothing to ask")
             return None
         if parts := parse_quiz(text, why):
-            if survives(policy, quiz := shuffle_quiz(*parts)):
+            quiz = shuffle_quiz(*parts)
+            if not fits(policy, *solver_chats(policy, quiz)):
+                why.append("the quiz is too long for the model's context")
+            elif survives(policy, quiz):
                 return quiz
-            why.append("the base model, asked without the key, did not agree with it")
+            else:
+                why.append("the base model, asked without the key, did not agree with it")
     return None
 
 
 def survives(policy: Policy, quiz: Quiz) -> bool:
     """Whether the base model, blind to the key, picks it in more than half of the four rotations of the options."""
     n = len(quiz.options)
-    rotations = [[quiz.options[(i + shift) % n] for i in range(n)] for shift in range(n)]
-    chats = [policy.prompts.solver.messages(quiz_text(quiz.question, options)) for options in rotations]
-    picks = option_probabilities(policy, chats, rotations).argmax(-1).tolist()
+    picks = option_probabilities(policy, *solver_chats(policy, quiz)).argmax(-1).tolist()
     right = sum((pick + shift) % n == quiz.key for shift, pick in enumerate(picks))
     return right > n // 2
+
+
+def solver_chats(policy: Policy, quiz: Quiz) -> tuple[list[list[Message]], list[list[str]]]:
+    """How a solver is asked the quiz, once for each rotation of its options, and these."""
+    n = len(quiz.options)
+    rotations = [[quiz.options[(i + shift) % n] for i in range(n)] for shift in range(n)]
+    return [policy.prompts.solver.messages(quiz_text(quiz.question, options)) for options in rotations], rotations

@@ -31,10 +31,10 @@ LEARNING_RATES = (135e6, 2e-4), (4e9, 1e-5)
 BUNDLED_LEARNING_RATE = 8e-5
 
 
-# Settings that name files or folders.
+# Settings that name files or folders, or may.
 PATHS = (
     "model_name prompts checkpoint_dir log_dir resume questions output_dir resume_from adapter merged_model_path "
-    "output_file pairs held_out reward_model topics"
+    "output_file baseline functions problems pairs held_out reward_model topics"
 ).split()
 
 

@@ -78,17 +78,24 @@ def interrupts_deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests(patient: bool, say: Callable[[str], None]) -> Iterator[list[int]]:
-    """Notes Ctrl-C and SIGTERM in the list it gives. A second ends at once, unless `patient`: a launcher sends two."""
+    """Notes Ctrl-C, SIGTERM and SIGHUP in the list it gives; a SIGHUP that is ignored, as under nohup, stays so.
+
+    A second one ends at once, unless `patient`: a launcher sends two. So do a terminal that closes and its shell.
+    """
     asked: list[int] = []
+    hang_up = getattr(signal, "SIGHUP", None)
 
     def note(number: int, frame: Any) -> None:
-        if asked and not patient:
+        if asked and not patient and number != hang_up:
             raise KeyboardInterrupt
         if not asked:
             say("Stopping after this step." + ("" if patient else " Ctrl-C again stops at once."))
         asked.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hang_up and signal.getsignal(hang_up) is signal.SIG_DFL:
+        numbers.append(hang_up)
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield asked
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, quiz_text
+from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, quiz_text, readable
 from lora_ppo.settings import ConfigError
 from lora_ppo.signals import asked_to_leave
 
@@ -279,7 +279,10 @@ class SimulatedLearner(Terminal):
         self.say(f"{prompt}{question}")
         return question
 
-    def choose(self, quiz: Quiz, answer: str, prompt: str = "") -> int:
+    def choose(self, quiz: Quiz, answer: str, prompt: str = "") -> int | str:
+        if readable(self.policy, "", quiz) is None:
+            self.say("The quiz is too long for the learner's context.")
+            return "skip"
         read, unread = learner_probabilities(self.policy, [answer], [quiz])
         choice = learner_choices(read, unread)[0] if answer else unread[0].argmax().item()  # before the answer: a guess
         self.say(f"The learner chooses {LETTERS[choice]}.")

@@ -112,7 +112,7 @@ def load_problems(name: str, seed: int, levels: list[str], test_share: float) ->
         return made_here(seed, levels, test_share)
     if name.startswith(GYM):
         return from_gym(name)
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         return from_folder(name, path)
     if path.suffix in (".jsonl", ".json") or path.is_file():

@@ -18,7 +18,7 @@ from lora_ppo.episodes import Outcome, Task
 from lora_ppo.generate import replies
 from lora_ppo.loading import is_bundled
 from lora_ppo.policy import Policy
-from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, shuffle_quiz
+from lora_ppo.quiz import LETTERS, Quiz, learner_choices, learner_probabilities, readable, shuffle_quiz
 from lora_ppo.quizmaster import first_requests, make_quiz
 from lora_ppo.settings import ConfigError, Settings, setting
 from tasks.questions import Sample, split_samples, states
@@ -105,7 +105,7 @@ class QuizTask:
                     torch.manual_seed(seed)
                     quiz = make_quiz(self.policy, question, [next(first_replies) for _ in own])
                 self.written[question] = None
-                if quiz:
+                if quiz and readable(self.policy, "", quiz) is not None:
                     correct = quiz.options[quiz.key]
                     wrong = tuple(option for option in quiz.options if option != correct)
                     self.written[question] = (quiz.question, correct, wrong)

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from lora_ppo.checks import longest_prompt
 from lora_ppo.gate import Gate, measured_file, write_gate
 from lora_ppo.generate import replies
 from lora_ppo.policy import Policy
@@ -132,7 +133,9 @@ def measure(policy: Policy, done: Callable[[int], None] = lambda count: None) ->
     """The gate for this very model, measured on QUESTIONS training facts, always the same; kept in the cache."""
     import torch
 
+    room = policy.context - policy.config.max_new_tokens
     asked = [(sample.question, sample.fact) for sample in split_samples("train")[:QUESTIONS]]
+    asked = [it for it in asked if longest_prompt(policy, it[0], ("quizmaster", "solver")) <= room]
     with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
         torch.manual_seed(0)
         facts = [fact for _, fact in asked]

@@ -1,6 +1,7 @@
 """Adapters from elsewhere: what is accepted acts as PEFT has it and leaves the base model alone; the rest is named."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,30 @@ def test_an_adapter_with_other_tensors_than_it_says_is_refused(change, named, ll
 
 
 @pytest.mark.parametrize(
+    "broken",
+    [
+        {"r": "4"},
+        {"lora_alpha": "8"},
+        {"lora_alpha": math.inf},
+        {"target_modules": "("},
+        {"rank_pattern": [1]},
+        {"r": 0},
+    ],
+)
+def test_settings_that_make_no_sense_are_one_line(broken, llama, tmp_path):
+    folder = train_elsewhere(llama, tmp_path / "adapter", LoraConfig(**PLAIN))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | broken))
+    policy = tiny_policy(llama)
+    base = probe_logits(policy, adapter=False)
+    with pytest.raises(ConfigError) as refused:
+        attach(policy, folder, "other")
+    assert str(refused.value).startswith(f"adapter={folder}")
+    assert "\n" not in str(refused.value)
+    assert torch.equal(probe_logits(policy, adapter=True), base)
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"modules_to_save": ["embed_tokens"]},
@@ -258,6 +283,18 @@ def test_a_checkpoint_whose_adapter_is_from_elsewhere_is_refused(settings, error
     replace_files(tmp_path / "step_0", *folder.glob("adapter_*"))
     with pytest.raises(error, match=named):
         load_checkpoint(tmp_path / "step_0", policy)
+
+
+@pytest.mark.parametrize("head", [{"weight": (1, 16), "bias": (1,)}, {"weight": (1, 32)}, {"v": (1, 32)}])
+def test_a_checkpoint_with_another_value_head_is_damaged_and_leaves_no_trace(head, llama, tmp_path):
+    policy, other = (tiny_policy(llama, seed=seed) for seed in (0, 1))
+    save_checkpoint(tmp_path / "step_0", policy, {}, "A test.")
+    save_file({name: torch.ones(shape) for name, shape in head.items()}, tmp_path / "value_head.safetensors")
+    replace_files(tmp_path / "step_0", tmp_path / "value_head.safetensors")
+    before = other.snapshot().tensors
+    with pytest.raises(Damaged, match="its value head has other tensors"):
+        load_checkpoint(tmp_path / "step_0", other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.tensors().items())
 
 
 @pytest.mark.parametrize("part", ["adapter_model", "value_head", "optimizer"])

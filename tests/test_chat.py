@@ -345,9 +345,11 @@ def with_bos(template: str | None):
     return tokenizer
 
 
+@pytest.mark.parametrize(("template", "plain"), [(None, False), ("", False), (CHATML, True)])
 @pytest.mark.parametrize("text", ["Why?", "<|im_end|>"])
-def test_without_a_template_a_chat_begins_as_every_text_does(text):
-    tokenizer, messages = with_bos(None), Role("You teach.").messages(text)
+def test_a_transcript_begins_as_every_text_does(text, template, plain):
+    """Of a model without a template, and of a role that is not to use it."""
+    tokenizer, messages = with_bos(template), Role("You teach.", plain=plain).messages(text)
     bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert encode_chat(tokenizer, messages) == [bos, *encode_chat(tiny_tokenizer(None), messages)]
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support.decoding import QUESTIONS, prompts
-from support.tiny import CHATML, PROMPTS, randomize_adapter, save_tiny, tiny_config, tiny_tokenizer
+from support.tiny import CHATML, PROMPTS, randomize_adapter, save_tiny, tiny_config, tiny_policy, tiny_tokenizer
+from tokenizers import AddedToken
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from lora_ppo import decode
@@ -117,6 +118,27 @@ def test_the_text_arrives_piece_by_piece(tiny_folder):
     (reply,) = decode.decode(policy, [Request(prompts(policy)[0], 1.0, on_text=pieces.append)], [0])
     assert len(pieces) > 1
     assert "".join(pieces) == policy.tokenizer.decode(reply.ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_token_that_ends_a_reply_is_not_shown_be_it_special_or_not(fast, tmp_path, monkeypatch):
+    """Many a model's tokenizer has the template's end token as one that was added, and no more."""
+    tokenizer = tiny_tokenizer(CHATML.replace("<|im_end|>", "<|over|>"))
+    tokenizer.add_tokens([AddedToken("<|over|>", special=False)])
+    tokenizer.save_pretrained(save_tiny("llama", tmp_path, vocab_size=len(tokenizer)))
+    policy, pieces = tiny_policy(tmp_path), []
+    over, letter = policy.tokenizer.convert_tokens_to_ids(["<|over|>", "a"])
+    assert policy.end_id == over
+
+    def three_letters(ids, scores):
+        only = torch.full_like(scores, -torch.inf)
+        only[:, letter if ids.shape[1] < 6 else over] = 0.0
+        return only
+
+    monkeypatch.setattr("lora_ppo.caches.takes", lambda policy: fast)
+    (reply,) = replies(policy, [Request([5, 6, 7], 1.0, grammar=three_letters, on_text=pieces.append)])
+    assert reply == [letter, letter, letter, over]
+    assert "".join(pieces) == policy.text(reply) == "aaa"
 
 
 def test_times_are_drawn_row_by_row_as_torch_draws_them():

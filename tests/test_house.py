@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground floor up. A room imports from rooms above it in this list, never from itself or below.
 ROOMS = (
     "files streams settings ppo functions statistics chat prompts layers caches compiled recording policy decode "
-    "generate forward quiz quizmaster checks gguf gate loading checkpoint disk journal step episodes signals "
+    "generate forward quiz quizmaster checks stored gguf gate loading checkpoint disk journal step episodes signals "
     "terminal report adapters processes rewards watching training evaluation turns recovery run trainer"
 ).split()
 FLOORS = {"lora_ppo": 0, "config": 1, "tasks": 1, "scripts": 2, "exercises": 2, "tools": 3}

@@ -21,7 +21,7 @@ from support.tiny import (
     tiny_policy,
     tiny_tokenizer,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_ppo.chat import encode_chat
@@ -185,6 +185,21 @@ def test_a_tensor_that_is_missing_unexpected_or_misshapen_is_named(change, named
     assert named in refusal(rewrite(save_tiny("llama", tmp_path), change))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "place"),
+    [("qwen3_moe", "layers.1.mlp.experts.1.gate_proj"), ("mixtral", "layers.0.block_sparse_moe.experts.1.w1")],
+)
+def test_a_tensor_of_an_expert_is_named_as_the_files_call_it(architecture, place, tmp_path):
+    """transformers puts those of all experts together, and where it can't, tells why to its log alone."""
+    name = f"model.{place}.weight"
+    for change, named in (
+        (lambda w: {n: x for n, x in w.items() if n != name}, f"no tensor: {name};"),
+        (lambda w: {n.replace(place, f"{place}x"): x for n, x in w.items()}, f"no tensor: {name};"),
+        (lambda w: w | {name: w[name][:7].clone()}, f"another shape than config.json says: {name} ((7, 32), expected"),
+    ):
+        assert named in refusal(rewrite(save_tiny(architecture, tmp_path), change))
+
+
 @pytest.mark.parametrize(("layers", "named"), [(3, "no tensor: model.layers.2."), (1, "no place for: model.layers.1.")])
 def test_another_number_of_layers_than_is_stored_is_refused(layers, named, tmp_path):
     edit(save_tiny("llama", tmp_path) / "config.json", num_hidden_layers=layers)
@@ -270,6 +285,21 @@ def test_weights_that_are_stored_quantized_are_refused_on_a_cpu(stored, named, a
     assert "name the model that they were made of" in text
 
 
+@pytest.mark.parametrize(
+    ("dtype", "named"),
+    [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8"), (torch.bool, "BOOL")],
+)
+def test_weights_that_are_packed_and_do_not_say_how_are_refused(dtype, named, tmp_path):
+    """As numbers they would be loaded, and the model would answer noise."""
+    packed = rewrite(save_tiny("llama", tmp_path), lambda w: w | {QUERY: w[QUERY].to(dtype)})
+    assert f"stored quantized ({named})" in refusal(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_are_taken(dtype, tmp_path):
+    tiny_policy(rewrite(save_tiny("llama", tmp_path), lambda w: {name: x.to(dtype) for name, x in w.items()}))
+
+
 @pytest.mark.parametrize("place", ["compression_config", "text_config"])
 def test_a_quantization_is_found_wherever_a_config_has_it(place, tmp_path):
     stored = {"quant_method": "compressed-tensors"}
@@ -309,6 +339,16 @@ def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(known, tmp_pa
         assert "it needs code of its own, which is never run here" in refusal(folder)
     assert lines.tell() == 0
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["somebody/kernel", "kernels-community/flash-attn2", "flash_attention_2"])
+def test_which_code_computes_a_layer_is_not_the_models_to_say(key, value, llama, tmp_path):
+    """It might be fetched from the hub and run, or be there on its maker's machine alone."""
+    folder = save_tiny("llama", tmp_path)
+    edit(folder / "config.json", **{key: value})
+    policy = tiny_policy(folder)
+    assert policy.model.config._attn_implementation == tiny_policy(llama).model.config._attn_implementation
 
 
 # ----------------------------------------------------------------------------------------------- layers, base models
@@ -373,6 +413,7 @@ def test_layers_that_peft_does_not_take_are_refused_in_one_line(tmp_path):
     [
         ("bert", ["query", "value"], "can't read a token (what it makes of a token depends on the next ones)"),
         ("recurrent_gemma", ["gate_proj", "up_proj"], "can't write a reply ("),  # without a layer that attends
+        ("falcon_alibi", ["query_key_value"], "can't write a reply ("),  # its second token
     ],
 )
 def test_models_that_do_not_read_or_write_as_needed_are_refused_at_the_start(architecture, targets, named, tmp_path):
@@ -388,24 +429,57 @@ def test_sizes_come_from_the_weights(tiny_folder):
     assert ppo_step(policy, collate([prompt], [response], policy.pad_id, policy.device), [1.0])["step_kl"] > 0
 
 
-@pytest.mark.parametrize("spelling", ["relative", "slash", "link", "copy"])
+@pytest.mark.parametrize("spelling", ["relative", "slash", "link", "copy", "shards", "order"])
 def test_the_same_base_model_under_another_name_is_the_same(spelling, tmp_path, monkeypatch):
     folder = save_tiny("llama", tmp_path / "model")
     save_checkpoint(tmp_path / "step_0", tiny_policy(folder), {}, "A test.")
     (tmp_path / "link").symlink_to(folder)
-    if spelling == "copy":
+    if spelling in ("copy", "shards", "order"):
         save_tiny("llama", tmp_path / "copy")
+    if spelling == "shards":
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        (tmp_path / "copy" / "model.safetensors").unlink()
+        model.save_pretrained(tmp_path / "copy", max_shard_size="30KB")
+        assert len([*(tmp_path / "copy").glob("model-*")]) > 1
+    if spelling == "order":
+        last_first(tmp_path / "copy" / "model.safetensors")
     monkeypatch.chdir(tmp_path)
-    name = {"relative": "model", "slash": f"{folder}/", "link": "link", "copy": "copy"}[spelling]
+    name = {"relative": "model", "slash": f"{folder}/", "link": "link"}.get(spelling, "copy")
     load_checkpoint(tmp_path / "step_0", tiny_policy(name))
 
 
-@pytest.mark.parametrize("change", ["seed", "number"])
+def last_first(file: Path) -> None:
+    """Writes the tensors of a file again, in the other order, and a note."""
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    told, data = json.loads(raw[8:start]), b""
+    del told["__metadata__"]
+    for it in sorted(told.values(), key=lambda it: it["data_offsets"], reverse=True):
+        begin, end = it["data_offsets"]
+        it["data_offsets"], data = [len(data), len(data) + end - begin], data + raw[start + begin : start + end]
+    header = json.dumps(told | {"__metadata__": {"format": "pt", "note": "again"}}).encode()
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def test_fingerprints_of_earlier_versions_tell_nothing_and_the_name_counts(tmp_path, tiny_folder, llama):
+    policy = tiny_policy(llama)
+    policy.fingerprint = "0123456789abcdef"
+    save_checkpoint(tmp_path / "step_0", policy, {}, "A test.")
+    load_checkpoint(tmp_path / "step_0", tiny_policy(llama))
+    with pytest.raises(ConfigError, match="was trained with model_name="):
+        load_checkpoint(tmp_path / "step_0", tiny_policy(tiny_folder("qwen2")))
+
+
+@pytest.mark.parametrize("change", ["seed", "number", "names"])
 def test_other_weights_under_the_same_name_are_another_base_model(change, tmp_path):
     folder = save_tiny("llama", tmp_path / "model")
     save_checkpoint(tmp_path / "step_0", tiny_policy(folder), {}, "A test.")
     if change == "seed":
         save_tiny("llama", folder, seed=1)
+    elif change == "names":
+        other = QUERY.replace("layers.0", "layers.1")
+        rewrite(folder, lambda w: w | {QUERY: w[other], other: w[QUERY]})
     else:
         rewrite(folder, lambda w: w | {QUERY: w[QUERY] + torch.eye(32) * 1e-3})
     with pytest.raises(ConfigError, match=r"was trained on other weights than model_name=.* has now"):
@@ -508,7 +582,7 @@ def test_a_template_that_can_not_be_used_is_refused_with_its_reason(template, na
     assert named in text
 
 
-@pytest.mark.parametrize("strange", ["</s>", -1, 10**6, []])
+@pytest.mark.parametrize("strange", ["</s>", -1, 10**6, [], [[1]], {"a": 1}, True, 1.0])
 def test_an_end_token_that_is_none_is_passed_over(strange, tmp_path):
     folder = save_tiny("llama", tmp_path)
     edit(folder / "generation_config.json", eos_token_id=strange)
@@ -541,6 +615,19 @@ def test_a_padding_token_beyond_the_embeddings_is_not_used(tmp_path):
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     """Its prompts might do without the rest; a question need not."""
     assert "its tokenizer has 485 tokens, its head 480" in refusal(save_tiny("llama", tmp_path, vocab_size=480))
+
+
+def test_a_text_that_makes_a_token_beyond_the_embeddings_is_none_for_the_model(tmp_path):
+    """A character that was added to the vocabulary is text as any other."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("語", special=False)])
+    folder = retokenized(save_tiny("llama", tmp_path), tokenizer)
+    assert "its tokenizer has 486 tokens, its head 485" in refusal(folder)
+
+
+def test_the_prompt_of_a_role_that_nobody_asks_may_be_as_long_as_it_likes(tmp_path, llama):
+    (tmp_path / "long.yaml").write_text(f"maths:\n  system: {'word ' * 1100}\n")
+    tiny_policy(llama, prompts=str(tmp_path / "long.yaml"))
 
 
 @pytest.mark.parametrize("role", ["tutor", "quizmaster", "solver", "learner"])

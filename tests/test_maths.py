@@ -291,6 +291,12 @@ def test_bad_input_gets_one_line_before_any_model_is_loaded(run, monkeypatch, ch
     assert not Path("out").exists()
 
 
+def test_a_prompt_that_leaves_no_room_for_a_reply_is_refused_when_the_model_is_loaded(run):
+    status, output = run(output_dir="out", max_new_tokens=1000)
+    assert (status, output.count("\n")) == (2, 1)
+    assert "max_new_tokens=1000 leaves no room in a context of 1024 tokens: the maths's prompt takes" in output
+
+
 def test_a_run_can_not_go_on_with_other_problems(run):
     assert run(output_dir="out")[0] == 0
     write(Path("mine.jsonl"), *({"question": f"What is {i}?", "answer": i} for i in range(9)))

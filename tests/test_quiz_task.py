@@ -141,6 +141,20 @@ def test_a_question_too_long_for_one_of_the_roles_is_unknown_and_the_others_are_
     assert [outcome.verdict for outcome in outcomes[:2]] == ["unknown"] * 2
 
 
+def test_a_quiz_too_long_for_the_learner_is_none_whatever_is_answered(tiny_folder, written, monkeypatch):
+    policy = tiny_policy(tiny_folder("opt"), target_modules=["q_proj"])
+    long = Quiz("Which?", tuple(f"{number} " * 400 for number in range(4)), 0)
+    monkeypatch.setattr(tasks.quiz, "make_quiz", lambda *_: long)
+    assert QuizTask(policy).outcomes([Sample("Why?", None)], ["a"])[0].verdict == "unknown"
+
+
+def test_an_answer_too_long_for_the_learner_is_judged(tiny_folder, written):
+    """To outgrow the context is the policy's doing."""
+    policy = tiny_policy(tiny_folder("opt"), target_modules=["q_proj"])
+    outcomes = QuizTask(policy).outcomes([Sample("Why?", None)], ["word " * 1200])
+    assert outcomes[0].verdict in ("correct", "incorrect")
+
+
 def test_facts_are_scored_too(llama_policy, written, learner):
     learner(lambda answer, quiz: quiz.key)
     sample = split_samples("test")[0]

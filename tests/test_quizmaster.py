@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.tiny import PROMPTS, SPECIAL_TOKENS, drive, randomize_adapter
+from support.tiny import PROMPTS, SPECIAL_TOKENS, drive, randomize_adapter, save_tiny, tiny_policy
 
 from config import Config
 from lora_ppo.chat import encode_chat
+from lora_ppo.checks import longest_prompt
 from lora_ppo.gate import Gate
 from lora_ppo.generate import Request, replies
 from lora_ppo.loading import load_policy
-from lora_ppo.quiz import Quiz, flaw, parse_quiz, quiz_json
+from lora_ppo.quiz import Quiz, flaw, learner_probabilities, parse_quiz, quiz_json, readable
 from lora_ppo.quizmaster import (
     ANSWERS,
     JSON_STRING,
@@ -30,6 +31,7 @@ from lora_ppo.quizmaster import (
     make_quiz,
     reworded,
     rewording_request,
+    solved_quiz,
     survives,
     with_wrong_options,
 )
@@ -223,6 +225,54 @@ def test_a_wrong_key_does_not_survive(monkeypatch, key):
     monkeypatch.setattr("lora_ppo.quizmaster.option_probabilities", solver(lambda four: find(four, "Paris"), []))
     quiz = Quiz(QUIZ.question, QUIZ.options, key)
     assert survives(POLICY, quiz) is (key == QUIZ.key)
+
+
+# --------------------------------------------------------------------------------------------------------- the context
+
+
+@pytest.fixture(params=["agreement", "options"])
+def crowded(request, tmp_path):
+    """A policy, and a question that just fits. OPT has no positions beyond its context: what goes there is an error."""
+    roles, gate = ("tutor", "quizmaster", "solver"), Gate(request.param, 1, 0.0, right=9, shown=10, asked=40)
+    policies = []
+    for room in (1024, 0):
+        longest = longest_prompt(policies[0], "Why?", (*roles, "learner")) if policies else 0
+        folder = save_tiny("opt", tmp_path / f"opt{room}", max_position_embeddings=room or longest + 12)
+        policies.append(tiny_policy(folder, target_modules=["q_proj"]))
+        policies[-1].quiz_gate = gate
+    policy, question = policies[1], "Why?"
+    while longest_prompt(policy, f"{question} why", roles) <= policy.context - policy.config.max_new_tokens:
+        question += " why"
+    return policy, question
+
+
+def test_nothing_that_a_quiz_asks_goes_beyond_the_context(crowded):
+    policy, question = crowded
+    for seed in range(3):
+        torch.manual_seed(seed)
+        make_quiz(policy, question, why=[])
+        with_wrong_options(policy, Draft(question, "a key", 9))
+
+
+def test_a_quiz_that_no_solver_and_no_learner_could_read_whole_is_none(crowded):
+    policy, question = crowded
+    long = [f"an option that is number {number} and as long as this" for number in range(4)]
+    written = policy.tokenizer.encode(quiz_json("Which?", long[0], long[1:]), add_special_tokens=False)
+    why: list[str] = []
+    assert solved_quiz(policy, question, written, why) is None
+    assert why == ["the quiz is too long for the model's context"]
+    assert readable(policy, "", Quiz("Which?", tuple(long), 0)) is None
+
+
+def test_a_learner_reads_as_much_of_an_answer_as_fits(crowded):
+    policy, answer = crowded[0], "word " * 40
+    quiz = Quiz("?", tuple("abcd"), 0)
+    read = readable(policy, answer, quiz)
+    assert 0 < len(read) < len(answer)
+    assert answer.startswith(read)
+    assert readable(policy, "A.", quiz) == "A."
+    cut, whole = (learner_probabilities(policy, [text], [quiz])[0] for text in (answer, read))
+    assert torch.equal(cut, whole)
 
 
 # -------------------------------------------------------------------------------------------------------- by agreement

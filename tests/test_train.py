@@ -17,6 +17,7 @@ import train
 from lora_ppo.checkpoint import verify_checkpoint
 from lora_ppo.episodes import Outcome, play
 from lora_ppo.settings import ConfigError, parse
+from lora_ppo.signals import stop_requests
 from lora_ppo.trainer import Training
 from lora_ppo.watching import in_short, without_contrast
 
@@ -103,6 +104,32 @@ def test_a_second_ctrl_c_ends_at_once_and_saves_nothing_half_done(train_py, monk
     assert "Stopped at once. To go on: python train.py" in output
     assert [path.name for path in Path("out").glob("*_*/")] == ["step_0"]  # what resume_from=latest goes on from
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_window_that_closes_stops_a_run_after_its_step(train_py, monkeypatch):
+    """It sends SIGHUP, and so does its shell."""
+    real = lora_ppo.trainer.learn
+
+    def learn(*given):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        return real(*given)
+
+    monkeypatch.setattr("lora_ppo.trainer.learn", learn)
+    status, output = train_py(output_dir="out", samples_per_epoch=12)
+    assert status == 130
+    assert "Stopped after step 1, saved in out/step_1." in output
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_a_run_under_nohup_outlives_its_window():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests(False, print) as asked:
+            signal.raise_signal(signal.SIGHUP)
+        assert asked == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_before_anything_is_saved_says_so(train_py, monkeypatch):

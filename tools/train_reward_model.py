@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_ppo.evaluation import write_json
 from lora_ppo.files import utf8_path
-from lora_ppo.loading import base_name, fingerprint, load_base, silence_libraries, weight_files
+from lora_ppo.loading import base_name, load_base, silence_libraries, weight_files
 from lora_ppo.rewards import REWARD_FILE, RewardModel, pad_id, reply_ids
 from lora_ppo.settings import BUNDLED_MODEL, ConfigError, Settings, from_command_line, setting
 from lora_ppo.statistics import wilson_interval
+from lora_ppo.stored import fingerprint
 from lora_ppo.terminal import clean
 from tasks.pairs import Pair, apart, read_pairs
 

@@ -94,7 +94,7 @@ def answers_and_quizzes(policy, questions: list[str], at_once: int = 20) -> Iter
         prompts = [encode_chat(policy.tokenizer, policy.prompts.tutor.messages(question)) for question in some]
         requests = [Request(prompt, policy.config.temperature, adapter=False) for prompt in prompts]
         requests += [quiz_request(policy, question) for question in some]
-        texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies(policy, requests)]
+        texts = [policy.text(ids) for ids in replies(policy, requests)]
         yield from zip(texts[: len(some)], texts[len(some) :], strict=True)
 
 

@@ -100,6 +100,7 @@ def tiny_model(architecture: str, tokenizer, seed: int = 0, **sizes: int) -> tra
         ),
         "phi": lambda: transformers.PhiConfig(**shape),
         "opt": lambda: transformers.OPTConfig(**shape, ffn_dim=48, word_embed_proj_dim=16),
+        "falcon_alibi": lambda: transformers.FalconConfig(**shape, alibi=True),
         "bert": lambda: transformers.BertConfig(**shape),
         "recurrent_gemma": lambda: transformers.RecurrentGemmaConfig(**shape, lru_width=32),
         "mamba": lambda: transformers.MambaConfig(**shape),

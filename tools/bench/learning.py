@@ -217,7 +217,7 @@ def train(trainer: Ours | Trl, material: Material, seed: int, every: int) -> lis
         with timed(seconds, "sampling"):
             response = trainer.answer(prompt)
         with timed(seconds, "judging"):
-            outcome = task.outcomes([sample], [tokenizer.decode(response, skip_special_tokens=True)])[0]
+            outcome = task.outcomes([sample], [trainer.policy.text(response)])[0]
         reward = outcome.reward if material.rewards is None else material.rewards[number]
         with timed(seconds, "steps"):
             trainer.step(prompt, response, reward)

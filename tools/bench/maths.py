@@ -195,8 +195,9 @@ def train_with_trl(words: Sequence[str]) -> None:
         dataloader_pin_memory=False,
     )
     with source(config) as name:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype))
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        options = {"trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **options)
     model.generation_config.use_cache = True
     lora = LoraConfig(
         r=config.lora_r,
