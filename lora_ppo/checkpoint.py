@@ -330,7 +330,8 @@ def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Pa
                 f"resume_from={folder} is at step {state['step']}, and output_dir={root} holds a run ({newest}): "
                 "set resume_from=latest, or another output_dir"
             )
-    for name in (*COURSE, *split_settings(config)):
+    course = COURSE if state["step"] else ()  # at step 0, as after a warm start, no sample was taken yet
+    for name in (*course, *split_settings(config)):
         now = getattr(config, name)
         before = state["config"].get(name, now)  # an older checkpoint knows fewer settings
         if before == now or (name == "samples_per_epoch" and 0 < before < (now or math.inf)):

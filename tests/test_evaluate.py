@@ -325,7 +325,7 @@ def test_merging_leaves_a_folder_that_is_not_empty_alone(run, adapter):
     ("arguments", "message"),
     [
         (["--mode", "melt"], "mode=melt is unknown: expected one of evaluate, merge, both"),
-        (["--task", "chess"], "task=chess is unknown: expected one of maths, os_interaction, quiz"),
+        (["--task", "chess"], "task=chess is unknown: expected one of maths, os_interaction, quiz, voice"),
         (["--task", "quiz", "--quiz_learner", "x"], "quiz_learner=x is unknown: expected one of auto, reader, gain"),
         (["num_samples=0"], "num_samples=0 is out of range"),
         (["num_samples=ten"], "num_samples='ten' does not fit: expected a whole number"),

@@ -237,7 +237,7 @@ def crowded(request, tmp_path):
     policies = []
     for room in (1024, 0):
         longest = longest_prompt(policies[0], "Why?", (*roles, "learner")) if policies else 0
-        folder = save_tiny("opt", tmp_path / f"opt{room}", max_position_embeddings=room or longest + 12)
+        folder = save_tiny("opt", tmp_path / f"opt{room}", max_position_embeddings=room or longest + 24)
         policies.append(tiny_policy(folder, target_modules=["q_proj"]))
         policies[-1].quiz_gate = gate
     policy, question = policies[1], "Why?"
