@@ -278,7 +278,7 @@ def is_bundled(model_name: str) -> bool:
 
 def base_name(config: Settings) -> str:
     """What a checkpoint calls its base model: the same wherever this program is installed."""
-    known = {BUNDLED_MODEL: f"bundled:{BUNDLED_MODEL.name}", SMOLLM2_FOLDER: SMOLLM2}
+    known = {BUNDLED_MODEL: f"bundled:{BUNDLED_MODEL.name}", SMOLLM2_FOLDER.resolve(): SMOLLM2}
     return known.get(Path(config.model_name).resolve(), config.model_name)
 
 
