@@ -138,8 +138,9 @@ def load_base(config: Settings):
             try:
                 model, found = AutoModelForCausalLM.from_pretrained(name, **options)
             except RuntimeError as error:
-                if "conversion" in str(error):
-                    check_loaded(misfits(weight_files(config), told), config.model_name)
+                files = weight_files(config)
+                if "conversion" in str(error) and all(path.suffix == ".safetensors" for path in files):
+                    check_loaded(misfits(files, told), config.model_name)
                 raise
             if found["mismatched_keys"]:  # of experts put together, it may be one that is missing
                 check_loaded(misfits(weight_files(config), told), config.model_name)

@@ -28,7 +28,7 @@ from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.forward import collate
 from lora_ppo.generate import generate
-from lora_ppo.loading import base_name, check_quantization, load_policy
+from lora_ppo.loading import check_quantization, load_policy
 from lora_ppo.settings import ConfigError
 from lora_ppo.step import ppo_step
 
@@ -441,6 +441,8 @@ def test_the_same_base_model_under_another_name_is_the_same(spelling, tmp_path, 
 
 
 def test_smollm2_is_called_so_where_its_folder_is_a_link(llama, tmp_path, monkeypatch):
+    from lora_ppo.loading import base_name
+
     (tmp_path / "smollm2-135m").symlink_to(llama)
     monkeypatch.setattr("lora_ppo.loading.SMOLLM2_FOLDER", tmp_path / "smollm2-135m")
     assert base_name(tiny_config(tmp_path / "smollm2-135m")) == "smollm2"
