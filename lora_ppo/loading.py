@@ -162,6 +162,8 @@ def load_base(config: Settings, classifier: bool = False):
             if classifier:  # the head that is missing is to be trained; the other one is not needed
                 found = found | {"missing_keys": set(found["missing_keys"]) - {"score.weight"}}
                 found["unexpected_keys"] = {key for key in found["unexpected_keys"] if not key.startswith("lm_head.")}
+            if found["mismatched_keys"]:  # of experts put together, it may be one that is missing
+                check_loaded(misfits(weight_files(config), told), config.model_name)
             check_loaded(found, config.model_name)
             if not stored and (dtype := packed(weight_files(config))):
                 raise quantized(config, dtype)
@@ -298,7 +300,7 @@ def is_bundled(model_name: str) -> bool:
 
 def base_name(config: Settings) -> str:
     """What a checkpoint calls its base model: the same wherever this program is installed."""
-    known = {BUNDLED_MODEL: f"bundled:{BUNDLED_MODEL.name}", SMOLLM2_FOLDER: SMOLLM2}
+    known = {BUNDLED_MODEL: f"bundled:{BUNDLED_MODEL.name}", SMOLLM2_FOLDER.resolve(): SMOLLM2}
     return known.get(Path(config.model_name).resolve(), config.model_name)
 
 

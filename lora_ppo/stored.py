@@ -70,7 +70,8 @@ def packed(files: Sequence[Path]) -> str:
 def misfits(files: Sequence[Path], config: Any) -> dict[str, Any]:
     """Which tensors a model of this configuration misses in safetensors files, or can't use.
 
-    In the form of transformers' own report, which names none where the tensors of experts can't be put together.
+    In the form of transformers' own report, which has no names of files where it puts the tensors of experts together.
+    Nothing of files whose names are all others.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -81,6 +82,8 @@ def misfits(files: Sequence[Path], config: Any) -> dict[str, Any]:
     own = {name: x for name, x in model.state_dict().items() if name not in model.all_tied_weights_keys}
     wanted = {name: tuple(x.shape) for name, x in revert_weight_conversion(model, own).items()}
     there = {it.name: it.shape for it in stored_tensors(files)}
+    if not wanted.keys() & there.keys():
+        wanted = there = {}
     return {
         "missing_keys": wanted.keys() - there.keys(),
         "unexpected_keys": there.keys() - wanted.keys() - model.all_tied_weights_keys.keys(),
