@@ -32,7 +32,7 @@ from lora_ppo.policy import Policy
 from lora_ppo.processes import shard
 from lora_ppo.settings import ConfigError, Settings, from_command_line, save_yaml, setting
 from lora_ppo.streams import run_program
-from lora_ppo.terminal import clean
+from lora_ppo.terminal import clean, program
 from lora_ppo.trainer import Training, writing
 from lora_ppo.training import prepare
 from lora_ppo.watching import bands
@@ -274,16 +274,11 @@ Trains the policy on a task, unattended. In several processes: accelerate launch
 """
 
 
+@program
 def main() -> int:
     """The program. Exit status: 0; 1 if the disk kept not all of it; 2 for bad settings or data; 130 after Ctrl-C."""
     config = from_command_line(TrainConfig, USAGE)
-    try:
-        return train(config)
-    except ConfigError as error:
-        print(f"error: {clean(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return train(config)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ Exit status: 0 if all six pass, 1 if not, 2 if the file can't be used.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from lora_ppo.settings import ConfigError
+from lora_ppo.terminal import program
 
 
+@program
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m exercises", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -29,20 +29,16 @@ def main(arguments: list[str] | None = None) -> int:
         from exercises.walk import walk
 
         return walk()
-    try:
-        if given.what == "toy":
-            from exercises.toy import toy
+    if given.what == "toy":
+        from exercises.toy import toy
 
-            return toy(given.settings)
-        from exercises.harness import check_all
-        from exercises.screen import as_json, show
+        return toy(given.settings)
+    from exercises.harness import check_all
+    from exercises.screen import as_json, show
 
-        if not given.json:
-            return show(given.file, check_all(given.file))
-        verdicts = list(check_all(given.file))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not given.json:
+        return show(given.file, check_all(given.file))
+    verdicts = list(check_all(given.file))
     print(as_json(verdicts))
     return 0 if all(v.passed for v in verdicts) else 1
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -36,6 +37,22 @@ def clean(text: str) -> str:
     """Untrusted text as a terminal may show it: no control, escape or bidirectional-override characters."""
     keep = (c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in BIDI_CONTROLS))
     return "".join(keep)
+
+
+def program(main: Callable[..., int]) -> Callable[..., int]:
+    """A program's `main` that tells in one line what can't be used (exit status 2), and ends with 130 after Ctrl-C."""
+
+    @functools.wraps(main)
+    def told(*arguments: Any, **options: Any) -> int:
+        try:
+            return main(*arguments, **options)
+        except ConfigError as error:
+            print(f"error: {clean(str(error))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+
+    return told
 
 
 def as_typed(line: str) -> str:

@@ -14,6 +14,7 @@ from tools import train_reward_model
 from tools.bench import maths as bench_maths
 from tools.bench import voice as bench_voice
 
+SPLITS = ("train", "test")
 PROGRAMS = {"train.py": train, "evaluate.py": evaluate, "train_reward_model.py": train_reward_model}
 
 
@@ -34,11 +35,17 @@ def bench(llama, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(bench_maths, "call", call)
     monkeypatch.chdir(tmp_path)
+    small = tmp_path / "data"  # of each topic a few
+    small.mkdir()
+    for split, every in (("train", 6), ("test", 4)):
+        lines = (bench_voice.DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (small / f"{split}.jsonl").write_text("".join(lines[::every]), encoding="utf-8")
+    monkeypatch.setattr(bench_voice, "DATA", small)
 
     def bench(*arguments, **changes):
         tiny = {"model_name": llama, "dtype": "float32", "samples_per_epoch": 8, "batch_size": 4, "device": "cpu"}
         tiny |= {"mini_batch_size": 4, "max_new_tokens": 4, "eval_samples": 6, "eval_every": 1} | changes
-        words = ["--folder", str(tmp_path / "runs"), "--seeds", "0", "--samples", "12", *arguments]
+        words = ["--folder", str(tmp_path / "runs"), "--seeds", "0", "--samples", "10", *arguments]
         words += ["--set", *(f"{name}={value}" for name, value in tiny.items())]
         words += ["--reward-set", f"model_name={llama}", "num_epochs=1", "device=cpu", "dtype=float32", "lora_r=1"]
         monkeypatch.setattr(sys, "argv", ["voice.py", *words])
@@ -68,9 +75,10 @@ def test_every_arm_is_run_once_and_the_table_tells_what_is_there_and_what_is_not
     sizes = [int(found[PLACE["parameters"]].replace(",", "")) for found in (one, random, four)]
     assert sizes[2] == 4 * sizes[0] == 4 * sizes[1]
     assert "rank 1 on o, v, up, down less rank 4" in output
-    assert "of 60 held-out pairs (computers" in output
+    assert "of 15 held-out pairs (computers" in output
     assert "demands on rank 1, seed 0: +0.0 points in the voice, at least +40: NO" in output
-    assert "missing" not in output.replace("what is missing", "")
+    assert "missing: " not in output
+    the_figures_are_those_of_the_answers(tmp_path / "runs/rank1_0")
     assert bench("--arms", "rank1")[2] == []
     (tmp_path / "runs/rank1_0/evaluation.json").unlink()
     status, output, calls = bench("--table")
@@ -83,11 +91,9 @@ def test_every_arm_is_run_once_and_the_table_tells_what_is_there_and_what_is_not
     assert log[-1].endswith("rank1_0: finished")
 
 
-def test_the_figures_are_those_of_the_answers(bench, tmp_path):
+def the_figures_are_those_of_the_answers(folder):
     """Facts and different pairs of words, of base and adapter, from what they said."""
-    assert bench("--arms", "rank1")[0] == 0
-    found = bench_voice.figures(tmp_path / "runs/rank1_0")
-    record = json.loads((tmp_path / "runs/rank1_0/evaluation.json").read_text())
+    found, record = bench_voice.figures(folder), json.loads((folder / "evaluation.json").read_text())
     base, adapter = record["models"]
     assert [sum(pair[i] for pair in found["kept"]) for i in (0, 1)] == [adapter["facts_stated"], base["facts_stated"]]
     assert [sum(pair[i] for pair in found["right"]) for i in (0, 1)] == [adapter["correct"], base["correct"]]
@@ -95,32 +101,26 @@ def test_the_figures_are_those_of_the_answers(bench, tmp_path):
     assert found["distinct"] == [distinct(texts, 2) for texts in said]
 
 
-def test_a_run_that_fails_is_told_of_and_the_others_are_run(bench, tmp_path):
+def test_a_run_that_fails_is_told_of_and_one_that_stop_if_ended_is_measured_where_it_ended(bench, tmp_path):
     (tmp_path / "runs/rank4_0").mkdir(parents=True)
     (tmp_path / "runs/rank4_0/train.log").write_text('{"step": 0}\n')  # and no checkpoint to go on from
-    status, output, _ = bench("--arms", "rank4", "rank1")
+    status, output, _ = bench("--arms", "rank4", "rank1", stop_if="distinct_2>0.01")
     assert status == 1
     assert "rank4_0: failed: " in output
-    assert len(cells(output, "rank 1 on o")) == 1
+    assert cells(output, "rank 1 on o")[0][PLACE["steps"]] == "1"
 
 
 def test_settings_are_chosen_on_training_topics(bench, tmp_path):
     status, output, _ = bench("--validation", "--arms", "rank1", "--name", "faster", learning_rate=0.1)
     assert status == 0, output
-    rows = {
-        split: [json.loads(line) for line in (tmp_path / "runs/data" / f"{split}.jsonl").open()]
-        for split in ("train", "test")
-    }
-    assert [len(rows[split]) for split in ("train", "test")] == [240, 60]
-    held_out = {json.loads(line)["prompt"] for line in (bench_voice.DATA / "test.jsonl").open()}
-    assert held_out.isdisjoint(row["prompt"] for split in rows.values() for row in split)
-    assert cells(output, "faster")[0][PLACE["steps"]] == "2"
+    paths = [folder / f"{split}.jsonl" for folder in (tmp_path / "runs/data", tmp_path / "data") for split in SPLITS]
+    train_rows, test_rows, all_rows, held_out = (
+        [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()] for path in paths
+    )
+    assert (sorted([*train_rows, *test_rows]), len(test_rows)) == (sorted(all_rows), 10)
+    assert set(held_out).isdisjoint(all_rows)
     asked = {row["question"] for row in json.loads((tmp_path / "runs/faster_0/evaluation.json").read_text())["answers"]}
-    assert asked <= {row["prompt"] for row in rows["test"]}
-    assert "of 60 held-out pairs (cities and countries" in output
-
-
-def test_a_run_that_stop_if_ended_is_measured_where_it_ended(bench):
-    status, output, _ = bench("--arms", "rank1", stop_if="distinct_2>0.01")
-    assert status == 0, output
-    assert cells(output, "rank 1 on o")[0][PLACE["steps"]] == "1"
+    assert asked == set(test_rows)
+    assert cells(output, "faster")[0][PLACE["steps"]] == "2"
+    assert "missing: " not in output
+    assert "of 10 held-out pairs (cities and countries" in output

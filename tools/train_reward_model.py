@@ -26,7 +26,8 @@ from lora_ppo.rewards import REWARD_FILE, RewardModel, pad_id, reply_ids
 from lora_ppo.settings import BUNDLED_MODEL, ConfigError, Settings, from_command_line, setting
 from lora_ppo.statistics import wilson_interval
 from lora_ppo.stored import fingerprint
-from lora_ppo.terminal import clean
+from lora_ppo.streams import run_program
+from lora_ppo.terminal import program
 from tasks.pairs import Pair, apart, read_pairs
 
 BINS = 10  # of the margins' histogram
@@ -221,22 +222,17 @@ def show(found: dict[str, Any]) -> None:
         print(f"  {low:+7.2f} to {high:+7.2f} {'#' * round(40 * count / max(counts))} {count}")
 
 
+@program
 def main() -> int:
     """The program. Exit status: 0; 2 for a setting or data that can't be used; 130 after Ctrl-C."""
     config = from_command_line(RewardSettings, USAGE)
     try:
         show(train(config))
-    except ConfigError as error:
-        print(f"error: {clean(str(error))}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"error: output_dir={config.output_dir}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        raise ConfigError(f"output_dir={config.output_dir}: {error.strerror or error}") from None
     print(f"wrote {config.output_dir}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

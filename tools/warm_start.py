@@ -26,7 +26,7 @@ from lora_ppo.loading import load_policy  # noqa: E402
 from lora_ppo.policy import Policy  # noqa: E402
 from lora_ppo.settings import ConfigError, from_command_line, setting  # noqa: E402
 from lora_ppo.streams import run_program  # noqa: E402
-from lora_ppo.terminal import clean  # noqa: E402
+from lora_ppo.terminal import clean, program  # noqa: E402
 from tasks.os_interaction import ready, split  # noqa: E402
 from tasks.os_interaction.episode import ShellEpisode  # noqa: E402
 from train import TrainConfig  # noqa: E402
@@ -118,17 +118,12 @@ Fine-tunes adapters on the ground truths of shell tasks, for training to go on f
 """
 
 
+@program
 def main() -> int:
     """The program. Exit status: 0; 2 for bad settings or data; 130 after Ctrl-C."""
     config = from_command_line(WarmConfig, USAGE)
-    try:
-        warm_start(config, lambda text: print(clean(text), file=sys.stderr, flush=True))
-        return 0
-    except ConfigError as error:
-        print(f"error: {clean(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    warm_start(config, lambda text: print(clean(text), file=sys.stderr, flush=True))
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ episodes with record_dir=DIR.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_ppo.settings import ConfigError
-from lora_ppo.terminal import clean
+from lora_ppo.streams import run_program
+from lora_ppo.terminal import clean, program
 from tasks.os_interaction.entries import OWN, read_entries
 from tasks.os_interaction.episode import Rules, ShellEpisode, action, write_recording
 from tasks.os_interaction.probe import KINDS, sandbox_maker
@@ -86,6 +86,7 @@ def play(words: argparse.Namespace) -> None:
         write_recording(Path(words.record), episode)
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.os_interaction", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["play"])
@@ -99,15 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image", default="", help="with --sandbox docker")
     parser.add_argument("--i-understand", action="store_true", help="with --sandbox none")
     words = parser.parse_args(arguments)
-    try:
-        replay(words.replay) if words.replay else play(words)
-        return 0
-    except ConfigError as error:
-        print(f"error: {clean(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    replay(words.replay) if words.replay else play(words)
+    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

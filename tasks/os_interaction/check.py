@@ -12,13 +12,15 @@ import sys
 from collections.abc import Sequence
 
 from lora_ppo.settings import ConfigError
-from lora_ppo.terminal import clean
+from lora_ppo.streams import run_program
+from lora_ppo.terminal import clean, program
 from tasks.os_interaction.entries import read_entries
 from tasks.os_interaction.probe import KINDS, sandbox_maker
 from tasks.os_interaction.sandbox import SandboxFailed
 from tasks.os_interaction.support import left_out
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.os_interaction.check", description=__doc__.split("\n")[0])
     parser.add_argument("entries", help="folder or file of entries")
@@ -32,9 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make = sandbox_maker(words.sandbox, words.image, words.i_understand, say=lambda text: print(text, flush=True))
         with told(len(entries)) as done:
             reasons = left_out(entries, make, words.sandbox + words.image, done, words.again)
-    except (ConfigError, SandboxFailed) as error:
-        print(f"error: {clean(str(error))}", file=sys.stderr)
-        return 2
+    except SandboxFailed as error:
+        raise ConfigError(str(error)) from None
     for name, why in reasons.items():
         print(f"left out: {clean(f'{name}: {why}')}")
     wrong = sum(why.startswith("the untouched start") for why in reasons.values())
@@ -53,4 +54,4 @@ def told(count: int):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

@@ -18,7 +18,7 @@ from typing import Any
 
 from lora_ppo.settings import ConfigError, Settings, parse, setting
 from lora_ppo.streams import run_program
-from lora_ppo.terminal import clean
+from lora_ppo.terminal import program
 from tasks.os_interaction import TaskSettings, ready, split
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.episode import ShellEpisode
@@ -168,22 +168,17 @@ def openenv_application(entries: Sequence[Entry], make: Callable, rules: Any, mo
     return create_fastapi_app(OpenShell, ShellAction, ShellObservation, max_concurrent_envs=most_sessions)
 
 
+@program
 def main() -> int:
     """The OpenEnv server. Exit status: 0; 2 for bad settings or no sandbox; 130 after Ctrl-C."""
-    try:
-        config = parse(OpenEnvConfig, sys.argv[1:])
-        entries, make, rules = ready(config)
-        app = openenv_application(entries, make, rules, config.most_sessions)
-        import uvicorn
+    config = parse(OpenEnvConfig, sys.argv[1:])
+    entries, make, rules = ready(config)
+    app = openenv_application(entries, make, rules, config.most_sessions)
+    import uvicorn
 
-        print(f"OpenEnv at http://127.0.0.1:{config.port}: {len(entries)} entries", file=sys.stderr, flush=True)
-        uvicorn.run(app, host="127.0.0.1", port=config.port, log_level="warning")
-        return 0
-    except ConfigError as error:
-        print(f"error: {clean(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    print(f"OpenEnv at http://127.0.0.1:{config.port}: {len(entries)} entries", file=sys.stderr, flush=True)
+    uvicorn.run(app, host="127.0.0.1", port=config.port, log_level="warning")
+    return 0
 
 
 if __name__ == "__main__":

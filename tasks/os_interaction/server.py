@@ -25,7 +25,7 @@ from typing import Any
 
 from lora_ppo.settings import ConfigError, Settings, help_text, parse, read_yaml, setting, split_arguments
 from lora_ppo.streams import run_program
-from lora_ppo.terminal import clean
+from lora_ppo.terminal import program
 from tasks.os_interaction import TaskSettings, ready
 from tasks.os_interaction.client import token_file
 from tasks.os_interaction.episode import ShellEpisode
@@ -264,18 +264,13 @@ def settings_from(arguments: Sequence[str]) -> ServerConfig:
     return parse(ServerConfig, words + [f"{name}={value}" for name, value in pairs])
 
 
+@program
 def main() -> int:
     """The program. Exit status: 0; 2 for bad settings or no sandbox; 130 after Ctrl-C."""
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print(help_text(ServerConfig, USAGE))
         return 0
-    try:
-        return serve(settings_from(sys.argv[1:]))
-    except ConfigError as error:
-        print(f"error: {clean(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return serve(settings_from(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from lora_ppo.ppo import exact_kl  # noqa: E402
 from lora_ppo.settings import ConfigError  # noqa: E402
 from lora_ppo.statistics import newcombe_interval, wilson_interval  # noqa: E402
 from lora_ppo.step import StepSkipped, ppo_step  # noqa: E402
-from lora_ppo.terminal import clean  # noqa: E402
+from lora_ppo.terminal import program  # noqa: E402
 from lora_ppo.training import chunks  # noqa: E402
 from tasks.quiz import QUIZZES_PER_PASS, QuizTask, Sample  # noqa: E402
 from tools.bench.half_known import RuleTask  # noqa: E402
@@ -96,9 +96,13 @@ class Trl:
     def answer(self, prompt: list[int]) -> list[int]:
         import torch
 
+        return self.sample(torch.tensor(prompt, device=self.policy.device))[0].tolist()
+
+    def sample(self, prompts: Any, **options: Any) -> Any:
+        """What TRL's generate writes to a prompt, or to several, sampled as the settings have it."""
         config = self.policy.config
-        reply = self.trainer.generate(
-            torch.tensor(prompt, device=self.policy.device),
+        return self.trainer.generate(
+            prompts,
             return_prompt=False,
             do_sample=True,
             temperature=config.temperature,
@@ -107,8 +111,8 @@ class Trl:
             max_new_tokens=config.max_new_tokens,
             eos_token_id=self.policy.stop_ids,
             pad_token_id=self.policy.pad_id,
+            **options,
         )
-        return reply[0].tolist()
 
     def step(self, prompt: list[int], response: list[int], reward: float) -> None:
         import torch
@@ -440,11 +444,8 @@ def versions() -> dict[str, str]:
     import transformers
 
     names = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
-    return names | {
-        "machine": platform.machine(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-    }
+    cores, threads = str(os.cpu_count()), str(torch.get_num_threads())
+    return names | {"machine": platform.machine(), "cores": cores, "threads": threads}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -474,16 +475,13 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+@program
 def main() -> int:
     """The program. Exit status: 0, or 2 for what can't be used."""
     arguments = parse_arguments()
-    try:
-        if arguments.trl and not arguments.control:
-            find_trl(arguments.trl)
-        runs = experiment(arguments, lambda text: print(text, flush=True))
-    except ConfigError as error:
-        print(f"error: {clean(str(error))}", file=sys.stderr)
-        return 2
+    if arguments.trl and not arguments.control:
+        find_trl(arguments.trl)
+    runs = experiment(arguments, lambda text: print(text, flush=True))
     summaries = {arm: summary(runs[arm]) for arm in runs}
     show(summaries, arguments.seeds)
     record = {"arguments": vars(arguments), "versions": versions(), "summary": summaries, "runs": runs}

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from evaluate import percent, points  # noqa: E402
 from lora_ppo.evaluation import paired, write_json  # noqa: E402
 from lora_ppo.settings import ConfigError, parse  # noqa: E402
+from lora_ppo.terminal import program  # noqa: E402
 from tasks.arithmetic import held_out, sums  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -324,6 +325,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@program
 def main() -> int:
     """The program. Exit status: 0, or 2 for what can't be used or a run that failed."""
     if sys.argv[1:2] == ["--trl-run"]:
@@ -331,16 +333,12 @@ def main() -> int:
         return 0
     arguments = parse_arguments()
     root = Path(arguments.folder or ROOT / "runs" / ("maths_validation" if arguments.validation else "maths"))
-    try:
-        if not arguments.table:
-            extra = [f"problems={validation_problems(root)}"] if arguments.validation else []
-            for seed in arguments.seeds:
-                for arm in arguments.arms:
-                    run(arm, seed, root, [*extra, *arguments.set], arguments.samples)
-        print("\n".join(table(root, arguments.seeds)))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not arguments.table:
+        extra = [f"problems={validation_problems(root)}"] if arguments.validation else []
+        for seed in arguments.seeds:
+            for arm in arguments.arms:
+                run(arm, seed, root, [*extra, *arguments.set], arguments.samples)
+    print("\n".join(table(root, arguments.seeds)))
     return 0
 
 

@@ -27,8 +27,9 @@ from lora_ppo.loading import load_policy  # noqa: E402
 from lora_ppo.policy import Policy  # noqa: E402
 from lora_ppo.quiz import flaw, quiz_text  # noqa: E402
 from lora_ppo.quizmaster import answer_logprobs, first_requests, make_quiz, survives  # noqa: E402
-from lora_ppo.settings import ConfigError, parse  # noqa: E402
+from lora_ppo.settings import parse  # noqa: E402
 from lora_ppo.statistics import wilson_interval  # noqa: E402
+from lora_ppo.terminal import program  # noqa: E402
 from tasks.facts import Fact  # noqa: E402
 from tasks.questions import split_samples  # noqa: E402
 from tasks.quiz_gate import ensure_gate, says, sound  # noqa: E402
@@ -69,6 +70,7 @@ def share(rows: Sequence[Any]) -> str:
     return f"{text}{sum(rows)} of {len(rows)}"
 
 
+@program
 def main() -> int:
     words = sys.argv[1:]
     if "-h" in words or "--help" in words:
@@ -76,13 +78,9 @@ def main() -> int:
         return 0
     own = dict(word.split("=", 1) for word in words if word.startswith(("questions=", "out=")))
     out = Path(own.get("out", "runs/bench_quiz.jsonl"))
-    try:
-        config = parse(Config, [word for word in words if not word.startswith(("questions=", "out="))])
-        policy, _ = load_policy(config)
-        ensure_gate(policy, print)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = parse(Config, [word for word in words if not word.startswith(("questions=", "out="))])
+    policy, _ = load_policy(config)
+    ensure_gate(policy, print)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     asked = split_samples("test")[: int(own.get("questions", "200"))]

@@ -34,6 +34,7 @@ from evaluate import percent, points  # noqa: E402
 from lora_ppo.evaluation import paired  # noqa: E402
 from lora_ppo.journal import LineFile, now  # noqa: E402
 from lora_ppo.settings import ConfigError, parse  # noqa: E402
+from lora_ppo.terminal import program  # noqa: E402
 from lora_ppo.watching import distinct  # noqa: E402
 from tasks.voice import DATA, load_topics  # noqa: E402
 from tasks.voice_rules import keeps  # noqa: E402
@@ -371,24 +372,20 @@ def run_all(arguments: argparse.Namespace, root: Path) -> list[str]:
     return failed
 
 
+@program
 def main() -> int:
     """The program. Exit status: 0; 1 if a run failed; 2 for what can't be used; 130 after Ctrl-C."""
     arguments = parse_arguments()
     folder = "runs/voice_validation" if arguments.validation else "runs/voice"
     root = Path(arguments.folder or ROOT / folder).resolve()
-    try:
-        if arguments.check:
-            print("\n".join(check(root, arguments.seeds[0])))
-            return 0
-        failed = [] if arguments.table else run_all(arguments, root)
-        others = {path.parent.name.rpartition("_")[0] for path in root.glob("*_*/train.log")} - set(ARMS)
-        print("\n".join(table(root, [*arguments.arms, *sorted(others)], arguments.seeds)))
-        return int(bool(failed))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if arguments.check:
+        print("\n".join(check(root, arguments.seeds[0])))
+        return 0
+    failed = [] if arguments.table else run_all(arguments, root)
+    others = {path.parent.name.rpartition("_")[0] for path in root.glob("*_*/train.log")} - set(ARMS)
+    arms = [] if arguments.name else arguments.arms
+    print("\n".join(table(root, [*arms, *sorted(others)], arguments.seeds)))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lora_ppo.settings import ConfigError, parse  # noqa: E402
+from lora_ppo.terminal import program  # noqa: E402
 from tasks.voice import DATA  # noqa: E402
 from tools.bench import maths  # noqa: E402
 from tools.bench.voice import settings_of  # noqa: E402
@@ -103,26 +104,15 @@ def trl_steps(config: TrainConfig, trl: str) -> int:
     policy, config = load_policy(config)
     reward = load_classifier(config.reward_model, policy.device)
     sizes = {"batch_size": config.batch_size, "mini_batch_size": config.mini_batch_size}
-    trainer = Trl(policy, config.seed, trl_settings(config) | sizes).trainer
+    trainer = Trl(policy, config.seed, trl_settings(config) | sizes)
     samples = course_of(config)
     for some in (samples[: config.batch_size], samples[config.batch_size :]):
         asked = [policy.prompts.tutor.messages(sample.prompt) for sample in some]
         prompts = [torch.tensor(encode_chat(policy.tokenizer, messages)) for messages in asked]
-        said = trainer.generate(
-            prompts,
-            batch_size=config.batch_size,
-            return_prompt=False,
-            do_sample=True,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=0,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=policy.stop_ids,
-            pad_token_id=policy.pad_id,
-        )
+        said = trainer.sample(prompts, batch_size=config.batch_size)
         texts = [policy.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
         chats = [([{"role": "user", "content": sample.prompt}], text) for sample, text in zip(some, texts, strict=True)]
-        trainer.step(prompts, said, [torch.tensor(score) for score in reward.score(chats)])
+        trainer.trainer.step(prompts, said, [torch.tensor(score) for score in reward.score(chats)])
     return 0
 
 
@@ -157,6 +147,7 @@ def merge(root: Path, words: Sequence[str]) -> int:
     return 0
 
 
+@program
 def main() -> int:
     """The program. Exit status: 0, or 2 for what can't be used or a run that failed."""
     if sys.argv[1:2] == ["--child"]:
@@ -172,15 +163,11 @@ def main() -> int:
     arguments = parser.parse_args()
     root = Path(arguments.folder or ROOT / "runs/voice").resolve()
     kinds = [kind for kind in arguments.kinds if kind != "trl" or arguments.trl]
-    try:
-        if not (root / "reward" / "evaluation.json").exists():
-            raise ConfigError(f"{root / 'reward'} holds no reward adapter: train it with tools/bench/voice.py")
-        print("\n".join(measure(root, kinds, arguments.repeats, arguments.trl, arguments.set)))
-        if len(kinds) < len(arguments.kinds):
-            print("missing: TRL; no --trl DIR was given")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not (root / "reward" / "evaluation.json").exists():
+        raise ConfigError(f"{root / 'reward'} holds no reward adapter: train it with tools/bench/voice.py")
+    print("\n".join(measure(root, kinds, arguments.repeats, arguments.trl, arguments.set)))
+    if len(kinds) < len(arguments.kinds):
+        print("missing: TRL; no --trl DIR was given")
     return 0
 
 
