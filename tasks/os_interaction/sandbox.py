@@ -50,7 +50,7 @@ echo 0 >/proc/sys/user/max_user_namespaces
 mount -t tmpfs -o "size=$1,nr_inodes=$2,mode=755,nosuid,nodev" sandbox {STORE}
 cd {STORE}; mkdir root upper work shm sealed upper/bin upper/sbin upper/local upper/share
 cd upper/local; mkdir bin sbin lib share etc include src games man; cd {STORE}
-chmod 1777 shm; mkdir -p root; tar -x -p --numeric-owner -C root
+chmod 1777 shm; tar -x -p --numeric-owner -C root
 for options in ,userxattr ''; do
   mount -t overlay -o "lowerdir=/usr,upperdir={STORE}/upper,workdir={STORE}/work$options" usr root/usr && break
 done
@@ -341,7 +341,7 @@ def wait_for_end(pid: int) -> None:
 
 def missing_tools() -> list[str]:
     """The programs that the sandbox needs and this machine lacks."""
-    tools = ["bwrap", "unshare", "nsenter", "setpriv", "prlimit"] + ([] if os.geteuid() == 0 else ["newuidmap"])
+    tools = ["bwrap", "unshare", "nsenter", "prlimit"] + ([] if os.geteuid() == 0 else ["newuidmap"])
     return [name for name in tools if not shutil.which(name)]
 
 
