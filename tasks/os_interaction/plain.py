@@ -7,9 +7,10 @@ import tempfile
 import uuid
 
 from tasks.os_interaction.limits import Limits
-from tasks.os_interaction.sandbox import Ran, SandboxFailed, collect, memory_file
+from tasks.os_interaction.sandbox import Ran, SandboxFailed, collect, failing_with_the_host, memory_file
 
 
+@failing_with_the_host()
 def run_command(command: list[str], seconds: float, most: int, stdin: bytes) -> Ran:
     """Runs a program, with `stdin` or nothing to read."""
     number = memory_file(stdin) if stdin else os.open(os.devnull, os.O_RDONLY)
@@ -23,6 +24,7 @@ class Docker:
     """A container without a network. Here the check runs in it as it is: its programs are the image's, or what the
     episode made of them. Raises SandboxFailed where it doesn't start."""
 
+    @failing_with_the_host()
     def __init__(self, image: str, limits: Limits):
         self.name = f"lora_ppo_{os.getpid()}_{uuid.uuid4().hex[:12]}"
         # What runs first ends when this program's end closes its input, and the container with it.
@@ -63,6 +65,7 @@ class Docker:
 class Nothing:
     """No sandbox: commands run as the user, in a temporary folder that goes when the episode does."""
 
+    @failing_with_the_host()
     def __init__(self):
         self.folder = tempfile.mkdtemp(prefix="lora_ppo_")
 

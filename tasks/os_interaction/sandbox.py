@@ -75,6 +75,15 @@ class Ran:
     left_out: int = 0  # characters of output beyond the limit
 
 
+@contextlib.contextmanager
+def failing_with_the_host() -> Iterator[None]:
+    """In here what the host refuses, a process or a descriptor more, is SandboxFailed: no command has caused it."""
+    try:
+        yield
+    except OSError as error:
+        raise SandboxFailed(f"the host refuses: {error}") from None
+
+
 class Sandbox(Protocol):
     """A system of its own. Commands run as root inside; files stay from one to the next, and nothing else does."""
 
@@ -100,11 +109,9 @@ class Namespaces:
         self.sealed = False
         parents = cgroup_parents()
         try:
-            self.cgroup = Cgroup(parents, self.limits) if parents else None
-            self.make()
-        except OSError as error:
-            self.close()
-            raise SandboxFailed(f"the sandbox can't be made: {error}") from None
+            with failing_with_the_host():
+                self.cgroup = Cgroup(parents, self.limits) if parents else None
+                self.make()
         except SandboxFailed:
             self.close()
             raise
@@ -139,6 +146,7 @@ class Namespaces:
         binaries = [x for name in ("bin", "sbin") for x in ("--bind", f"{STORE}/root/usr/{name}", f"/{name}")]
         return self.start([*usr, *binaries], PATH, script, seconds, most, stdin)
 
+    @failing_with_the_host()
     def check(self, script: str, seconds: float = 20) -> Ran:
         if not self.sealed:
             for options in (",userxattr", ""):
@@ -153,6 +161,7 @@ class Namespaces:
         binaries = [x for name in ("bin", "sbin") for x in ("--ro-bind", f"{STORE}/sealed/{name}", f"/{name}")]
         return self.start([*usr, *binaries], CHECKS_PATH, script, seconds, 4000, b"")
 
+    @failing_with_the_host()
     def start(self, usr: list[str], path: str, script: str, seconds: float, most: int, stdin: bytes) -> Ran:
         """Runs bash in a bubblewrap of its own, whose /usr, /bin and /sbin are given. Raises SandboxFailed."""
         if not self.descriptors:
