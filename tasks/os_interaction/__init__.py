@@ -60,9 +60,6 @@ RANGES = {"max_rounds": (1, 100), "command_seconds": (0.1, 3600), "output_length
 
 def prepare(config: Any) -> Callable[[Policy], Task]:
     """Reads the entries and tries the sandbox, or the server, before any model is loaded. Raises ConfigError."""
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(config, name) <= high:
-            raise ConfigError(f"{name}={getattr(config, name):g} is out of range: expected {low:g} to {high:g}")
     if config.server:
         from tasks.os_interaction.client import Server
 
@@ -85,6 +82,9 @@ def ready(config: Any, say: Callable[[str], None] | None = None) -> tuple[list[E
 
 def rules_of(config: Any) -> Rules:
     """The rules that the settings make. Raises ConfigError."""
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(config, name) <= high:
+            raise ConfigError(f"{name}={getattr(config, name):g} is out of range: expected {low:g} to {high:g}")
     if config.judge not in ("stands", "finished"):
         raise ConfigError(f"judge={config.judge} is unknown: expected one of stands, finished")
     opening = read_opening(Path(config.opening).expanduser()) if config.opening else ()

@@ -37,6 +37,10 @@ class Unreachable(RuntimeError):
     """The server is gone, or does not know the episode any more."""
 
 
+class Refused(Unreachable):
+    """The server answers, and not what was asked for: to ask again would not help."""
+
+
 class Server:
     """A connection to the server at a URL. Raises ConfigError where none answers, or the token is missing."""
 
@@ -82,7 +86,7 @@ class Server:
                 detail = answer.json()["detail"]
             except (ValueError, KeyError, TypeError):
                 detail = answer.text[:200]
-            raise Unreachable(f"the server says {answer.status_code}: {detail}")
+            raise Refused(f"the server says {answer.status_code}: {detail}")
         return answer.json()
 
     def samples(self) -> list[RemoteEntry]:
@@ -121,9 +125,10 @@ class RemoteEpisode:
                 begun = self.server.ask("POST", "/api/reset", {"name": self.entry.name})
             except OverflowError:
                 time.sleep(WAIT)
-            except Unreachable as error:
-                if self.server.alive():  # it answers, and not what it should: waiting would not help
-                    raise ConfigError(f"server={self.server.url}: {clean(str(error))}") from None
+            except Refused as error:
+                raise ConfigError(f"server={self.server.url}: {clean(str(error))}") from None
+            except Unreachable:
+                time.sleep(WAIT)
                 self.server.wait()
             else:
                 self.session = begun["session"]

@@ -31,8 +31,9 @@ class Docker:
         # container's process 1 it outlives `kill -9 -1`.
         command = (
             f"docker run --rm --entrypoint bash --interactive --name {self.name} --network none "
-            f"--memory {limits.memory_mb}m --memory-swap {limits.memory_mb}m --pids-limit {limits.processes} --cpus {limits.cpus} "
-            "--security-opt no-new-privileges --cap-drop NET_RAW --cap-drop MKNOD --hostname sandbox"
+            f"--memory {limits.memory_mb}m --memory-swap {limits.memory_mb}m --pids-limit {limits.processes} "
+            f"--cpus {limits.cpus} --security-opt no-new-privileges --cap-drop NET_RAW --cap-drop MKNOD "
+            "--hostname sandbox"
         ).split()
         self.process = subprocess.Popen(
             [*command, image, "-c", "echo ready; while read -r _; do :; done"],
