@@ -26,6 +26,7 @@ from tasks.os_interaction.entries import OWN, Entry, read_entries
 from tasks.os_interaction.episode import Rules, ShellEpisode
 from tasks.os_interaction.limits import Limits
 from tasks.os_interaction.probe import sandbox_maker
+from tasks.os_interaction.sandbox import SandboxFailed
 from tasks.os_interaction.support import left_out
 
 AT_ONCE = 16  # episodes whose commands run at the same time
@@ -110,7 +111,10 @@ def read_opening(path: Path) -> tuple[Message, ...]:
 
 def supported(entries: Sequence[Entry], make: Callable, kind: str, say: Callable[[str], None]) -> list[Entry]:
     """The entries that hold in this sandbox; the others are named. Raises ConfigError where none is left."""
-    reasons = left_out(entries, make, kind)
+    try:
+        reasons = left_out(entries, make, kind)
+    except SandboxFailed as failed:
+        raise ConfigError(f"sandbox={kind} does not work here: {failed}") from None
     say(f"{len(entries) - len(reasons)} of {len(entries)} entries are supported")
     for name, why in list(reasons.items())[:10]:
         say(f"left out: {name}: {why}")

@@ -1,6 +1,5 @@
 """Plays episodes on a server (server.py). One that dies costs the episodes in flight, which are unknown then."""
 
-import contextlib
 import sys
 import threading
 import time
@@ -100,7 +99,7 @@ class Server:
     def wait(self) -> None:
         """Waits until the server answers, and says so."""
         with self.lock:  # one waits for all
-            if self.alive():
+            if self.alive() and self.token_path.is_file():
                 return
             print(f"server={self.url} is gone: waiting until it is back", file=sys.stderr, flush=True)
             while not self.alive() or not self.token_path.is_file():
@@ -149,7 +148,3 @@ class RemoteEpisode:
                 self.lost = str(error)
         details = {"reason": "unknown", "rounds": 0, "skills": list(self.entry.skills)}
         return Outcome("unknown", 0.0, self.lost, details | ({"level": self.entry.level} if self.entry.level else {}))
-
-    def close(self) -> None:
-        with contextlib.suppress(Unreachable):
-            self.server.ask("POST", "/api/close", {"session": self.session})
