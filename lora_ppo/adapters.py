@@ -264,13 +264,13 @@ def merged_card(config: Settings, prompts: Prompts, folder: Path, state: dict[st
     )
 
 
-def check_empty(folder: Path) -> None:
-    """Raises ConfigError unless `folder` is empty or can be made."""
+def check_empty(folder: Path, setting: str = "merged_model_path") -> None:
+    """Raises ConfigError, naming the setting, unless `folder` is empty or can be made."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"merged_model_path={folder} is a file: name a new folder")
+        raise ConfigError(f"{setting}={folder} is a file: name a new folder")
     entries = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if entries:
-        raise ConfigError(
-            f"merged_model_path={folder} is not empty ({len(entries)} entries, such as {entries[0]}): name a new "
-            "folder; to evaluate a model that is there, use mode=evaluate and use_merged_model=true"
-        )
+        found = f"{setting}={folder} is not empty ({len(entries)} entries, such as {entries[0]}): name a new folder"
+        if setting == "merged_model_path":
+            found += "; to evaluate a model that is there, use mode=evaluate and use_merged_model=true"
+        raise ConfigError(found)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 LOOKS_AHEAD = 0.1  # of the largest logit; what rounding makes of the company that a token is read in is far less
 INSTEAD = "get the model again, or name another"
-QUIZ_ROLES = ("tutor", "quizmaster", "solver", "learner")
+# The roles that a task asks. Any other task asks the one of its name, if there is one.
+ASKED = {"quiz": ("tutor", "quizmaster", "solver", "learner"), "voice": ("tutor",)}
 SAMPLE = quiz_json("What is 2 + 2?", "4", ["3", "5", "22"])
 
 
@@ -72,8 +73,7 @@ def check_policy(policy: Policy) -> None:
     quizzes = task == "quiz"
     prompts = attempt(name, "encode a prompt", lambda: encoded_prompts(policy))
     for role, ids in prompts.items():
-        asked = role == task or (quizzes and role in QUIZ_ROLES)
-        if asked and len(ids) + policy.config.max_new_tokens > policy.context:
+        if role in ASKED.get(task, (task,)) and len(ids) + policy.config.max_new_tokens > policy.context:
             raise ConfigError(
                 f"max_new_tokens={policy.config.max_new_tokens} leaves no room in a context of {policy.context} "
                 f"tokens: the {role}'s prompt takes {len(ids)}; lower it, or set prompts=FILE with shorter ones"

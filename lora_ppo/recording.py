@@ -114,7 +114,7 @@ class Recorder:
         def own() -> tuple[Tensor, Tensor]:
             return read(self.policy, ids, positions, mask, last, on, cache)
 
-        case = self.case(rows, on, cache) if single and self.able else None
+        case = self.case(rows, cache) if single and self.able else None
         if case is None:
             return own()
         length = real.shape[1]
@@ -137,7 +137,7 @@ class Recorder:
         place(cache, after, length)
         return logits, hidden
 
-    def case(self, rows: int, on: bool | Tensor, cache: DynamicCache) -> tuple[int, int] | None:
+    def case(self, rows: int, cache: DynamicCache) -> tuple[int, int] | None:
         """Which recording to play for such a pass; None where the model itself is to make it."""
         if self.kind == "cpu":
             ready = rows == 1 and self.compiled and self.compiled.library.is_ready(self.policy.notice)

@@ -104,7 +104,7 @@ def by_level(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]
     """Rows of a table: each topic that was trained on, its steps, accuracy and score; then those held out."""
     levels: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        if "level" in line:
+        if "level" in line and None not in (line.get("accuracy"), line.get("score")):  # a skipped step may lack them
             levels.setdefault(line["level"], []).append(line)
     rows = []
     for level, own in levels.items():

@@ -86,11 +86,9 @@ class SharedReward(RewardModel):
         if head.shape != (1, width := policy.head.in_features):
             raise ConfigError(f"reward_model={folder}: its head is {tuple(head.shape)}, expected (1, {width})")
         self.head = torch.nn.Parameter(head, requires_grad=False)
-        from peft.tuners.lora import LoraLayer
-
-        gate = AdapterGate()
-        layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
-        self.forwards = [(layer, gated_forward(layer, ADAPTER, gate)) for layer in layers]
+        self.policy, self.gate = policy, AdapterGate()
+        with self.active():  # raises where the adapter is on more than linear layers
+            pass
 
     def forward(self, ids: "Tensor", real: "Tensor") -> "Tensor":
         import torch
@@ -104,14 +102,15 @@ class SharedReward(RewardModel):
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """In here the adapter "reward" acts, and the policy's does not."""
-        before = [layer.forward for layer, _ in self.forwards]
-        for layer, forward in self.forwards:
+        """In here the adapter "reward" acts, and no other, be it one that was put on later and on other layers."""
+        layers = self.policy.layers
+        before, own = [x.forward for x in layers], [gated_forward(x, ADAPTER, self.gate) for x in layers]
+        for layer, forward in zip(layers, own, strict=True):
             layer.forward = forward
         try:
             yield
         finally:
-            for (layer, _), forward in zip(self.forwards, before, strict=True):
+            for layer, forward in zip(layers, before, strict=True):
                 layer.forward = forward
 
 

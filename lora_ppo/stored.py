@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PIECE, PIECES = 1024, 4096  # bytes of each piece of the weights that a fingerprint reads, and about how many
-FULL = ("F64", "F32", "F16", "BF16")  # how safetensors call numbers that are stored as they are
+FULL = ("F64", "F32", "F16", "BF16")  # how safetensors calls numbers that are stored as they are
 
 
 @dataclass(frozen=True, order=True)
@@ -25,7 +25,7 @@ class Stored:
 
 
 def stored_tensors(files: Sequence[Path]) -> list[Stored]:
-    """The tensors of a model's files, by their names; a file that is none of safetensors is as one tensor."""
+    """The tensors of a model's files, by their names; a file of another kind counts as one tensor."""
     found = []
     for path in files:
         if path.suffix != ".safetensors":

@@ -82,8 +82,8 @@ def bands(stop_if: Sequence[str]) -> list[tuple[str, str, float]]:
         match = re.fullmatch(r"(\w+)\s*([<>])\s*(\d+\.?\d*)", condition.strip())
         if not match or match[1] not in STOPPING:
             raise ConfigError(
-                f"stop_if={condition!r} is no condition: expected such as length>2 or distinct_2<0.8, one of "
-                f"{', '.join(STOPPING)} and how many times its value at the start"
+                f"stop_if={condition!r} is no condition: expected one such as length>2 or distinct_2<0.8, that is "
+                f"{' or '.join(STOPPING)}, < or >, and how many times its value at the start"
             )
         found.append((match[1], match[2], float(match[3])))
     return found

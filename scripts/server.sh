@@ -7,15 +7,15 @@ PORT=${PORT:-8000}
 SERVER=http://127.0.0.1:$PORT
 
 start_server() { # the config's file
+  ! answers || { echo "error: another server uses port $PORT: set PORT" >&2; exit 2; }
   "$PYTHON" -m tasks.os_interaction.server --config "$1" "port=$PORT" &
   SERVER_PID=$!
-  trap 'kill "$SERVER_PID" 2>/dev/null; wait "$SERVER_PID" 2>/dev/null' EXIT
+  trap 'kill "$SERVER_PID" 2>/dev/null || true; wait "$SERVER_PID" 2>/dev/null || true' EXIT
   trap 'exit 130' INT TERM
   until answers; do
     kill -0 "$SERVER_PID" 2>/dev/null || { echo "error: the server did not start" >&2; exit 2; }
     sleep 0.5
   done
-  kill -0 "$SERVER_PID" 2>/dev/null || { echo "error: another server uses port $PORT: set PORT" >&2; exit 2; }
 }
 
 answers() {

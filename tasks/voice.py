@@ -1,8 +1,8 @@
 """A voice: a reward model scores replies, topic by topic. Measured apart from it, by rules (tasks/voice_rules.py).
 
-The reward is the score in units of all scores so far, less their mean, clipped; `correct` is a reply that is in the
-voice by the rules. Prompts come in the order of their topics, so many steps on each, or mixed. Held out are whole
-topics.
+The reward is the score less the mean of all scores so far, in units of their standard deviation, clipped; `correct` is
+a reply that is in the voice by the rules. Prompts come in the order of their topics, so many steps on each, or mixed.
+Held out are whole topics.
 """
 
 from collections import Counter

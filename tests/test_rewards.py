@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.reward import pairs, run_reward, write_lines
 from support.tiny import randomize_adapter, tiny_policy
 
-from lora_ppo.adapters import probe_logits
+from lora_ppo.adapters import attached, probe_logits
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.policy import gradient_dropout
 from lora_ppo.rewards import (
@@ -139,6 +139,27 @@ def test_policy_and_reference_are_what_they_were(llama, reward_folder):
     with gradient_dropout(policy):
         assert reward.score(CHATS) == scores
     assert len(policy.dropouts) == len(policy.layers) * 2 // 7
+
+
+def test_an_adapter_that_is_put_on_later_changes_no_score(llama, reward_folder, tmp_path):
+    """It is on all layers; the policy's own, and the reward adapter, are on two of seven."""
+    few = ["o_proj", "v_proj"]
+    narrow = tmp_path / "narrow"
+    shutil.copytree(reward_folder, narrow)
+    told = json.loads((narrow / "adapter_config.json").read_text())
+    (narrow / "adapter_config.json").write_text(json.dumps(told | {"target_modules": few}))
+    tensors = load_file(narrow / "adapter_model.safetensors")
+    kept = {name: x for name, x in tensors.items() if name == HEAD or any(f".{layer}." in name for layer in few)}
+    save_file(kept, narrow / "adapter_model.safetensors")
+    wide = tiny_policy(llama)
+    randomize_adapter(wide)
+    save_checkpoint(tmp_path / "wide", wide, {}, "A test.")
+    policy = tiny_policy(llama, target_modules=few)
+    reward = load_reward_model(policy, str(narrow))
+    scores = reward.score(CHATS)
+    with attached(policy, tmp_path / "wide", "other"):
+        assert reward.score(CHATS) == scores
+    assert reward.score(CHATS) == scores
 
 
 def test_a_checkpoint_holds_the_policy_alone(llama, reward_folder, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from test_shell_entries import row
 
 from tasks.os_interaction.entries import read_entries
-from tasks.os_interaction.environment import environment_factory, openenv_application, training_rows
+from tasks.os_interaction.environment import OwnPages, environment_factory, openenv_application, training_rows
 from tasks.os_interaction.episode import Rules
 from tasks.os_interaction.sandbox import Namespaces
 
@@ -62,6 +62,47 @@ def test_trls_trainer_plays_it(entries_file, tmp_path, llama, monkeypatch):
     )
     trainer.train()
     assert [one["reward"] for one in trainer.state.log_history if "reward" in one] == [-0.5]
+
+
+@pytest.mark.parametrize(
+    ("headers", "served"),
+    [
+        ({}, True),
+        ({"Host": "localhost:8001"}, True),
+        ({"Origin": "http://127.0.0.1:8001"}, True),
+        ({"Host": "evil.example:8001"}, False),
+        ({"Host": "127.0.0.1.evil.example"}, False),
+        ({"Origin": "http://evil.example"}, False),
+        ({"Origin": "http://127.0.0.1:3000"}, False),
+        ({"Origin": "null"}, False),
+    ],
+)
+def test_no_page_of_another_site_reaches_an_openenv_server(headers, served):
+    fastapi = pytest.importorskip("fastapi")
+    pytest.importorskip("httpx")
+    from starlette.testclient import TestClient
+    from starlette.websockets import WebSocketDisconnect
+
+    app = fastapi.FastAPI()
+    app.add_middleware(OwnPages)
+
+    @app.get("/")
+    async def page() -> str:
+        return "in"
+
+    @app.websocket("/ws")
+    async def play(socket: fastapi.WebSocket) -> None:
+        await socket.accept()
+        await socket.send_text("in")
+
+    client, url = TestClient(app, base_url="http://127.0.0.1:8001"), "ws://127.0.0.1:8001/ws"
+    assert client.get("/", headers=headers).status_code == (200 if served else 403)
+    if served:
+        with client.websocket_connect(url, headers=headers) as socket:
+            assert socket.receive_text() == "in"
+    else:
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect(url, headers=headers):
+            pass
 
 
 def test_openenvs_client_plays_several_sessions(entries_file):

@@ -1,5 +1,6 @@
 """Episodes at the shell: what replies mean, what is shown, how it ends, and what that is worth."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,18 @@ def test_what_the_policy_cannot_have_caused_is_unknown(sandboxes):
     episode, _ = played("Act: finish")
     episode.sandbox.close()
     assert episode.outcome().verdict == "unknown"
+
+
+def test_a_host_without_descriptors_costs_the_episode_and_not_the_run(sandboxes):
+    episode, _ = played(bash("touch /x"))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        assert episode.step(bash("touch /y")) is None
+        assert episode.outcome().verdict == "unknown"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "Too many open files" in episode.outcome().why
 
 
 def test_an_episode_can_be_played_again(sandboxes):

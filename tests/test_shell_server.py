@@ -1,10 +1,12 @@
 """The server of shell tasks as a user meets it: a process of its own, HTTP, kills."""
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ from tasks.os_interaction.limits import cgroup_parents
 
 httpx = pytest.importorskip("httpx", reason="the server's packages are not here: pip install -r requirements-dev.txt")
 pytest.importorskip("uvicorn", reason="the server's packages are not here: pip install -r requirements-dev.txt")
-from tasks.os_interaction.client import Server  # noqa: E402
+from tasks.os_interaction.client import RemoteEntry, Server  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TOUCH, FINISH = "Act: bash\n```bash\ntouch /x; echo done\n```", "Act: finish"
@@ -213,6 +215,35 @@ def test_a_server_that_is_killed_costs_the_episodes_in_flight_and_leaves_nothing
     said = capfd.readouterr().err
     assert said.count("waiting until it is back") == 1
     assert "is back\n" in said
+
+
+def test_a_connection_that_breaks_is_made_again_and_a_refusal_is_told(tmp_path, monkeypatch):
+    """A server of its own: the first two resets break off, the third is answered, the fourth refused."""
+    monkeypatch.setattr("tasks.os_interaction.client.WAIT", 0.1)
+    begun = json.dumps({"session": "s", "messages": [{"role": "user", "content": "Create /x."}]})
+    resets = iter([None, None, (200, begun), (404, '{"detail": "there is no entry"}')])
+
+    class Breaking(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            status, body = (200, "{}") if self.path == "/api/ping" else next(resets) or (0, "")
+            if status:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        (tmp_path / "token").write_text("t")
+        server = Server(f"http://127.0.0.1:{serving.server_address[1]}", str(tmp_path / "token"))
+        entry = RemoteEntry("e0", "Create /x.", (), "")
+        assert server.episode(entry).reset()[-1]["content"] == "Create /x."
+        with pytest.raises(ConfigError, match="404: there is no entry"):
+            server.episode(entry).reset()
+        serving.shutdown()
 
 
 def test_a_server_that_is_not_there_is_one_line():

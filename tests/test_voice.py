@@ -24,6 +24,7 @@ from lora_ppo.checkpoint import verify_checkpoint
 from lora_ppo.episodes import Outcome, play
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.loading import load_policy
+from lora_ppo.report import by_level
 from lora_ppo.settings import ConfigError
 from lora_ppo.trainer import Training
 from lora_ppo.watching import bands, distinct, out_of_band, watch
@@ -189,6 +190,18 @@ def run(words, monkeypatch, capsys):
         return status, output.out + output.err
 
     return run
+
+
+def test_a_step_that_was_skipped_is_no_part_of_the_table():
+    steps = [{"step": 1, "level": "one", "accuracy": 0.5, "score": 1.0}, {"step": 2, "level": "one", "score": 3.0}]
+    steps += [{"step": 3, "level": "one", "accuracy": 0.5, "score": None}]
+    assert by_level(steps) == [("one", "1", "50.0%", "+1.00")]
+
+
+def test_prompts_that_leave_no_room_are_told_before_a_step(run):
+    status, output = run(max_new_tokens=5000)
+    assert status == 2
+    assert "the tutor's prompt takes" in output
 
 
 def test_a_run_is_watched_and_reports_topic_by_topic(run):

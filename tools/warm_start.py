@@ -52,7 +52,7 @@ def conversation(policy: Policy, episode: ShellEpisode) -> dict[str, list[int]]:
     ids = encode_chat(policy.tokenizer, episode.reset())
     chosen = [0] * len(ids)
     for reply in truthful_replies(episode.entry.truth):
-        own = [*text_ids(policy.tokenizer, reply), policy.stop_ids[0]]
+        own = [*text_ids(policy.tokenizer, reply), policy.end_id]
         said = episode.step(reply)
         between = [] if said is None else environment_ids(policy, said, ended=True)
         ids, chosen = ids + own + between, chosen + [1] * len(own) + [0] * len(between)
@@ -97,7 +97,7 @@ def fine_tune(policy: Policy, rows: list[dict[str, list[int]]], config: WarmConf
 def warm_start(config: WarmConfig, notice: Callable[[str], None]) -> None:
     """Loads the model, fine-tunes it and writes the checkpoint. Raises ConfigError."""
     folder = Path(config.warm_dir)
-    check_empty(folder)
+    check_empty(folder, "warm_dir")
     if config.task != "os_interaction":
         raise ConfigError(f"task={config.task} has no ground truths to start from: expected os_interaction")
     entries, make, rules = ready(config)

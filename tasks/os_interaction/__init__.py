@@ -26,6 +26,7 @@ from tasks.os_interaction.entries import OWN, Entry, read_entries
 from tasks.os_interaction.episode import Rules, ShellEpisode
 from tasks.os_interaction.limits import Limits
 from tasks.os_interaction.probe import sandbox_maker
+from tasks.os_interaction.sandbox import SandboxFailed
 from tasks.os_interaction.support import left_out
 
 AT_ONCE = 16  # episodes whose commands run at the same time
@@ -60,9 +61,6 @@ RANGES = {"max_rounds": (1, 100), "command_seconds": (0.1, 3600), "output_length
 
 def prepare(config: Any) -> Callable[[Policy], Task]:
     """Reads the entries and tries the sandbox, or the server, before any model is loaded. Raises ConfigError."""
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(config, name) <= high:
-            raise ConfigError(f"{name}={getattr(config, name):g} is out of range: expected {low:g} to {high:g}")
     if config.server:
         from tasks.os_interaction.client import Server
 
@@ -85,6 +83,9 @@ def ready(config: Any, say: Callable[[str], None] | None = None) -> tuple[list[E
 
 def rules_of(config: Any) -> Rules:
     """The rules that the settings make. Raises ConfigError."""
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(config, name) <= high:
+            raise ConfigError(f"{name}={getattr(config, name):g} is out of range: expected {low:g} to {high:g}")
     if config.judge not in ("stands", "finished"):
         raise ConfigError(f"judge={config.judge} is unknown: expected one of stands, finished")
     opening = read_opening(Path(config.opening).expanduser()) if config.opening else ()
@@ -110,7 +111,10 @@ def read_opening(path: Path) -> tuple[Message, ...]:
 
 def supported(entries: Sequence[Entry], make: Callable, kind: str, say: Callable[[str], None]) -> list[Entry]:
     """The entries that hold in this sandbox; the others are named. Raises ConfigError where none is left."""
-    reasons = left_out(entries, make, kind)
+    try:
+        reasons = left_out(entries, make, kind)
+    except SandboxFailed as failed:
+        raise ConfigError(f"sandbox={kind} does not work here: {failed}") from None
     say(f"{len(entries) - len(reasons)} of {len(entries)} entries are supported")
     for name, why in list(reasons.items())[:10]:
         say(f"left out: {name}: {why}")

@@ -1,6 +1,5 @@
 """Plays episodes on a server (server.py). One that dies costs the episodes in flight, which are unknown then."""
 
-import contextlib
 import sys
 import threading
 import time
@@ -35,6 +34,10 @@ class RemoteEntry:
 
 class Unreachable(RuntimeError):
     """The server is gone, or does not know the episode any more."""
+
+
+class Refused(Unreachable):
+    """The server answers, and not what was asked for: to ask again would not help."""
 
 
 class Server:
@@ -82,7 +85,7 @@ class Server:
                 detail = answer.json()["detail"]
             except (ValueError, KeyError, TypeError):
                 detail = answer.text[:200]
-            raise Unreachable(f"the server says {answer.status_code}: {detail}")
+            raise Refused(f"the server says {answer.status_code}: {detail}")
         return answer.json()
 
     def samples(self) -> list[RemoteEntry]:
@@ -96,7 +99,7 @@ class Server:
     def wait(self) -> None:
         """Waits until the server answers, and says so."""
         with self.lock:  # one waits for all
-            if self.alive():
+            if self.alive() and self.token_path.is_file():
                 return
             print(f"server={self.url} is gone: waiting until it is back", file=sys.stderr, flush=True)
             while not self.alive() or not self.token_path.is_file():
@@ -121,9 +124,10 @@ class RemoteEpisode:
                 begun = self.server.ask("POST", "/api/reset", {"name": self.entry.name})
             except OverflowError:
                 time.sleep(WAIT)
-            except Unreachable as error:
-                if self.server.alive():  # it answers, and not what it should: waiting would not help
-                    raise ConfigError(f"server={self.server.url}: {clean(str(error))}") from None
+            except Refused as error:
+                raise ConfigError(f"server={self.server.url}: {clean(str(error))}") from None
+            except Unreachable:
+                time.sleep(WAIT)
                 self.server.wait()
             else:
                 self.session = begun["session"]
@@ -144,7 +148,3 @@ class RemoteEpisode:
                 self.lost = str(error)
         details = {"reason": "unknown", "rounds": 0, "skills": list(self.entry.skills)}
         return Outcome("unknown", 0.0, self.lost, details | ({"level": self.entry.level} if self.entry.level else {}))
-
-    def close(self) -> None:
-        with contextlib.suppress(Unreachable):
-            self.server.ask("POST", "/api/close", {"session": self.session})

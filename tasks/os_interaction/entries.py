@@ -20,7 +20,6 @@ from lora_ppo.settings import ConfigError
 
 OWN = Path(__file__).resolve().parent.parent.parent / "data" / "os_interaction"
 REWARD = "/logs/verifier/reward.txt"  # where Harbor's tests leave their verdict
-LEVELS = ("1", "2", "3")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def from_row(row: Any, name: str, place: str) -> Entry:
     instruction = row.get("instruction") if isinstance(row, dict) else None
     if not isinstance(instruction, str) or not instruction.strip():
         raise ConfigError(f"{place}: found no instruction, expected text")
-    information = part(row, "evaluation_info", dict)
+    information, level = part(row, "evaluation_info", dict), row.get("level")
     return Entry(
         name,
         instruction,
@@ -119,7 +118,7 @@ def from_row(row: Any, name: str, place: str) -> Entry:
         script(information, "evaluation_command_item"),
         script(information, "ground_truth_command_item"),
         tuple(part(row, "skill_list", list)),
-        str(row.get("level", "")),
+        "" if level is None else str(level),
     )
 
 

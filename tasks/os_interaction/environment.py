@@ -111,6 +111,25 @@ class OpenEnvConfig(TaskSettings, OpenEnvSettings):
     """The server's settings, and the task's."""
 
 
+class OwnPages:
+    """Middleware that serves no other host's name (DNS rebinding) and no other site's page, be it by a web socket."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        told = {name: value.decode("latin-1") for name, value in scope.get("headers", ())}
+        host, origin = told.get(b"host", ""), told.get(b"origin")
+        own = host.partition(":")[0] in ("127.0.0.1", "localhost") and origin in (None, f"http://{host}")
+        if own or scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"this Host, or Origin, is not served: use 127.0.0.1"})
+
+
 def openenv_application(entries: Sequence[Entry], make: Callable, rules: Any, most_sessions: int):
     """The OpenEnv server as an ASGI application. Raises ConfigError where the package is missing."""
     try:
@@ -165,7 +184,9 @@ def openenv_application(entries: Sequence[Entry], make: Callable, rules: Any, mo
             if self.episode is not None:
                 self.episode.close()
 
-    return create_fastapi_app(OpenShell, ShellAction, ShellObservation, max_concurrent_envs=most_sessions)
+    app = create_fastapi_app(OpenShell, ShellAction, ShellObservation, max_concurrent_envs=most_sessions)
+    app.add_middleware(OwnPages)
+    return app
 
 
 @program

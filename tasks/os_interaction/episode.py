@@ -161,7 +161,8 @@ class ShellEpisode:
             self.verdict = Outcome(verdict, REWARDS[verdict], why, details, label)
             self.close()
             if self.rules.record:
-                write_recording(self.rules.record / f"{self.entry.name}_{uuid.uuid4().hex[:8]}.json", self)
+                name = re.sub(r"[^\w.-]", "_", self.entry.name)  # whoever wrote the entry chooses no folder
+                write_recording(self.rules.record / f"{name}_{uuid.uuid4().hex[:8]}.json", self)
         return self.verdict
 
     def judged(self) -> tuple[str, str]:

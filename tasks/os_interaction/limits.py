@@ -1,4 +1,4 @@
-"""What a sandbox may use: cgroups where one can be made, rlimits everywhere. It is told which is in force.
+"""What a sandbox may use: cgroups where one can be made, rlimits everywhere.
 
 With a cgroup, memory, processes and CPU are limited in total. Where none can be made (an ordinary user, outside
 `systemd-run --user --scope -p Delegate=yes`), rlimits stand alone: memory is limited by process, processes by user id.
@@ -167,7 +167,7 @@ done
 
 def janitor(parents: dict[str, Path]) -> None:
     """Starts what removes this process's cgroups once it is gone, however it went: it waits for a pipe to close."""
-    reader, writer = os.pipe()  # the writer stays open as long as this process lives
+    reader, _ = os.pipe()  # its other end stays open as long as this process lives
     folders = [str(parent) for parent in dict.fromkeys(parents.values())]
     subprocess.Popen(
         ["sh", "-c", JANITOR, "sh", *folders],
@@ -178,4 +178,3 @@ def janitor(parents: dict[str, Path]) -> None:
         start_new_session=True,
     )
     os.close(reader)
-    os.set_inheritable(writer, False)

@@ -7,9 +7,10 @@ import tempfile
 import uuid
 
 from tasks.os_interaction.limits import Limits
-from tasks.os_interaction.sandbox import Ran, SandboxFailed, collect, memory_file
+from tasks.os_interaction.sandbox import Ran, SandboxFailed, collect, failing_with_the_host, memory_file
 
 
+@failing_with_the_host()
 def run_command(command: list[str], seconds: float, most: int, stdin: bytes) -> Ran:
     """Runs a program, with `stdin` or nothing to read."""
     number = memory_file(stdin) if stdin else os.open(os.devnull, os.O_RDONLY)
@@ -23,24 +24,30 @@ class Docker:
     """A container without a network. Here the check runs in it as it is: its programs are the image's, or what the
     episode made of them. Raises SandboxFailed where it doesn't start."""
 
+    @failing_with_the_host()
     def __init__(self, image: str, limits: Limits):
         self.name = f"lora_ppo_{os.getpid()}_{uuid.uuid4().hex[:12]}"
-        # What runs first ends when this program's end closes its input, and the container with it.
+        # The bash that runs first ends when this program's end closes its input, and the container with it. As the
+        # container's process 1 it outlives `kill -9 -1`.
         command = (
-            f"docker run --rm --init --interactive --name {self.name} --network none --memory {limits.memory_mb}m "
-            f"--memory-swap {limits.memory_mb}m --pids-limit {limits.processes} --cpus {limits.cpus} "
-            "--security-opt no-new-privileges --cap-drop NET_RAW --cap-drop MKNOD --hostname sandbox"
+            f"docker run --rm --entrypoint bash --interactive --name {self.name} --network none "
+            f"--memory {limits.memory_mb}m --memory-swap {limits.memory_mb}m --pids-limit {limits.processes} "
+            f"--cpus {limits.cpus} --security-opt no-new-privileges --cap-drop NET_RAW --cap-drop MKNOD "
+            "--hostname sandbox"
         ).split()
         self.process = subprocess.Popen(
-            [*command, image, "sh", "-c", "echo ready; cat"],
+            [*command, image, "-c", "echo ready; while read -r _; do :; done"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        if (first := self.process.stdout.readline().decode(errors="replace").strip()) != "ready":
-            self.close()
-            raise SandboxFailed(first or "docker run ended without a word")
+        said = []  # an image that is not there yet is fetched first, at length
+        while (line := self.process.stdout.readline().decode(errors="replace")).strip() != "ready":
+            if not line:
+                self.close()
+                raise SandboxFailed(" ".join(" ".join(said).split())[:300] or "docker run ended without a word")
+            said.append(line)
 
     def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
         if self.process.poll() is not None:
@@ -63,6 +70,7 @@ class Docker:
 class Nothing:
     """No sandbox: commands run as the user, in a temporary folder that goes when the episode does."""
 
+    @failing_with_the_host()
     def __init__(self):
         self.folder = tempfile.mkdtemp(prefix="lora_ppo_")
 

@@ -18,7 +18,7 @@ WARNING = (
     "sandbox=none: the model's commands run as you, on this machine, with your files and your network. They can delete "
     "or send away whatever you can."
 )
-TESTED: set[str] = set()  # of this process
+TESTED: set[str] = set()  # kinds and images, of this process
 HOG = "head -c {}M /dev/zero | tail >/dev/null; exit ${{PIPESTATUS[1]}}"  # a line of so many megabytes
 FORKS = "perl -e 'for (1..{}) {{ my $p = fork; exit 0 if !defined $p; if (!$p) {{ sleep 9; exit }} }} exit 1'"
 
@@ -45,9 +45,9 @@ def sandbox_maker(kind: str, image: str = "", understood: bool = False, limits: 
     else:
         require_tools()
         make = partial(Namespaces, limits)
-    if kind not in TESTED:
+    if kind + image not in TESTED:
         probe(make, kind, limits)
-        TESTED.add(kind)
+        TESTED.add(kind + image)
         by = "a cgroup, in total" if cgroup_parents() else "rlimits; memory by process, not in total (no cgroup here)"
         if kind == "namespaces":
             say(f"sandbox: {limits.memory_mb} MB, {limits.processes} processes, limited by {by}")

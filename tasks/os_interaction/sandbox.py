@@ -50,7 +50,7 @@ echo 0 >/proc/sys/user/max_user_namespaces
 mount -t tmpfs -o "size=$1,nr_inodes=$2,mode=755,nosuid,nodev" sandbox {STORE}
 cd {STORE}; mkdir root upper work shm sealed upper/bin upper/sbin upper/local upper/share
 cd upper/local; mkdir bin sbin lib share etc include src games man; cd {STORE}
-chmod 1777 shm; mkdir -p root; tar -x -p --numeric-owner -C root
+chmod 1777 shm; tar -x -p --numeric-owner -C root
 for options in ,userxattr ''; do
   mount -t overlay -o "lowerdir=/usr,upperdir={STORE}/upper,workdir={STORE}/work$options" usr root/usr && break
 done
@@ -73,6 +73,15 @@ class Ran:
     status: int
     timed_out: bool = False
     left_out: int = 0  # characters of output beyond the limit
+
+
+@contextlib.contextmanager
+def failing_with_the_host() -> Iterator[None]:
+    """In here what the host refuses, a process or a descriptor more, is SandboxFailed: no command has caused it."""
+    try:
+        yield
+    except OSError as error:
+        raise SandboxFailed(f"the host refuses: {error}") from None
 
 
 class Sandbox(Protocol):
@@ -100,11 +109,9 @@ class Namespaces:
         self.sealed = False
         parents = cgroup_parents()
         try:
-            self.cgroup = Cgroup(parents, self.limits) if parents else None
-            self.make()
-        except OSError as error:
-            self.close()
-            raise SandboxFailed(f"the sandbox can't be made: {error}") from None
+            with failing_with_the_host():
+                self.cgroup = Cgroup(parents, self.limits) if parents else None
+                self.make()
         except SandboxFailed:
             self.close()
             raise
@@ -139,6 +146,7 @@ class Namespaces:
         binaries = [x for name in ("bin", "sbin") for x in ("--bind", f"{STORE}/root/usr/{name}", f"/{name}")]
         return self.start([*usr, *binaries], PATH, script, seconds, most, stdin)
 
+    @failing_with_the_host()
     def check(self, script: str, seconds: float = 20) -> Ran:
         if not self.sealed:
             for options in (",userxattr", ""):
@@ -153,6 +161,7 @@ class Namespaces:
         binaries = [x for name in ("bin", "sbin") for x in ("--ro-bind", f"{STORE}/sealed/{name}", f"/{name}")]
         return self.start([*usr, *binaries], CHECKS_PATH, script, seconds, 4000, b"")
 
+    @failing_with_the_host()
     def start(self, usr: list[str], path: str, script: str, seconds: float, most: int, stdin: bytes) -> Ran:
         """Runs bash in a bubblewrap of its own, whose /usr, /bin and /sbin are given. Raises SandboxFailed."""
         if not self.descriptors:
@@ -341,7 +350,7 @@ def wait_for_end(pid: int) -> None:
 
 def missing_tools() -> list[str]:
     """The programs that the sandbox needs and this machine lacks."""
-    tools = ["bwrap", "unshare", "nsenter", "setpriv", "prlimit"] + ([] if os.geteuid() == 0 else ["newuidmap"])
+    tools = ["bwrap", "unshare", "nsenter", "prlimit"] + ([] if os.geteuid() == 0 else ["newuidmap"])
     return [name for name in tools if not shutil.which(name)]
 
 

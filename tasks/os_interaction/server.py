@@ -218,11 +218,17 @@ def serve(config: ServerConfig) -> int:
     import socket
 
     try:
+        import fastapi  # noqa: F401
         import uvicorn
     except ImportError:
         raise ConfigError("the server needs packages: pip install fastapi uvicorn httpx") from None
     if config.server:
         raise ConfigError("server=URL is a setting of train.py and evaluate.py: leave it out here")
+    for name in ("most_sessions", "idle_seconds", "session_seconds", "body_bytes"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)} is out of range: expected at least 1")
+    if not 0 <= config.port <= 65535:
+        raise ConfigError(f"port={config.port} is out of range: expected 0 (a free one) to 65535")
     entries, make, rules = ready(config)
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

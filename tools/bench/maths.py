@@ -219,7 +219,7 @@ def train_with_trl(words: Sequence[str]) -> None:
         callbacks=[Log()],
     )
     saved = sorted((folder / "trainer").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    kept = [line for line in log.read() if saved and line["step"] <= int(saved[-1].name.partition("-")[2])]
+    kept = [line for line in log.read()[0] if saved and line["step"] <= int(saved[-1].name.partition("-")[2])]
     log.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="ascii")
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
     trainer.save_model(str(folder / f"epoch_{config.num_epochs}"))

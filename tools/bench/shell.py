@@ -9,12 +9,12 @@ A server process of its own is started on a free port for `server` and `kill`.
 
 import argparse
 import json
-import os
 import random
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,15 +48,15 @@ def cost() -> None:
     sandbox.close()
 
 
-def start(log: Path) -> tuple[subprocess.Popen, str]:
+def start() -> tuple[subprocess.Popen, str]:
     """A server on a free port, and its URL."""
-    with log.open("w") as file:
+    with tempfile.NamedTemporaryFile("w") as log:
         command = [sys.executable, "-m", "tasks.os_interaction.server", "port=0"]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=file)
-    while " serves " not in (said := log.read_text()):
-        if process.poll() is not None:
-            raise SystemExit(said)
-        time.sleep(0.1)
+        process = subprocess.Popen(command, cwd=ROOT, stderr=log)
+        while " serves " not in (said := Path(log.name).read_text()):
+            if process.poll() is not None:
+                raise SystemExit(said)
+            time.sleep(0.1)
     return process, next(line for line in said.splitlines() if " serves " in line).split()[0]
 
 
@@ -70,7 +70,7 @@ def episode(server: Server, entry: RemoteEntry, truth: str) -> str:
 
 
 def through_server(at_once: int) -> None:
-    process, url = start(Path("/tmp") / f"os_bench_{os.getpid()}.log")
+    process, url = start()
     truths = {entry.name: entry.truth for entry in read_entries(OWN)}
     try:
         server = Server(url)
@@ -96,7 +96,7 @@ def left_behind(pid: int) -> list[str]:
 def kills(times: int) -> None:
     rng, left = random.Random(0), []
     for number in range(times):
-        process, url = start(Path("/tmp") / f"os_bench_{os.getpid()}.log")
+        process, url = start()
         server = Server(url)
         server.wait = lambda: (_ for _ in ()).throw(SystemExit)  # this one will not come back
         entries = server.samples()
