@@ -9,6 +9,7 @@ import pytest
 
 import evaluate
 import train
+from lora_ppo.journal import LineFile
 from lora_ppo.settings import ConfigError
 from tools.bench import maths as bench_maths
 
@@ -71,7 +72,7 @@ def test_every_arm_is_run_once_and_the_table_tells_what_is_there(bench, tmp_path
 
 def test_settings_are_chosen_on_training_problems(bench, tmp_path):
     """No number of the test split is in the problems of --validation, and none of its held-out ones in its training."""
-    status, output, _ = bench("--validation", "--arms", "grpo")
+    status, output, _ = bench("--validation", "--arms", "grpo", "--samples", "1000")
     assert status == 0, output
     rows = {
         split: [json.loads(line) for line in (tmp_path / f"runs/problems/{split}.jsonl").read_text().splitlines()]
@@ -82,6 +83,8 @@ def test_settings_are_chosen_on_training_problems(bench, tmp_path):
     tested = {tuple(sorted(one.numbers)) for one in bench_maths.sums("test", 0, ["1", "2", "3"], 0.3)}
     assert not tested & (numbers["train"] | numbers["test"])
     assert len({row["question"] for row in rows["test"]}) == len(rows["test"]) > 60
+    record = json.loads((tmp_path / "runs/grpo_0/evaluation.json").read_text())
+    assert len(record["answers"]) == len(rows["test"])  # no more are asked than there are
 
 
 def digits(question: str) -> tuple[int, ...]:
@@ -99,3 +102,53 @@ def test_a_program_that_fails_is_named_and_what_it_took_is_noted(tmp_path):
     assert more["peak_mb"] >= max(180, cost["peak_mb"])
     assert more["wall_seconds"] > cost["wall_seconds"]
     assert os.listdir(tmp_path) == ["cost.json"]
+
+
+def test_a_run_of_trl_that_was_killed_goes_on_as_if_it_had_not_been(bench, tmp_path, monkeypatch):
+    changes = {"samples_per_epoch": 8, "save_every": 1}
+    assert bench("--arms", "trl", **changes)[0] == 0
+    (tmp_path / "runs").rename(tmp_path / "whole")
+    append = LineFile.append
+
+    def killed(log, line):
+        append(log, line)  # its checkpoint would be next
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LineFile, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bench("--arms", "trl", **changes)
+    (tmp_path / "runs/trl_0/trainer/checkpoint-3").mkdir()  # and was begun
+    status, output, calls = bench("--arms", "trl", **changes)
+    assert (status, calls) == (0, ["maths.py --trl-run", "evaluate.py"]), output
+    whole, resumed = (LineFile(tmp_path / root / "trl_0/train.log").read()[0] for root in ("whole", "runs"))
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+    for line in (*whole, *resumed):
+        del line["seconds"]
+    assert resumed == whole
+    weights = [(tmp_path / root / "trl_0/epoch_1/adapter_model.safetensors").read_bytes() for root in ("whole", "runs")]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(bench, tmp_path):
+    (tmp_path / "runs/grpo_0").mkdir(parents=True)
+    (tmp_path / "runs/grpo_0/train.log").write_text('{"step": 0, "eval_accuracy": 0.0}\n')
+    status, output, calls = bench("--arms", "grpo")
+    assert (status, calls) == (0, ["train.py", "evaluate.py"]), output
+    assert LineFile(tmp_path / "runs/grpo_0/train.log").read()[0][0].keys() > {"timestamp", "eval_accuracy"}
+
+
+def test_other_settings_are_not_mixed_with_what_a_folder_has(bench):
+    assert bench("--arms", "grpo")[0] == 0
+    status, output, calls = bench("--arms", "grpo", learning_rate=0.01)
+    assert (status, calls) == (2, [])
+    assert "holds a run with learning_rate=0.0002, now it is 0.01: name another --folder" in output
+
+
+def test_a_run_whose_cost_was_never_noted_is_in_the_table(bench, tmp_path):
+    assert bench("--arms", "grpo")[0] == 0
+    (tmp_path / "runs/grpo_0/cost.json").unlink()
+    status, output, _ = bench("--table")
+    assert status == 0
+    assert "| GRPO, 0 |" in output

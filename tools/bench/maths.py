@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from evaluate import percent, points  # noqa: E402
+from lora_ppo.checkpoint import all_checkpoints  # noqa: E402
 from lora_ppo.evaluation import paired, write_json  # noqa: E402
 from lora_ppo.settings import ConfigError, parse  # noqa: E402
 from lora_ppo.terminal import program  # noqa: E402
@@ -48,6 +50,7 @@ COMMON = [  # 96 steps of 64 answers
     "target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
 ]
 TESTED = "task problems test_share model_name device dtype temperature top_p max_new_tokens".split()
+PASSES = 4  # that make one step of TRL's: in one, the activations of 64 answers take more than 16 GB
 EVALUATION = ["levels=1,2,3", "seed=0"]  # the same for every run, whatever it was trained on
 
 
@@ -58,8 +61,11 @@ def settings_of(arm: str, seed: int, folder: Path, extra: Sequence[str]) -> list
     return [*words, f"seed={seed}", f"output_dir={folder}", *extra]
 
 
-def validation_problems(root: Path) -> str:
-    """Writes the training split, part of it held out by other numbers, as a folder of problems; returns its name."""
+def validation_problems(root: Path) -> tuple[str, int]:
+    """Writes the training split, part of it held out by other numbers, as a folder of problems.
+
+    Returns the folder's name, and how many problems are held out.
+    """
     config = parse(TrainConfig, settings_of("grpo", 0, root, []))
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
     seen: set[str] = set()
@@ -75,27 +81,47 @@ def validation_problems(root: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for split, found in rows.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="ascii")
-    return str(folder)
+    return str(folder), len(rows["test"])
 
 
 # ---------------------------------------------------------------------------------------------------------- the runs
 
 
 def run(arm: str, seed: int, root: Path, extra: Sequence[str], samples: int) -> None:
-    """Trains and evaluates a run, or what is left of it. Raises ConfigError where a program it calls fails."""
+    """Trains and evaluates a run, or what is left of it.
+
+    Raises ConfigError where a program it calls fails, and where the folder holds a run with other settings.
+    """
     folder = root / f"{arm}_{seed}"
-    if (folder / "evaluation.json").exists():
-        return
     words = settings_of(arm, seed, folder, extra)
     config = parse(TrainConfig, words)
+    same_settings(folder, config)
+    if (folder / "evaluation.json").exists():
+        return
     adapter = folder / f"epoch_{config.num_epochs}"
     if not adapter.exists():
-        program = [str(Path(__file__).resolve()), "--trl-run"] if arm == "trl" else [str(ROOT / "train.py")]
-        resumed = ["resume_from=latest"] if (folder / "train.log").exists() else []
+        program, resumed = [str(ROOT / "train.py")], ["resume_from=latest"]
+        if arm == "trl":  # which sees for itself what there is
+            program, resumed = [str(Path(__file__).resolve()), "--trl-run"], []
+        elif not all_checkpoints(folder):  # stopped before its first one, if it was begun at all
+            (folder / "train.log").unlink(missing_ok=True)
+            resumed = []
         call([sys.executable, *program, *words, *resumed], folder)
     tested = [f"{name}={getattr(config, name)}" for name in TESTED]
     tested += [*EVALUATION, f"num_samples={samples}", f"output_file={folder / 'evaluation.json'}"]
     call([sys.executable, str(ROOT / "evaluate.py"), "--adapter", str(adapter), *tested])
+
+
+def same_settings(folder: Path, config: TrainConfig) -> None:
+    """Notes a run's settings in its folder. Raises ConfigError where it was begun with others."""
+    file, now = folder / "settings.json", asdict(config)
+    before = json.loads(file.read_text()) if file.exists() else now
+    for name in now:
+        if name != "output_dir" and before.get(name) != now[name]:
+            was = f"{name}={before.get(name)}"
+            raise ConfigError(f"{folder} holds a run with {was}, now it is {now[name]}: name another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, now)
 
 
 def call(command: list[str], folder: Path | None = None, log: Path | None = None) -> None:
@@ -129,17 +155,17 @@ def train_with_trl(words: Sequence[str]) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from lora_ppo.journal import LineFile
-    from lora_ppo.loading import find_prompts, load_base, silence_libraries, source
+    from lora_ppo.loading import find_prompts, load_base, silence_libraries
     from lora_ppo.trainer import shuffled
     from tasks import maths, verify
 
     config = parse(TrainConfig, [word for word in words if not word.startswith("resume_from=")])
     silence_libraries()
-    load_base(config)  # resolves its dtype
+    model, tokenizer = load_base(config)
     problems = maths.load_problems(config.problems, config.seed, config.levels, config.test_share)["train"]
     steps = config.num_epochs * config.samples_per_epoch // config.prompts_per_step
     laps = [shuffled(config.seed, lap, len(problems)) for lap in range(config.num_epochs + 1)]
@@ -169,14 +195,15 @@ def train_with_trl(words: Sequence[str]) -> None:
 
     arguments = GRPOConfig(
         output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // PASSES,
+        gradient_accumulation_steps=PASSES,
         num_generations=config.group_size,
         max_completion_length=config.max_new_tokens,
         max_steps=steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule,
         max_grad_norm=config.max_grad_norm,
-        loss_type="bnpo",
+        loss_type="dapo",  # a mean over a step's tokens, in however many passes
         beta=config.kl_coef,
         epsilon=config.cliprange,
         scale_rewards="group" if config.normalize_groups else "none",
@@ -195,11 +222,7 @@ def train_with_trl(words: Sequence[str]) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    with source(config) as name:
-        options = {"trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **options)
-    model.generation_config.use_cache = True
+    tokenizer.padding_side, model.generation_config.use_cache = "left", True
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -218,11 +241,14 @@ def train_with_trl(words: Sequence[str]) -> None:
         train_dataset=Dataset.from_list([{"prompt": role.messages(one.question), "gold": one.gold} for one in chosen]),
         callbacks=[Log()],
     )
-    saved = sorted((folder / "trainer").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    kept = [line for line in log.read()[0] if saved and line["step"] <= int(saved[-1].name.partition("-")[2])]
+    whole = [path.parent for path in (folder / "trainer").glob("checkpoint-*/trainer_state.json")]  # written last
+    saved = sorted(whole, key=lambda path: int(path.name.partition("-")[2]))
+    done = int(saved[-1].name.partition("-")[2]) if saved else 0
+    kept = [line for line in log.read()[0] if line["step"] <= done]
     log.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="ascii")
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
-    trainer.save_model(str(folder / f"epoch_{config.num_epochs}"))
+    trainer.save_model(str(folder / "trainer/trained"))
+    (folder / "trainer/trained").rename(folder / f"epoch_{config.num_epochs}")  # whole, or not there
 
 
 # --------------------------------------------------------------------------------------------------------- the table
@@ -235,20 +261,21 @@ def figures(folder: Path) -> dict[str, Any] | None:
     record = json.loads((folder / "evaluation.json").read_text())
     lines = [json.loads(line) for line in (folder / "train.log").read_text().splitlines()]
     steps = [line for line in lines if line["step"] > 0]
-    curve = [line["eval_accuracy"] for line in lines if "eval_accuracy" in line]
-    late = curve[-max(1, len(curve) // 3) :]
+    curve = {line["step"]: line["eval_accuracy"] for line in lines if "eval_accuracy" in line}
+    late = [share for step, share in curve.items() if step > len(steps) * 2 / 3]
+    flat = [line["equal_groups"] for line in steps if "equal_groups" in line]
+    cost = folder / "cost.json"
     base, adapter = record["models"]
     answers = [list(row.values())[1:] for row in record["answers"]]
     return {
         "base": base,
         "adapter": adapter,
         "right": [(there["verdict"] == "correct", here["verdict"] == "correct") for here, there in answers],
-        "steps": len(steps),
+        "answers": len(steps) * json.loads((folder / "settings.json").read_text())["batch_size"],
         "seconds": sum(line["seconds"] for line in steps),
-        "flat": fmean(line["equal_groups"] for line in steps) if steps and "equal_groups" in steps[0] else None,
-        "curve": curve,
-        "worst_late": max(curve) - min(late) if curve else None,
-        **json.loads((folder / "cost.json").read_text()),
+        "flat": fmean(flat) if flat else None,
+        "worst_late": max(curve.values()) - min(late) if late else None,
+        "peak_mb": json.loads(cost.read_text())["peak_mb"] if cost.exists() else None,  # none where it was killed
     }
 
 
@@ -282,9 +309,9 @@ def table(root: Path, seeds: Sequence[int]) -> list[str]:
                 points(versus["accuracy_difference"], versus["accuracy_difference_interval"]),
                 f"{percent(base['strict_accuracy'])}, {percent(adapter['strict_accuracy'])}",
                 f"{percent(base['cut_off_share'])}, {percent(adapter['cut_off_share'])}",
-                str(found["steps"] * parse(TrainConfig, settings_of(arm, seed, root, [])).batch_size),
+                str(found["answers"]),
                 f"{found['seconds']:.0f}",
-                f"{found['peak_mb']:.0f}",
+                "-" if found["peak_mb"] is None else f"{found['peak_mb']:.0f}",
                 "-" if found["flat"] is None else f"{found['flat']:.1f} of 8",
                 "-" if found["worst_late"] is None else f"{100 * found['worst_late']:.1f} points",
             ]
@@ -332,12 +359,16 @@ def main() -> int:
         train_with_trl(sys.argv[2:])
         return 0
     arguments = parse_arguments()
-    root = Path(arguments.folder or ROOT / "runs" / ("maths_validation" if arguments.validation else "maths"))
+    usual = ROOT / "runs" / ("maths_validation" if arguments.validation else "maths")
+    root = Path(arguments.folder or usual).absolute()  # programs are started elsewhere
     if not arguments.table:
-        extra = [f"problems={validation_problems(root)}"] if arguments.validation else []
+        extra, samples = [], arguments.samples
+        if arguments.validation:
+            problems, there = validation_problems(root)
+            extra, samples = [f"problems={problems}"], min(samples, there)
         for seed in arguments.seeds:
             for arm in arguments.arms:
-                run(arm, seed, root, [*extra, *arguments.set], arguments.samples)
+                run(arm, seed, root, [*extra, *arguments.set], samples)
     print("\n".join(table(root, arguments.seeds)))
     return 0
 
