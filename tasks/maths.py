@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lora_ppo.chat import Message
 from lora_ppo.episodes import Outcome, Task
+from lora_ppo.loading import silence_libraries
 from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError, Settings, setting
 from tasks import verify
@@ -241,6 +242,7 @@ def from_hub(name: str) -> dict[str, Sequence[Problem]]:
     except ImportError:
         raise ConfigError(f"problems={name} needs a package: pip install datasets, or set problems=DIR") from None
     datasets.disable_progress_bars()
+    silence_libraries()  # each try to reach the hub would have a line
     try:
         rows = {split: list(datasets.load_dataset(repository, *configuration, split=split)) for split in SPLITS}
     except Exception as error:  # the hub, the network, the name: the library raises anything

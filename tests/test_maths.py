@@ -173,7 +173,7 @@ def test_a_folder_with_a_problem_in_both_files_or_without_one_is_refused(tmp_pat
     write(tmp_path / "train.jsonl", {"question": "x", "answer": 1}, GOOD)
     with pytest.raises(ConfigError, match=r"test\.jsonl: No such file"):
         load(tmp_path)
-    write(tmp_path / "test.jsonl", {"question": "y", "answer": 1}, "", {"question": "what is 1 + 1? ", "answer": 2})
+    write(tmp_path / "test.jsonl", {"question": "y", "answer": 1}, "", {"question": "WHAT is  1 + 1?", "answer": 2})
     with pytest.raises(ConfigError, match=r"line 3 of test\.jsonl is line 2 of train\.jsonl, too"):
         load(tmp_path)
     write(tmp_path / "test.jsonl", {"question": "y", "answer": "1,000"})
