@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lora_ppo.chat import Message
 from lora_ppo.episodes import Outcome, Task
+from lora_ppo.loading import silence_libraries
 from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError, Settings, setting
 from tasks import verify
@@ -140,7 +141,7 @@ def made_here(seed: int, levels: list[str], test_share: float) -> dict[str, Sequ
 
 def from_folder(name: str, folder: Path) -> dict[str, Sequence[Problem]]:
     """GSM8K's form: a file for each split. Raises ConfigError where a test problem is in the training file, too."""
-    lines = {split: read_lines(name, folder / f"{split}.jsonl") for split in SPLITS}
+    lines = {split: read_lines(name, folder / f"{split}.jsonl", split) for split in SPLITS}
     trained = {problem.key: number for number, problem, _ in reversed(lines["train"])}
     for number, problem, _ in lines["test"]:
         if problem.key in trained:
@@ -155,20 +156,14 @@ def from_file(name: str, path: Path, test_share: float) -> dict[str, Sequence[Pr
     """A file's problems: each in the split that it names, or else a `test_share` of them, always the same, held out."""
     lines = read_lines(name, path)
     splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
-    named: dict[str, tuple[int, str]] = {}
-    for number, problem, split in lines:
-        first, other = named.setdefault(problem.key, (number, split))
-        if split != other:
-            raise ConfigError(
-                f"problems={name}: line {number} repeats the problem of line {first} in another split: take one out"
-            )
+    for _, problem, split in lines:
         if split:
             splits[split].append(problem)
     if any(split for _, _, split in lines):
         if missing := next((number for number, _, split in lines if not split), None):
             raise ConfigError(f"problems={name}, line {missing}: found no split, and other lines have one")
         return splits
-    keys = sorted(named)
+    keys = sorted(problem.key for _, problem, _ in lines)
     random.Random("maths").shuffle(keys)
     tests = set(keys[: max(1, round(test_share * len(keys)))])
     if len(tests) == len(keys):
@@ -178,19 +173,32 @@ def from_file(name: str, path: Path, test_share: float) -> dict[str, Sequence[Pr
     return splits
 
 
-def read_lines(name: str, path: Path) -> list[tuple[int, Problem, str]]:
-    """(line number, problem, split or "") of a file with an object a line. Raises ConfigError naming the line."""
+def read_lines(name: str, path: Path, split: str = "") -> list[tuple[int, Problem, str]]:
+    """(line number, problem, split or "") of a file with an object a line. Raises ConfigError naming the line.
+
+    `split` is that of all lines, where they are of one. A problem may come again where it is trained on.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"problems={name}: {path}: {error.strerror or error}") from None
-    found = []
+    found, seen = [], {}
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
             try:
-                found.append((number, *parsed(line)))
+                problem, its = parsed(line)
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"problems={name}: {path.name}, line {number}: {error}") from None
+            its = split or its
+            first, other, where = seen.setdefault(problem.key, (number, problem, its))
+            if first != number and (other.gold != problem.gold or not where == its == "train"):
+                raise ConfigError(
+                    f"problems={name}: line {number} of {path.name} repeats the problem of line {first}"
+                    + (f" and says {problem.gold} for {other.gold}" if other.gold != problem.gold else "")
+                    + (" in another split" if where != its else "")
+                    + ": take one out"
+                )
+            found.append((number, problem, its))
     if not found:
         raise ConfigError(f"problems={name}: {path.name} is empty, expected an object with question and answer a line")
     return found
@@ -234,6 +242,7 @@ def from_hub(name: str) -> dict[str, Sequence[Problem]]:
     except ImportError:
         raise ConfigError(f"problems={name} needs a package: pip install datasets, or set problems=DIR") from None
     datasets.disable_progress_bars()
+    silence_libraries()  # each try to reach the hub would have a line
     try:
         rows = {split: list(datasets.load_dataset(repository, *configuration, split=split)) for split in SPLITS}
     except Exception as error:  # the hub, the network, the name: the library raises anything

@@ -80,17 +80,18 @@ LONGEST = 60  # characters of a number, and powers of ten: what is longer is no 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 TOKENS = re.compile(
     rf"""
-    # A date, a time or ratio, a version: digits, but no number.
+    # A date, a time or ratio, a version, a root, digits in threes behind mere spaces: no number.
     (?P<date> (?: [0-9]{{4}}([-/.])[0-9]{{1,2}}\2[0-9]{{1,2}}
               | [0-9]{{1,2}}([-/.])[0-9]{{1,2}}\3(?:[0-9]{{4}} | [0-9]{{2}}) ) (?! [\w%] | [ ]*[-=+*/×÷^] )
-            | [0-9]+(?::[0-9]+)+ | [0-9]+(?:\.[0-9]+){{2,}} )
+            | [0-9]+(?::[0-9]+)+ | [0-9]+(?:\.[0-9]+){{2,}} | √[ ]?\{{?[0-9.]+
+            | [-$€£¥]*[0-9]{{1,3}}(?:[ ][0-9]{{3}})+(?![\w/]) )
     # A number. A sign counts where nothing stands before it that could be subtracted from.
   | (?P<number> (?:(?<![\w)\]%.])(?P<sign>[-+]))? (?:[$€£¥][ ]?)? (?P<minus>-)?
         (?:(?P<whole>[0-9]+)[ ](?=[0-9]+/[1-9]))? (?P<digits> {DIGITS}(?:\.[0-9]+)? | \.[0-9]+ )
         (?:[ ]?/[ ]?(?P<below>{DIGITS}(?:\.[0-9]+)?)(?![ ]?/[ ]?[0-9]))?
         (?:[eE](?P<e>[-+]?[0-9]+)\b | [ ]?[×x*][ ]?10\^\(?(?P<power>[-+]?[0-9]+)\)?)?
         (?P<percent>[ ]?% | [ ](?:percent|per[ ]cent)\b)? )
-    (?P<letters>[^\W0-9]\w* | [$€£¥](?![ ]?[0-9]))?
+    (?P<letters>[^\W0-9]\w* | [$€£¥](?![ ]?[0-9]) | [ ]?√[ ]?\{{?[0-9.]+)?
   | (?P<word> [^\W0-9]\w*(?:['’]\w+)* )
   | (?P<mark> [-=+*/×÷^,;.!?] )
     """,
@@ -115,10 +116,11 @@ def normalized(text: str) -> str:
     """The text with one sign for each thing: LaTeX, emphasis, and the many minus signs, digits and spaces undone."""
     text = re.sub(r"(?<=[A-Za-z])(?:[²³]|\^\{?[23]\}?)", "", text)  # square metres
     text = re.sub("[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]), text)
-    text = re.sub("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))", ",", text)  # 1 200, the space a narrow one
+    text = re.sub(r"(?<=\w)(?=[¼-¾⅐-⅞])", " ", text)
+    text = re.sub("(?<=[0-9])[\u00a0\u2009\u202f'’](?=[0-9]{3}(?![0-9]))", ",", text)  # 1 200, the space a narrow one
     text = unicodedata.normalize("NFKC", text).translate(SIGNS)
-    text = re.sub(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}", r" \1/\2 ", text)
+    text = re.sub(r"(?<!-)(?=\\[dt]?frac)", " ", text)  # a whole number may stand before it, or its own minus
+    text = re.sub(r"\\[dt]?frac *(?:\{([^{}]*)\}|([0-9])) *(?:\{([^{}]*)\}|([0-9]))", r"\1\2/\3\4 ", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox) *\{([^{}]*)\}", r" \1 ", text)
     for written, meant in LATEX.items():
         text = text.replace(written, meant)
@@ -128,7 +130,7 @@ def normalized(text: str) -> str:
 
 
 SIGNS = {ord(c): "-" for c in "−–‒﹣"} | {ord(c): "*" for c in "·⋅∙"} | {ord("⁄"): "/"}
-LATEX = {"{,}": ",", "\\%": "%", "\\$": "$", "\\times": "×", "\\cdot": "*", "\\div": "÷"}
+LATEX = {"{,}": ",", "\\%": "%", "\\$": "$", "\\times": "×", "\\cdot": "*", "\\div": "÷", "\\sqrt": "√", "\\pi": "π"}
 LATEX |= {f"\\{c}": " " for c in ",;:! ()[]"} | {"\\left": " ", "\\right": " "}
 
 

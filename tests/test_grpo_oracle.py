@@ -20,10 +20,10 @@ def trl_loss(llama, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    def make(config):
+    def make(config, loss_type):
         arguments = GRPOConfig(
             output_dir=str(tmp_path),
-            loss_type="bnpo",  # a mean over the batch's tokens
+            loss_type=loss_type,
             beta=config.kl_coef,
             use_bias_correction_kl=False,  # Shao et al. 2024, equation 4, as it stands there
             epsilon=config.cliprange,
@@ -51,8 +51,8 @@ def trl_loss(llama, tmp_path):
             ),
         )
 
-    def loss(policy, config, batch, advantages, old_logprobs, ref_logprobs):
-        trainer, t = make(config), batch.response_mask.shape[1]
+    def loss(loss_type, policy, config, batch, advantages, old_logprobs, ref_logprobs):
+        trainer, t = make(config, loss_type), batch.response_mask.shape[1]
         trainer.current_gradient_accumulation_steps = 1
         given = {
             "prompt_ids": batch.input_ids[:, :-t],
@@ -62,6 +62,7 @@ def trl_loss(llama, tmp_path):
             "advantages": advantages,
             "old_per_token_logps": old_logprobs,
             "ref_per_token_logps": ref_logprobs,
+            "num_items_in_batch": batch.response_mask.sum(),
         }
         theirs = dict(trainer.model.eval().named_parameters())
         ours = {name: p for name, p in policy.parameters.items() if not name.startswith("value_head")}
@@ -75,10 +76,11 @@ def trl_loss(llama, tmp_path):
     return loss
 
 
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])  # means over the tokens of a pass, and of a step
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("drifted", [False, True])
-def test_loss_and_gradient_are_trls(llama, accelerator, trl_loss, kl_coef, normalize, drifted):
+def test_loss_and_gradient_are_trls(llama, accelerator, trl_loss, loss_type, kl_coef, normalize, drifted):
     """On fresh samples, and on those of a policy that has moved so far since that ratios are clipped on both sides."""
     settings = {"algorithm": "grpo", "group_size": 4, "batch_size": 8, "mini_batch_size": 8, "temperature": 0.7}
     settings |= {"kl_coef": kl_coef, "normalize_groups": normalize, "cliprange": 0.2}
@@ -102,6 +104,7 @@ def test_loss_and_gradient_are_trls(llama, accelerator, trl_loss, kl_coef, norma
         advantages = advantages / (scores.std(1, keepdim=True) + 1e-4)
     policy.optimizer.zero_grad()
     wanted, theirs = trl_loss(
+        loss_type,
         policy,
         config,
         batch_of(policy, trajectories),

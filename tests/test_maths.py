@@ -104,14 +104,14 @@ def test_all_of_gsm8k_has_gold_numbers_that_its_own_answers_earn():
             assert int(row["answer"].split("#### ")[1].replace(",", "")) == verify.number(problem.gold).value
 
 
-def test_a_file_is_split_the_same_way_every_time_and_keeps_repetitions_together(tmp_path):
+def test_a_file_is_split_the_same_way_every_time(tmp_path):
     rows = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(40)]
-    file = write(tmp_path / "mine.jsonl", *rows, "", {"question": "what is  3 + 1?", "answer": "#### 4"})
+    file = write(tmp_path / "mine.jsonl", *rows)
     splits = load(file)
     keys = {name: {problem.key for problem in split} for name, split in splits.items()}
     assert not keys["train"] & keys["test"]
     assert len(keys["test"]) == 12
-    assert len(splits["train"]) + len(splits["test"]) == 41
+    assert len(splits["train"]) + len(splits["test"]) == 40
     assert load(file) == splits
     assert {p.gold for p in splits["train"] + splits["test"]} == {str(i) for i in range(1, 41)}
 
@@ -140,7 +140,13 @@ BROKEN = {
     "not a number": (({"question": "x", "answer": float("nan")},), ("line 1", "('nan')")),
     "a split of its own": (({**GOOD, "split": "dev"},), ("line 1", "'dev' as the split", "train or test")),
     "split or not": (({**GOOD, "split": "train"}, {"question": "x", "answer": 1}), ("line 2", "found no split")),
-    "both splits": (({**GOOD, "split": "train"}, {**GOOD, "split": "test"}), ("line 2 repeats the problem of line 1",)),
+    "both splits": (
+        ({**GOOD, "split": "train"}, {**GOOD, "split": "test"}),
+        ("line 2 of mine.jsonl repeats", "another split"),
+    ),
+    "again": ((GOOD, "", {"question": "what is  1 + 1? ", "answer": 2}), ("line 3", "the problem of line 1: take")),
+    "tested on twice": (({**GOOD, "split": "test"}, {**GOOD, "split": "test"}), ("line 2", "the problem of line 1: ")),
+    "two answers": (({**GOOD, "split": "train"}, {**GOOD, "split": "train", "answer": 3}), ("line 2", "says 3 for 2")),
     "one alone": ((GOOD,), ("leaves none to train on",)),
 }
 
@@ -167,11 +173,16 @@ def test_a_folder_with_a_problem_in_both_files_or_without_one_is_refused(tmp_pat
     write(tmp_path / "train.jsonl", {"question": "x", "answer": 1}, GOOD)
     with pytest.raises(ConfigError, match=r"test\.jsonl: No such file"):
         load(tmp_path)
-    write(tmp_path / "test.jsonl", {"question": "y", "answer": 1}, "", {"question": "what is 1 + 1? ", "answer": 2})
+    write(tmp_path / "test.jsonl", {"question": "y", "answer": 1}, "", {"question": "WHAT is  1 + 1?", "answer": 2})
     with pytest.raises(ConfigError, match=r"line 3 of test\.jsonl is line 2 of train\.jsonl, too"):
         load(tmp_path)
     write(tmp_path / "test.jsonl", {"question": "y", "answer": "1,000"})
     assert load(tmp_path)["test"] == [maths.Problem("y", "1,000")]
+    write(tmp_path / "train.jsonl", GOOD, GOOD)  # a problem may be trained on more than once
+    assert len(load(tmp_path)["train"]) == 2
+    write(tmp_path / "test.jsonl", {"question": "y", "answer": "1,000"}, {"question": "Y", "answer": 1000})
+    with pytest.raises(ConfigError, match=r"line 2 of test\.jsonl repeats the problem of line 1"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,21 @@ CASES = [
     (r"\boxed{\frac{3}{4}}", "0.75", False, True, "3/4"),
     (r"\boxed{\dfrac{3}{4}}", "3/4", False, True, "3/4"),
     (r"\boxed{1{,}200}", "1200", False, True, "1,200"),
+    (r"\boxed{-\frac{1}{2}}", "-0.5", False, True, "-1/2"),  # the fraction's own minus
+    (r"\boxed{\frac12}", "1/2", False, True, "1/2"),
+    (r"\boxed{1\frac{1}{2}}", "1.5", False, True, "1 1/2"),
+    (r"5 - \frac{1}{2} = 4.5", "4.5", False, True, "4.5"),
+    (r"\boxed{-½}", "-1/2", False, True, "-1/2"),
+    (r"\boxed{2\sqrt{3}}", "2", False, False, ""),  # a root is no number
+    (r"\boxed{\sqrt{3}}", "3", False, False, ""),
+    (r"\boxed{\sqrt{16} = 4}", "4", False, True, "4"),
+    (r"\boxed{2\pi}", "2", False, False, ""),
+    ("#### 1 200", "1", False, False, ""),  # two numbers, or one: nobody knows
+    ("#### 1 200", "1200", False, False, ""),
+    ("#### -$12 345.", "12", False, False, ""),
+    ("#### 1 200/3", "401/3", False, False, "1 200/3"),
+    ("#### 1'200", "1200", False, True, "1,200"),
+    ("#### 1’234’567", "1234567", False, True, "1,234,567"),
     (r"\boxed{18\%}", "18", False, True, "18%"),
     (r"\boxed{\$18}", "18", False, True, "$18"),
     (r"\boxed{12 \text{ hours}}", "12", False, True, "12"),
