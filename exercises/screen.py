@@ -26,7 +26,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, SimpleNamespace):
         return ", ".join(f"{name}={text_of(v)}" for name, v in vars(value).items())
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value + 0.0:.4g}"  # + 0.0 makes 0 of -0
     return "none" if value is None else str(value)
 
 
@@ -78,12 +78,11 @@ def show(file: str, verdicts: Iterable[Verdict], console: Console | None = None)
     for v in found:
         if not v.passed and not v.blank:
             console.print(explained(v, width))
-    blank = next((v for v in found if v.blank), None)
-    if blank:
-        console.print(
-            Text(f"\nNext to fill in: exercise {blank.exercise}, {blank.name} (chapter {blank.exercise} of README.md).")
-        )
-    elif passed == len(found):
+    if todo := next((v for v in found if not v.passed), None):
+        what = "fill in" if todo.blank else "mend"
+        where = f"chapter {todo.exercise}, exercises/README.md"
+        console.print(Text(f"\nNext to {what}: exercise {todo.exercise}, {todo.name} ({where})."))
+    else:
         path = os.path.relpath(file)
         name = "exercises.ppo" if path == os.path.join("exercises", "ppo.py") else path
         console.print(Text(f"\nNow train with them:\n  python train.py --config configs/debug.yaml functions={name}"))
