@@ -10,6 +10,7 @@ logits of the next token by prompt and last token, another the value. The mathem
 there when it is called: functions that stand in for it act here, too.
 """
 
+import difflib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -133,13 +134,19 @@ def parse(arguments: list[str]) -> Toy:
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name not in kinds or not equals:
-            raise ConfigError(f"{argument!r} is no setting of the toy run: write name=value with {', '.join(kinds)}")
+            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
+            meant = f"did you mean {near[0]}=...?" if near else f"write name=value with {', '.join(kinds)}"
+            raise ConfigError(f"{argument!r} is no setting of the toy run: {meant}")
         try:
             made = value.lower() in ("true", "1") if kinds[name] is bool else kinds[name](value)
         except ValueError:
             raise ConfigError(f"{argument}: expected a {kinds[name].__name__}") from None
         config = replace(config, **{name: made})
     return config
+
+
+def written(name: str, value: Any) -> str:
+    return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def curve(values: list[float], low: float, high: float) -> str:
@@ -152,9 +159,11 @@ def runs(arguments: list[str]) -> dict[str, list[dict[str, float]]]:
     """The run of these settings, or, with `vs`, two: those after it are the second's alone."""
     place = arguments.index("vs") if "vs" in arguments else len(arguments)
     first, second = arguments[:place], arguments[place + 1 :]
-    configs = {" ".join(first) or "default": parse(first)} | (
-        {" ".join(second): parse(first + second)} if second else {}
-    )
+    configs = {" ".join(first) or "default": parse(first)}
+    if second:  # they are told apart by what differs
+        one, two = parse(first), parse(first + second)
+        names = [argument.partition("=")[0] for argument in second]
+        configs = {" ".join(written(name, getattr(c, name)) for name in names): c for c in (one, two)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small are no work for two
     try:
@@ -174,5 +183,5 @@ def toy(arguments: list[str]) -> int:
             lines[label] = [sum(row[name] for row in part) / len(part) for part in parts]
         low, high = min(map(min, lines.values())), max(map(max, lines.values()))
         for label, values in lines.items():
-            print(f"{name:<13} {label[:17]:<17}{values[0]:6.2f} {curve(values, low, high):<32} {values[-1]:6.2f}")
+            print(f"{name:<13} {label[:18]:<18}{values[0]:6.2f} {curve(values, low, high):<32} {values[-1]:6.2f}")
     return 0
