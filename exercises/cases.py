@@ -169,12 +169,13 @@ def ppo_losses_cases() -> list[dict[str, Any]]:
 
 
 def minibatch_update_cases() -> list[dict[str, Any]]:
-    """Two parameters and the gradient that stood in them before; `slope` is the loss's, its norm below and above."""
+    """Two parameters and the gradient that stood in them before; that of the loss has a norm below and above."""
     cases = []
     for optimizer in ("SGD", "AdamW"):
         for slope in ([0.3, -0.4], [6.0, -8.0]):
-            given = {"weight": torch.tensor([1.0, 2.0]), "bias": torch.tensor([0.5]), "grad": torch.tensor(0.7)}
-            given |= {"slope": torch.tensor(slope), "optimizer": optimizer, "max_grad_norm": 3.0}
+            given = {"weight": torch.tensor([1.0, 2.0]), "bias": torch.tensor([0.5]), "grad before": torch.tensor(0.7)}
+            given |= {"loss": "(slope * weight).sum() + 2 * bias", "slope": torch.tensor(slope)}
+            given |= {"optimizer": f"{optimizer}, lr 0.1, of the bias 0.05", "max_grad_norm": 3.0}
             cases.append(given)
     return cases
 
@@ -182,12 +183,12 @@ def minibatch_update_cases() -> list[dict[str, Any]]:
 def call_minibatch_update(function: Callable, inputs: dict[str, Any]) -> dict[str, Any]:
     """The losses that `function` returns, and the two parameters as it leaves them.
 
-    The loss is slope . weight + 2 bias.
+    `inputs` says in words which loss it is, and the optimizer's rates.
     """
     weight, bias = (inputs[name].clone().requires_grad_() for name in ("weight", "bias"))
     for p in (weight, bias):
-        p.grad = torch.full_like(p, inputs["grad"].item())
-    kind = getattr(torch.optim, inputs["optimizer"])
+        p.grad = torch.full_like(p, inputs["grad before"].item())
+    kind = getattr(torch.optim, inputs["optimizer"].partition(",")[0])
     optimizer = kind([{"params": [weight]}, {"params": [bias], "lr": 0.05}], lr=0.1, weight_decay=0.0)
 
     def gradients() -> dict[str, Tensor]:

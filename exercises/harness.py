@@ -106,6 +106,9 @@ def told(error: BaseException, tried: Callable) -> str:
     file = getattr(getattr(tried, "__code__", None), "co_filename", "")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f" (line {lines[-1]} of {os.path.basename(file)})" if lines else ""
+    if "backward through the graph a second time" in str(error):
+        who = "gradients() does it, and a function that returns a loss leaves it to its caller"
+        return f"backward() is called a second time on the same loss: {who}{where}."
     return f"It raises {type(error).__name__}: {textwrap.shorten(str(error), 200, placeholder=' ...')}{where}"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
@@ -93,9 +94,10 @@ def explained(v: Verdict, width: int = WIDTH) -> Text:
     """The input on which a function differs, what is expected and what it gives, and the mistake."""
     lines = Text(f"\nExercise {v.exercise}, {v.name}", "bold")
     if v.inputs:
-        column = max(map(len, v.inputs)) + 2
+        inputs = {labelled(name, value): value for name, value in v.inputs.items()}
+        column = max(map(len, inputs)) + 2
         lines.append("\n  The smallest input on which it differs:\n", "not bold")
-        for name, value in v.inputs.items():
+        for name, value in inputs.items():
             lines.append(wrapped(f"    {name.ljust(column)}", text_of(value), width), "not bold")
     if v.expected and v.got:
         for name, right in v.expected.items():
@@ -112,6 +114,12 @@ def explained(v: Verdict, width: int = WIDTH) -> Text:
     lines.append("\n" if not v.inputs else "")
     lines.append(wrapped("  Mistake: ", v.mistake, width).rstrip("\n"), "bold yellow")
     return lines
+
+
+def labelled(name: str, value: Any) -> str:
+    """The name of an input, with its dtype where that is half of what matters."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return f"{name} ({str(value.dtype)[6:]})" if half else name
 
 
 def wrapped(head: str, text: str, width: int) -> str:

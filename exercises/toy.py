@@ -3,6 +3,7 @@
     python -m exercises toy                                the default run
     python -m exercises toy kl_coef=0 lam=0                a run with these settings
     python -m exercises toy steps=120 vs kl_coef=0         two runs: the settings after `vs` are the second's alone
+    python -m exercises toy vs functions=exercises.ppo     the library's functions, and yours
 
 Each prompt is a number from 0 to 3. The answer is up to 6 tokens of a vocabulary of 8; token 0 ends it. It is right,
 and earns +1, if the token 4 + prompt is in it, and nothing else of 4 to 7; otherwise it earns -1. A table gives the
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_ppo import ppo
+from lora_ppo.functions import load_functions, replaced
 from lora_ppo.settings import ConfigError
 
 PROMPTS, VOCABULARY, LENGTH, END = 4, 8, 6, 0
@@ -42,6 +44,7 @@ class Toy:
     max_grad_norm: float = 1.0
     temperature: float = 1.0
     reward: str = "task"  # or constant
+    functions: str = "lora_ppo.ppo"  # the module, or the .py file, that has the mathematics
     seed: int = 0
 
 
@@ -146,7 +149,15 @@ def parse(arguments: list[str]) -> Toy:
 
 
 def written(name: str, value: Any) -> str:
+    if name == "functions":
+        return value.rpartition("/")[2]
     return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+
+
+def run_with_functions(config: Toy) -> list[dict[str, float]]:
+    """A run with the mathematics of `config.functions`. Raises ConfigError if that module does not have it."""
+    with replaced({} if config.functions == Toy.functions else load_functions(config.functions)):
+        return run(config)
 
 
 def curve(values: list[float], low: float, high: float) -> str:
@@ -167,7 +178,7 @@ def runs(arguments: list[str]) -> dict[str, list[dict[str, float]]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small are no work for two
     try:
-        return {label: run(config) for label, config in configs.items()}
+        return {label: run_with_functions(config) for label, config in configs.items()}
     finally:
         torch.set_num_threads(threads)
 
