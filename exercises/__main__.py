@@ -1,10 +1,11 @@
-"""Checks your exercises: which of the six pass, and for one that does not, the mistake that gives what it gives.
+"""Checks your exercises: which of the six pass, and what is wrong with the others.
 
     python -m exercises                 checks exercises/ppo.py
     python -m exercises --file PATH     checks another file
-    python -m exercises --json          the same as JSON, an object for each exercise
-    python -m exercises walk            one real answer through all steps, token by token
-    python -m exercises toy vs lam=0    a whole run in a second, and one with another setting beside it
+    python -m exercises --json          the same as JSON
+    python -m exercises walk            one real answer through all steps
+    python -m exercises toy             a whole run in a second
+    python -m exercises toy vs lam=0    and one with another setting beside it
 
 Exit status: 0 if all six pass, 1 if not, 2 if the file can't be used.
 """

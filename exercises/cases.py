@@ -1,8 +1,8 @@
 """What the functions are tried on: small inputs first, then every trap that training has.
 
 Ratios far from 1, both signs of the advantage, ragged masks, environment text inside an answer, NaN wherever the mask
-is False, one token, one answer. Numbers are round, so that they can be followed by hand; none lies on the edge of a
-clip range, where a gradient may be either side's.
+is False, one token, one answer, an answer that is left out. Numbers are round, so that they can be followed by hand;
+none lies on the edge of a clip range, where a gradient may be either side's.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ MASKS = (  # (B, T): one token, one answer, answers of two lengths, environment 
     ("110011010", "101111100", "100000000", "111111111"),
     ("0111100", "1111111"),
 )
+LEFT_OUT = ("0000", "1011")  # an answer whose score is not known: it takes part in nothing
 VOCABULARY = 5
 
 
@@ -70,6 +71,10 @@ def each_mask() -> list[tuple[Numbers, Tensor, bool]]:
     """Random numbers, a mask, whether NaN stands where it is False: every mask without, and those with gaps with."""
     found = [(Numbers(seed), mask_of(rows), False) for seed, rows in enumerate((*MASKS, *MASKS[3:]))]
     return found + [(Numbers(seed), mask_of(rows), True) for seed, rows in enumerate(MASKS[2:])]
+
+
+def each_mask_and_one_left_out() -> list[tuple[Numbers, Tensor, bool]]:
+    return [*each_mask(), (Numbers(20), mask_of(LEFT_OUT), False), (Numbers(21), mask_of(LEFT_OUT), True)]
 
 
 def hidden(x: Tensor, mask: Tensor, nan: bool) -> Tensor:
@@ -129,10 +134,10 @@ def entropy_cases() -> list[dict[str, Any]]:
 
 def compute_rewards_cases() -> list[dict[str, Any]]:
     cases = []
-    for numbers, mask, nan in each_mask():
+    for numbers, mask, nan in each_mask_and_one_left_out():
         ref = numbers.between(-4, -0.5, *mask.shape)
         new = ref + numbers.between(-1, 1, *mask.shape)
-        scores = torch.where(numbers.between(0, 1, len(mask)) < 0.5, -1.0, 1.0)
+        scores = torch.where(numbers.between(0, 1, len(mask)) < 0.5, -1.0, 1.0) * mask.any(-1)
         tensors = {"logprobs": hidden(new, mask, nan), "ref_logprobs": hidden(ref, mask, nan)}
         cases.append({"scores": scores} | tensors | {"response_mask": mask, "kl_coef": 0.3})
     return cases
@@ -141,7 +146,7 @@ def compute_rewards_cases() -> list[dict[str, Any]]:
 def gae_cases() -> list[dict[str, Any]]:
     cases = []
     constants = ((0.9, 0.8), (0.9, 0.8), (0.9, 0.8), (1.0, 1.0), (0.5, 1.0), (1.0, 0.0))
-    for place, (numbers, mask, nan) in enumerate(each_mask()):
+    for place, (numbers, mask, nan) in enumerate(each_mask_and_one_left_out()):
         gamma, lam = constants[place % len(constants)] if place >= len(MASKS) else (0.9, 0.8)
         values, rewards = (numbers.between(-2, 2, *mask.shape) for _ in range(2))
         rewards = torch.where(mask, rewards, 0.0)
@@ -164,12 +169,13 @@ def ppo_losses_cases() -> list[dict[str, Any]]:
 
 
 def minibatch_update_cases() -> list[dict[str, Any]]:
-    """Two parameters and the gradient that stood in them before; `slope` is the loss's, its norm below and above."""
+    """Two parameters and the gradient that stood in them before; that of the loss has a norm below and above."""
     cases = []
     for optimizer in ("SGD", "AdamW"):
         for slope in ([0.3, -0.4], [6.0, -8.0]):
-            given = {"weight": torch.tensor([1.0, 2.0]), "bias": torch.tensor([0.5]), "grad": torch.tensor(0.7)}
-            given |= {"slope": torch.tensor(slope), "optimizer": optimizer, "max_grad_norm": 3.0}
+            given = {"weight": torch.tensor([1.0, 2.0]), "bias": torch.tensor([0.5]), "grad before": torch.tensor(0.7)}
+            given |= {"loss": "(slope * weight).sum() + 2 * bias", "slope": torch.tensor(slope)}
+            given |= {"optimizer": f"{optimizer}, lr 0.1, of the bias 0.05", "max_grad_norm": 3.0}
             cases.append(given)
     return cases
 
@@ -177,12 +183,12 @@ def minibatch_update_cases() -> list[dict[str, Any]]:
 def call_minibatch_update(function: Callable, inputs: dict[str, Any]) -> dict[str, Any]:
     """The losses that `function` returns, and the two parameters as it leaves them.
 
-    The loss is slope . weight + 2 bias.
+    `inputs` says in words which loss it is, and the optimizer's rates.
     """
     weight, bias = (inputs[name].clone().requires_grad_() for name in ("weight", "bias"))
     for p in (weight, bias):
-        p.grad = torch.full_like(p, inputs["grad"].item())
-    kind = getattr(torch.optim, inputs["optimizer"])
+        p.grad = torch.full_like(p, inputs["grad before"].item())
+    kind = getattr(torch.optim, inputs["optimizer"].partition(",")[0])
     optimizer = kind([{"params": [weight]}, {"params": [bias], "lr": 0.05}], lr=0.1, weight_decay=0.0)
 
     def gradients() -> dict[str, Tensor]:

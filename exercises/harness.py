@@ -9,9 +9,10 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
-import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from exercises.cases import FUNCTIONS, Function
 from exercises.mistakes import Mistake, pairs
+from exercises.smallest import empty, smallest
 from lora_ppo import ppo
 from lora_ppo.functions import load_module, unfinished
 
@@ -29,6 +31,8 @@ TITLES = ("log-probabilities", "policy loss", "value loss", "entropy", "rewards 
 SECONDS = 10.0  # that one call may take
 BLANK = "Not filled in yet."
 UNKNOWN = "It differs, and this is no mistake that is known here. Compare what is expected with what you got."
+INSIDE = "Where the mask is True it is right. Elsewhere it must be 0."
+OUTSIDE = "It is right where the mask is True everywhere: something that stands outside the mask has an influence."
 PADDING = "NaN spreads from where the mask is False: 0 * NaN is NaN. Use masked_fill or torch.where on what goes in."
 
 
@@ -75,7 +79,11 @@ def observe(function: Function, tried: Callable, inputs: dict[str, Any], limited
     for name in function.trained:
         given[name].requires_grad_()
     try:
-        with time_limit(SECONDS if limited else 0), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            time_limit(SECONDS if limited else 0),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+        ):
             returned = function.call(tried, given)
             results = named(function, returned)
             gradients = differentiate(function, given, results)
@@ -98,7 +106,10 @@ def told(error: BaseException, tried: Callable) -> str:
     file = getattr(getattr(tried, "__code__", None), "co_filename", "")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f" (line {lines[-1]} of {os.path.basename(file)})" if lines else ""
-    return f"It raises {type(error).__name__}: {' '.join(str(error).split())[:200]}{where}"
+    if "backward through the graph a second time" in str(error):
+        who = "gradients() does it, and a function that returns a loss leaves it to its caller"
+        return f"backward() is called a second time on the same loss: {who}{where}."
+    return f"It raises {type(error).__name__}: {textwrap.shorten(str(error), 200, placeholder=' ...')}{where}"
 
 
 def named(function: Function, returned: Any) -> dict[str, Tensor]:
@@ -162,56 +173,6 @@ def outcome(function: Function, tried: Callable, inputs: dict[str, Any]) -> Outc
         return str(problem)
 
 
-# -------------------------------------------------------------------------------------------- the smallest that differs
-
-
-def smallest(inputs: dict[str, Any], dims: dict[str, str], fails: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Inputs that still fail when no answer, token or word can be left out, with numbers as round as can be.
-
-    After `SECONDS` it is those that were found by then.
-    """
-    shrinking, end = True, time.monotonic() + SECONDS
-    while shrinking:
-        shrinking = False
-        for candidate in (*smaller(inputs, dims), *rounder(inputs)):
-            if time.monotonic() > end:
-                return inputs
-            if fails(candidate):
-                inputs, shrinking = candidate, True
-                break
-    return inputs
-
-
-def smaller(inputs: dict[str, Any], dims: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The inputs less one answer, one token, or the vocabulary's last word."""
-    sizes = {d: n for name, ds in dims.items() for d, n in zip(ds, inputs[name].shape, strict=True)}
-    for dim in "BTV":
-        for place in range(sizes.get(dim, 0) if sizes.get(dim, 0) > (2 if dim == "V" else 1) else 0):
-            if dim == "V" and (
-                place < sizes["V"] - 1 or ("input_ids" in inputs and inputs["input_ids"].max() == place)
-            ):
-                continue
-            found = dict(inputs)
-            for name, ds in dims.items():
-                for d in (dim, "S") if dim == "T" else (dim,):
-                    if d in ds:
-                        axis = ds.index(d)
-                        kept = [i for i in range(inputs[name].shape[axis]) if i != place + (d == "S")]
-                        found[name] = inputs[name].index_select(axis, torch.tensor(kept))
-            if "response_mask" not in found or found["response_mask"].any(-1).all():
-                yield found
-
-
-def rounder(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The inputs with zeros for NaN; with a number at a time that is whole."""
-    for name, x in inputs.items():
-        if isinstance(x, Tensor) and x.is_floating_point():
-            if x.isnan().any():
-                yield inputs | {name: x.nan_to_num(0.0)}
-            if x.numel() <= 6 and not torch.equal(whole := x.round(), x) and not x.isnan().any():
-                yield inputs | {name: whole}
-
-
 # ---------------------------------------------------------------------------------------------------------- the verdict
 
 
@@ -262,7 +223,7 @@ def judged(function: Function, tried: Callable, verdict: Verdict) -> Verdict:
     if not wrong:
         return verdict
 
-    inputs = smallest(function.cases[wrong[0]], function.dims, lambda case: not passes(function, tried, case))
+    inputs = smallest(function.cases[wrong[0]], function.dims, lambda case: not passes(function, tried, case), SECONDS)
     got, right = outcome(function, tried, inputs), library(function, inputs)
     sentence = diagnosis(function, tried, outcomes, expected, wrong)
     return replace(verdict, mistake=sentence, inputs=inputs, expected=right, got=got if isinstance(got, dict) else None)
@@ -272,7 +233,8 @@ def diagnosis(function: Function, tried: Callable, outcomes: list, expected: lis
     """The mistake that gives exactly these outcomes, in a sentence."""
     cases, asides = function.cases, function.asides
     if problem := next((o for o in outcomes if isinstance(o, str)), ""):
-        return problem
+        left_out = "response_mask" in function.dims and all(empty(cases[i]["response_mask"]) for i in wrong)
+        return f"Where an answer is left out, its row False everywhere: {problem}" if left_out else problem
     if all(has_nan(cases[i]) for i in wrong) and all(passes(function, tried, without_nan(case)) for case in cases):
         return PADDING
 
@@ -297,7 +259,26 @@ def diagnosis(function: Function, tried: Callable, outcomes: list, expected: lis
     for mistakes, places, without in readings():
         if found := next((m for m in mistakes if gives(m, places, without)), None):
             return found.sentence
-    return shape_of(outcomes[wrong[0]], expected[wrong[0]]) or UNKNOWN
+    return shape_of(outcomes[wrong[0]], expected[wrong[0]]) or half_right(function, outcomes, expected) or UNKNOWN
+
+
+def half_right(function: Function, outcomes: list[Outcome], expected: list[Outcome]) -> str:
+    """What is right about a function with a mistake that is not known, in a sentence; empty if nothing is."""
+    both = list(zip(function.cases, outcomes, expected, strict=True))
+    if function.asides and all(agree(a, b, function.asides) for _, a, b in both):
+        wrong = [name for name in function.asides if not all(equal(a[name], b[name]) for _, a, b in both)]
+        return f"The loss and its gradient are right. What the log is told is not: {', '.join(wrong)}."
+    if "response_mask" not in function.dims:
+        return ""
+    if all(agree(inside(a, case), inside(b, case)) for case, a, b in both):
+        return INSIDE
+    return OUTSIDE if all(agree(a, b) for case, a, b in both if case["response_mask"].all()) else ""
+
+
+def inside(result: Outcome, case: dict[str, Any]) -> Outcome:
+    """The outcome with zeros where the mask is False, of results that are (B, T)."""
+    mask = case["response_mask"]
+    return {k: x.masked_fill(~mask, 0.0) if x is not None and x.shape == mask.shape else x for k, x in result.items()}
 
 
 def passes(function: Function, tried: Callable, inputs: dict[str, Any]) -> bool:

@@ -6,7 +6,8 @@ names of your own helpers with an underscore: `functions=exercises.ppo` wants th
 
 Shapes: B answers, T response tokens, V vocabulary. `response_mask` (B, T) is True exactly where the policy chose the
 token, its end-of-sequence token included. Where it is False there is padding, or text that an environment wrote between
-two of the policy's turns; what stands there in other tensors, be it NaN, must have no influence.
+two of the policy's turns; what stands there in other tensors, be it NaN, must have no influence. An answer whose score
+is not known is left out: its row is False everywhere.
 """
 
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def compute_rewards(
     """A reward for each token: (B,), three times (B, T) -> (B, T), 0 outside the mask, without a gradient.
 
     In words: each token pays for being likelier than it is to the reference policy; the answer's score comes with its
-    last token (the last one where the mask is True).
+    last token (the last one where the mask is True). An answer that is left out has no token: its row stays 0.
 
         reward[b, t] = -kl_coef * (logprobs[b, t] - ref_logprobs[b, t])  +  scores[b] if t is the last token
 
@@ -113,8 +114,8 @@ def compute_rewards(
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns, both (B, T), 0 outside the mask, without a gradient: generalized advantage estimation.
 
-    In words: delta is by how much a step went better than its value said. A token's advantage is its own delta and
-    those of the tokens after it, each gamma * lam times less.
+    In words: delta is by how much a step went better than its value said. A token's advantage is its own delta, and
+    gamma * lam times the advantage of the token after it.
 
         delta[t] = reward[t] + gamma * value[t'] - value[t]
         advantage[t] = delta[t] + gamma * lam * advantage[t']        returns = advantages + values
@@ -142,6 +143,8 @@ def ppo_losses(
     config: Any,
 ) -> dict[str, Tensor]:
     """The loss of a minibatch and its parts: `loss`, `policy_loss`, `value_loss`, `entropy`, `clip_fraction`.
+
+    `clip_fraction` is that of the policy loss.
 
     In words: the policy loss, vf_coef times the value loss, and a bonus of entropy_coef times the entropy (a bonus
     makes a loss smaller).

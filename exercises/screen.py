@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
@@ -26,7 +27,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, SimpleNamespace):
         return ", ".join(f"{name}={text_of(v)}" for name, v in vars(value).items())
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value + 0.0:.4g}"  # + 0.0 makes 0 of -0
     return "none" if value is None else str(value)
 
 
@@ -78,12 +79,11 @@ def show(file: str, verdicts: Iterable[Verdict], console: Console | None = None)
     for v in found:
         if not v.passed and not v.blank:
             console.print(explained(v, width))
-    blank = next((v for v in found if v.blank), None)
-    if blank:
-        console.print(
-            Text(f"\nNext to fill in: exercise {blank.exercise}, {blank.name} (chapter {blank.exercise} of README.md).")
-        )
-    elif passed == len(found):
+    if todo := next((v for v in found if not v.passed), None):
+        what = "fill in" if todo.blank else "mend"
+        where = f"chapter {todo.exercise}, exercises/README.md"
+        console.print(Text(f"\nNext to {what}: exercise {todo.exercise}, {todo.name} ({where})."))
+    else:
         path = os.path.relpath(file)
         name = "exercises.ppo" if path == os.path.join("exercises", "ppo.py") else path
         console.print(Text(f"\nNow train with them:\n  python train.py --config configs/debug.yaml functions={name}"))
@@ -94,9 +94,10 @@ def explained(v: Verdict, width: int = WIDTH) -> Text:
     """The input on which a function differs, what is expected and what it gives, and the mistake."""
     lines = Text(f"\nExercise {v.exercise}, {v.name}", "bold")
     if v.inputs:
-        column = max(map(len, v.inputs)) + 2
+        inputs = {labelled(name, value): value for name, value in v.inputs.items()}
+        column = max(map(len, inputs)) + 2
         lines.append("\n  The smallest input on which it differs:\n", "not bold")
-        for name, value in v.inputs.items():
+        for name, value in inputs.items():
             lines.append(wrapped(f"    {name.ljust(column)}", text_of(value), width), "not bold")
     if v.expected and v.got:
         for name, right in v.expected.items():
@@ -113,6 +114,12 @@ def explained(v: Verdict, width: int = WIDTH) -> Text:
     lines.append("\n" if not v.inputs else "")
     lines.append(wrapped("  Mistake: ", v.mistake, width).rstrip("\n"), "bold yellow")
     return lines
+
+
+def labelled(name: str, value: Any) -> str:
+    """The name of an input, with its dtype where that is half of what matters."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return f"{name} ({str(value.dtype)[6:]})" if half else name
 
 
 def wrapped(head: str, text: str, width: int) -> str:

@@ -3,6 +3,7 @@
     python -m exercises toy                                the default run
     python -m exercises toy kl_coef=0 lam=0                a run with these settings
     python -m exercises toy steps=120 vs kl_coef=0         two runs: the settings after `vs` are the second's alone
+    python -m exercises toy vs functions=exercises.ppo     the library's functions, and yours
 
 Each prompt is a number from 0 to 3. The answer is up to 6 tokens of a vocabulary of 8; token 0 ends it. It is right,
 and earns +1, if the token 4 + prompt is in it, and nothing else of 4 to 7; otherwise it earns -1. A table gives the
@@ -10,6 +11,7 @@ logits of the next token by prompt and last token, another the value. The mathem
 there when it is called: functions that stand in for it act here, too.
 """
 
+import difflib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_ppo import ppo
+from lora_ppo.functions import load_functions, replaced
 from lora_ppo.settings import ConfigError
 
 PROMPTS, VOCABULARY, LENGTH, END = 4, 8, 6, 0
@@ -41,6 +44,7 @@ class Toy:
     max_grad_norm: float = 1.0
     temperature: float = 1.0
     reward: str = "task"  # or constant
+    functions: str = "lora_ppo.ppo"  # the module, or the .py file, that has the mathematics
     seed: int = 0
 
 
@@ -133,13 +137,27 @@ def parse(arguments: list[str]) -> Toy:
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name not in kinds or not equals:
-            raise ConfigError(f"{argument!r} is no setting of the toy run: write name=value with {', '.join(kinds)}")
+            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
+            meant = f"did you mean {near[0]}=...?" if near else f"write name=value with {', '.join(kinds)}"
+            raise ConfigError(f"{argument!r} is no setting of the toy run: {meant}")
         try:
             made = value.lower() in ("true", "1") if kinds[name] is bool else kinds[name](value)
         except ValueError:
             raise ConfigError(f"{argument}: expected a {kinds[name].__name__}") from None
         config = replace(config, **{name: made})
     return config
+
+
+def written(name: str, value: Any) -> str:
+    if name == "functions":
+        return value.rpartition("/")[2]
+    return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+
+
+def run_with_functions(config: Toy) -> list[dict[str, float]]:
+    """A run with the mathematics of `config.functions`. Raises ConfigError if that module does not have it."""
+    with replaced({} if config.functions == Toy.functions else load_functions(config.functions)):
+        return run(config)
 
 
 def curve(values: list[float], low: float, high: float) -> str:
@@ -152,13 +170,15 @@ def runs(arguments: list[str]) -> dict[str, list[dict[str, float]]]:
     """The run of these settings, or, with `vs`, two: those after it are the second's alone."""
     place = arguments.index("vs") if "vs" in arguments else len(arguments)
     first, second = arguments[:place], arguments[place + 1 :]
-    configs = {" ".join(first) or "default": parse(first)} | (
-        {" ".join(second): parse(first + second)} if second else {}
-    )
+    configs = {" ".join(first) or "default": parse(first)}
+    if second:  # they are told apart by what differs
+        one, two = parse(first), parse(first + second)
+        names = [argument.partition("=")[0] for argument in second]
+        configs = {" ".join(written(name, getattr(c, name)) for name in names): c for c in (one, two)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small are no work for two
     try:
-        return {label: run(config) for label, config in configs.items()}
+        return {label: run_with_functions(config) for label, config in configs.items()}
     finally:
         torch.set_num_threads(threads)
 
@@ -174,5 +194,5 @@ def toy(arguments: list[str]) -> int:
             lines[label] = [sum(row[name] for row in part) / len(part) for part in parts]
         low, high = min(map(min, lines.values())), max(map(max, lines.values()))
         for label, values in lines.items():
-            print(f"{name:<13} {label[:17]:<17}{values[0]:6.2f} {curve(values, low, high):<32} {values[-1]:6.2f}")
+            print(f"{name:<13} {label[:18]:<18}{values[0]:6.2f} {curve(values, low, high):<32} {values[-1]:6.2f}")
     return 0

@@ -44,8 +44,10 @@ def write(policy: Policy, prompt: Sequence[int], temperature: float, length: int
 
 
 def walk(console: Console | None = None) -> int:
-    """Prints the walk, 100 columns wide: in colour at a terminal, plain in a pipe."""
-    console = console or Console(width=WIDTH, highlight=False)
+    """Prints the walk, at most 100 columns wide: in colour at a terminal, plain in a pipe."""
+    if console is None:
+        console = Console(highlight=False)
+        console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
     policy, config = load_policy(settings())
     torch.manual_seed(0)
     prompt = encode_chat(policy.tokenizer, policy.prompts.tutor.messages(QUESTION))
@@ -71,8 +73,8 @@ def walk(console: Console | None = None) -> int:
             cells = []
             for x in columns.values():
                 value = x[0, t].item()
-                plain = str(value) if isinstance(value, bool | int) else f"{value:+.4f}"
-                cells.append(plain if not isinstance(value, float) or value >= 0 else f"[red]{plain}[/red]")
+                plain = str(value) if isinstance(value, bool | int) else f"{round(value, 4) + 0.0:.4f}"  # no -0
+                cells.append(f"[red]{plain}[/red]" if plain.startswith("-") else plain)
             shown.add_row(str(t), repr(text), *cells)
         console.print(shown)
 
@@ -96,6 +98,10 @@ def walk(console: Console | None = None) -> int:
     columns = {"input_ids": batch.input_ids[:, -len(answer) :], "response_mask": mask, "logprobs": old_logprobs}
     table(columns | {"ref_logprobs": ref_logprobs, "values": old_values})
 
+    console.print(
+        "\nThis small model hesitates at its first token alone. The others are as good as certain: the log of 1 is 0."
+    )
+
     heading(
         "2.",
         f"Advantages: kl_coef {config.kl_coef}, gamma {config.gamma}, lambda {config.lam}, score {scores.item():+g}.",
@@ -110,7 +116,7 @@ def walk(console: Console | None = None) -> int:
     heading("3.", "Update: the loss, its gradient, a step. Then the same answer again, by the new policy.")
     losses = step(policy, batch, mask, scores)
     for name, value in losses.items():
-        console.print(f"  {name:<14} {float(value):+.5f}")
+        console.print(f"  {name:<14} {float(value):8.5f}")
     with torch.no_grad():
         logprobs, values, _ = token_logprobs_and_values(policy, batch)
     ratio, e = (logprobs - old_logprobs).exp(), config.cliprange

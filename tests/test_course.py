@@ -86,6 +86,39 @@ def next_nonterminal(rewards, values, response_mask, gamma, lam):
     return advantages, (advantages + v) * response_mask
 
 
+def columns_as_tokens(rewards, values, response_mask, gamma, lam):
+    """What trainers of language models do: zeros outside the mask, a loop over all columns, zeros again."""
+    values, after, last, found = values.detach().masked_fill(~response_mask, 0.0), 0.0, 0.0, []
+    for t in reversed(range(rewards.shape[1])):
+        last = rewards[:, t] + gamma * after - values[:, t] + gamma * lam * last
+        after = values[:, t]
+        found.append(last)
+    advantages = torch.stack(found[::-1], 1)
+    return advantages * response_mask, (advantages + values) * response_mask
+
+
+def not_reversed(rewards, values, response_mask, gamma, lam):
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for b, row in enumerate(response_mask):
+        last = after = 0.0
+        for t in row.nonzero().flatten().tolist():
+            value = values[b, t].detach()
+            last = rewards[b, t] + gamma * after - value + gamma * lam * last
+            advantages[b, t], returns[b, t], after = last, last + value, value
+    return advantages, returns
+
+
+def whitened(rewards, values, response_mask, gamma, lam):
+    advantages, returns = ppo.gae(rewards, values, response_mask, gamma, lam)
+    a = advantages[response_mask]
+    return ((advantages - a.mean()) / (a.std() + 1e-8)).masked_fill(~response_mask, 0.0), returns
+
+
+def filled_and_averaged(logits, response_mask, temperature=1.0):
+    logp = (logits.masked_fill(~response_mask[..., None], 0.0) / temperature).log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1).mean()
+
+
 def unshifted(logits, input_ids, temperature):
     return torch.log_softmax(logits.float() / temperature, -1).gather(2, input_ids[:, :-1, None])[..., 0]
 
@@ -117,7 +150,11 @@ def keeps_the_gradient(gradients, optimizer, max_grad_norm):
         ("policy_loss", times_mask, "0 * NaN is NaN"),
         ("policy_loss", minus_and_sum, "Two mistakes at once. The sign"),
         ("gae", next_nonterminal, "as if the answer ended"),
+        ("gae", columns_as_tokens, "Environment text is taken for a step of value 0"),
+        ("gae", not_reversed, "Forward"),
+        ("gae", whitened, "whitened in here, by std()"),
         ("chosen_logprobs", unshifted, "Not shifted"),
+        ("entropy", filled_and_averaged, "Padding is averaged, too"),
         ("entropy", entropy_of_bits, "In bits"),
         ("entropy", gini, "p (1 - p)"),
         ("minibatch_update", keeps_the_gradient, "not zeroed"),
@@ -142,6 +179,37 @@ def test_a_mistake_that_nobody_listed_is_caught_and_not_given_a_wrong_name(name,
     v = verdict_on(name, wrong)
     assert not v.passed
     assert v.mistake == harness.UNKNOWN
+
+
+def last_of_each(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+    rewards = (-kl_coef * (logprobs - ref_logprobs)).detach().masked_fill(~response_mask, 0.0)
+    for b, row in enumerate(response_mask):
+        rewards[b, row.nonzero().flatten()[-1]] += scores[b]
+    return rewards
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "sentence"),
+    [
+        ("gae", lambda r, v, m, g, lam: tuple(x + 0.1 * ~m for x in ppo.gae(r, v, m, g, lam)), harness.INSIDE),
+        ("entropy", lambda x, m, t: ppo.entropy(x, m, t) * (1 + 0.1 * (~m).sum()), harness.OUTSIDE),
+        (
+            "policy_loss",
+            lambda new, old, a, m, e: (ppo.policy_loss(new, old, a, m, e)[0], torch.tensor(0.5)),
+            "The loss and its gradient are right. What the log is told is not: clip_fraction.",
+        ),
+        (
+            "compute_rewards",
+            last_of_each,
+            "Where an answer is left out, its row False everywhere: It raises IndexError: index -1 is out of bounds",
+        ),
+    ],
+)
+def test_of_a_mistake_that_nobody_listed_it_is_said_what_is_right(name, wrong, sentence):
+    v = verdict_on(name, wrong)
+    assert v.mistake.startswith(sentence)
+    if name == "compute_rewards":
+        assert v.inputs["response_mask"].tolist() == [[False]]
 
 
 def test_what_two_mistakes_at_once_are_called_gives_exactly_their_result():
@@ -246,7 +314,7 @@ def rewards_by_loops(scores, logprobs, ref_logprobs, response_mask, kl_coef):
         for b, row in enumerate(response_mask):
             where = row.nonzero().flatten()
             rewards[b, where] = -kl_coef * (logprobs[b, where] - ref_logprobs[b, where])
-            rewards[b, where[-1]] += scores[b]
+            rewards[b, where[-1:]] += scores[b]
     return rewards
 
 
@@ -393,6 +461,7 @@ def test_what_is_shown_fits_80_columns_and_has_expected_and_got():
         assert "expected  " in text
         assert "got       " in text
         assert "Mistake: " in text
+    assert screen.text_of(torch.tensor([[-0.0, -0.5]])) == "[[0, -0.5]]"
 
 
 def test_every_blank_fails_and_says_in_its_docstring_what_is_wanted():

@@ -14,10 +14,7 @@ from lora_ppo.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 SOLUTIONS = (ROOT / "exercises/solutions.py").read_text(encoding="utf-8")
-WRONG_SIGN = SOLUTIONS.replace("    policy_loss,\n", "") + (
-    "from lora_ppo import ppo as _ppo\n\n\ndef policy_loss(*given):\n    loss, share = _ppo_policy_loss(*given)\n"
-    "    return -loss, share\n\n\n_ppo_policy_loss = _ppo.policy_loss\n"
-)
+WRONG_SIGN = (ROOT / "exercises/wrong_sign.py").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- the program
@@ -110,9 +107,10 @@ def test_the_toy_learns_and_with_mistakes_in_the_mathematics_it_does_not():
 
 def test_the_toy_says_which_settings_it_has(capsys):
     assert main(["toy", "learning_rat=3"]) == 2
-    assert "learning_rate" in capsys.readouterr().err
+    assert "did you mean learning_rate" in capsys.readouterr().err
     assert main(["toy", "steps=4", "vs", "lam=0"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:2]] == ["lam=0.95", "lam=0"]
     assert len(lines) == 2 * len(toy.SHOWN)
     assert max(map(len, lines)) <= 80
 

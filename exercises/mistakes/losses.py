@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from exercises.mistakes import DETACHED, MEANS, cleaned, mistake, same, summed
+from exercises.mistakes import DETACHED, MEANS, cleaned, mistake, same, summed, unmasked
 from lora_ppo import ppo
 
 
@@ -149,12 +149,21 @@ POLICY_LOSS = (
         weigh=lambda a, mask: ppo.whiten(a, mask) if mask.sum() > 1 else a * 0.0,
     ),
     *MEANS,
+    mistake("The mask is left out of the mean: the advantages in the padding are averaged, too.", mean=unmasked),
     mistake(
         "clip_fraction counts every ratio outside the range, also where no clip is active: compare the two losses.",
         share=one_sided,
     ),
     mistake(
         "clip_fraction ignores the mask.", share=lambda plain, clipped, r, e, mask: (clipped > plain).float().mean()
+    ),
+    mistake(
+        "clip_fraction counts places where the two losses are equal: there nothing is clipped. It is > and not >=.",
+        share=lambda plain, clipped, r, e, mask: ppo.masked_mean((clipped >= plain).float(), mask),
+    ),
+    mistake(
+        "clip_fraction counts places where the two losses are equal, as in the padding, too. It is > and not >=.",
+        share=lambda plain, clipped, r, e, mask: (clipped >= plain).float().sum() / mask.sum(),
     ),
     mistake(
         "clip_fraction is a count, not a share.",
@@ -227,6 +236,14 @@ VALUE_LOSS = (
         "clip_fraction ignores the mask.",
         share=lambda plain, clipped, v, old, e, mask: (clipped > plain).float().mean(),
     ),
+    mistake(
+        "clip_fraction counts places where the two errors are equal: there nothing is clipped. It is > and not >=.",
+        share=lambda plain, clipped, v, old, e, mask: ppo.masked_mean((clipped >= plain).float(), mask),
+    ),
+    mistake(
+        "clip_fraction counts places where the two errors are equal, as in the padding, too. It is > and not >=.",
+        share=lambda plain, clipped, v, old, e, mask: (clipped >= plain).float().sum() / mask.sum(),
+    ),
 )
 
 
@@ -285,4 +302,5 @@ ENTROPY = (
         gather=lambda x: x.sum(-1) / torch.tensor(float(x.shape[-1])).log(),
     ),
     *MEANS,
+    mistake("Padding is averaged, too: logits that are filled with 0 have the entropy log V.", mean=unmasked),
 )

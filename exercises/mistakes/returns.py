@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exercises.mistakes import mistake, same
+from exercises.mistakes import cleaned, mistake, same
 from lora_ppo import ppo
 
 
@@ -72,7 +72,7 @@ COMPUTE_REWARDS = (
     mistake("The score at the first token.", place=at(lambda mask: mask.int().argmax(-1))),
     mistake(
         "The score at column mask.sum() - 1: with environment text inside the answer that is not its last token.",
-        place=at(lambda mask: mask.sum(-1) - 1),
+        place=at(lambda mask: (mask.sum(-1) - 1).clamp(min=0)),
     ),
     mistake(
         "The score before the first gap: the last token is the last one that is True.",
@@ -90,9 +90,18 @@ COMPUTE_REWARDS = (
 )
 
 
+def chosen(row: Tensor) -> list[int]:
+    """The policy's tokens, by their columns."""
+    return row.nonzero().flatten().tolist()
+
+
+def every_column(row: Tensor) -> list[int]:
+    return list(range(len(row)))
+
+
 def successors(values: Tensor, where: list[int]) -> list[Any]:
     """The value of each token's successor, the policy's next token; 0 after the last."""
-    return [values[i] for i in where[1:]] + [0.0]
+    return [*(values[i] for i in where[1:]), 0.0][: len(where)]
 
 
 def next_columns(values: Tensor, where: list[int]) -> list[Any]:
@@ -133,7 +142,8 @@ def gae(
     gamma: float,
     lam: float,
     *,
-    steps: Callable = lambda row: row.nonzero().flatten().tolist(),
+    clean: Callable = lambda values, mask: values,
+    steps: Callable = chosen,
     following: Callable = successors,
     discount: Callable = same,
     delta: Callable = lambda r, v, following, gamma: r + gamma * following - v,
@@ -142,10 +152,11 @@ def gae(
     advantage: Callable = lambda a, v: a,
     target: Callable = lambda a, v, r, following, gamma: a + v,
     white: Callable = lambda x, mask: x,
+    tidy: Callable = lambda x, mask: x,
     swap: bool = False,
     finish: Callable = torch.detach,
 ) -> tuple[Tensor, Tensor]:
-    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    values, advantages, returns = clean(values, response_mask), torch.zeros_like(rewards), torch.zeros_like(rewards)
     for b, row in enumerate(response_mask):
         where = steps(row)
         nexts = following(values[b], where)
@@ -153,7 +164,7 @@ def gae(
         for i, n, a in zip(where, nexts, accumulate(deltas, where, decay(gamma, lam)), strict=True):
             advantages[b, i] = advantage(a, values[b, i])
             returns[b, i] = target(a, values[b, i], rewards[b, i], n, gamma)
-    result = finish(white(advantages, response_mask)), finish(returns)
+    result = finish(tidy(white(advantages, response_mask), response_mask)), finish(tidy(returns, response_mask))
     return result[::-1] if swap else result
 
 
@@ -168,17 +179,42 @@ GAE = (
     ),
     mistake(
         "Bootstrapped past the end: the last token's successor gets its own value; after the end it is 0.",
-        following=lambda v, where: [*successors(v, where)[:-1], v[where[-1]]],
+        following=lambda v, where: [v[i] for i in [*where[1:], *where[-1:]]],
     ),
     mistake(
         "Bootstrapped past the end: the value in the padding after the last token is used; it is 0.",
-        following=lambda v, where: [*successors(v, where)[:-1], v[where[-1] + 1] if where[-1] + 1 < len(v) else 0.0],
+        following=lambda v, where: [v[i] if i < len(v) else 0.0 for i in [*where[1:], *(i + 1 for i in where[-1:])]],
+    ),
+    mistake(
+        "The next column's value is taken. After the last token it is 0, at a gap that of the policy's next token.",
+        following=lambda v, where: [v[i + 1] if i + 1 < len(v) else 0.0 for i in where],
+    ),
+    mistake(
+        "Forward: a token's successor is then the one before it. Begin with the last token.",
+        following=lambda v, where: [0.0, *(v[i] for i in where)][: len(where)],
+        accumulate=forwards,
     ),
     mistake("In reverse order: a token is credited with what came before it, not after.", accumulate=forwards),
     mistake("Not summed: these are the deltas, GAE with lambda 0.", accumulate=lambda deltas, where, decay: deltas),
     mistake(
         "The mask is ignored: padding and environment text are steps like any other.",
-        steps=lambda row: list(range(len(row))),
+        steps=every_column,
+    ),
+    mistake(
+        "The mask acts on the results alone: padding and environment text are steps like any other.",
+        steps=every_column,
+        tidy=cleaned,
+    ),
+    mistake(
+        "Environment text is taken for a step of value 0. It is none: the successor is the policy's next token.",
+        steps=every_column,
+        clean=cleaned,
+        tidy=cleaned,
+    ),
+    mistake(
+        "Environment text is taken for a step of value 0, and outside the mask the results are not 0.",
+        steps=every_column,
+        clean=cleaned,
     ),
     mistake(
         "At a gap the successor is taken to be the environment's text: it is the policy's next token.",
@@ -214,5 +250,9 @@ GAE = (
     ),
     mistake("Advantages and returns are swapped.", swap=True),
     mistake("The advantages are whitened in here: that is done after, and not in small batches.", white=ppo.whiten),
+    mistake(
+        "The advantages are whitened in here, by std(): that is done after, and not in small batches.",
+        white=lambda x, mask: cleaned((x - x[mask].mean()) / x[mask].std(), mask),
+    ),
     mistake("Values are not detached: a gradient flows through the targets.", finish=same),
 )

@@ -31,14 +31,17 @@ def ppo_losses(
     ranges: Callable = lambda config: (config.cliprange, config.cliprange_value),
     heat: Callable = lambda config: config.temperature,
     bonus: Callable = same,
+    share: Callable = lambda policy, value: policy,
     weigh: Callable = lambda pg, vf, ent, config: pg + config.vf_coef * vf - config.entropy_coef * ent,
 ) -> dict[str, Tensor]:
     mask, (e, e_value) = response_mask, ranges(config)
-    pg, share = ppo.policy_loss(logprobs, old(old_logprobs, logprobs), credit(advantages, returns), mask, e)
-    vf, _ = ppo.value_loss(trained(values), around(old_values, values), goal(advantages, returns), mask, e_value)
+    pg, clip_fraction = ppo.policy_loss(logprobs, old(old_logprobs, logprobs), credit(advantages, returns), mask, e)
+    target = goal(advantages, returns)
+    vf, of_values = ppo.value_loss(trained(values), around(old_values, values), target, mask, e_value)
     ent = bonus(ppo.entropy(logits, mask, heat(config)))
     loss = weigh(pg, vf, ent, config)
-    return {"loss": loss, "policy_loss": pg, "value_loss": vf, "entropy": ent, "clip_fraction": share}
+    fraction = share(clip_fraction, of_values)
+    return {"loss": loss, "policy_loss": pg, "value_loss": vf, "entropy": ent, "clip_fraction": fraction}
 
 
 PPO_LOSSES = (
@@ -83,6 +86,7 @@ PPO_LOSSES = (
         "Advantages for returns: the value head learns the wrong target.", goal=lambda advantages, returns: advantages
     ),
     mistake("cliprange and cliprange_value are swapped.", ranges=lambda c: (c.cliprange_value, c.cliprange)),
+    mistake("clip_fraction is the value loss's: the policy loss's is wanted.", share=lambda policy, value: value),
     mistake("The temperature of the entropy is forgotten.", heat=lambda c: 1.0),
     mistake("The policy loss is forgotten.", weigh=lambda pg, vf, ent, c: c.vf_coef * vf - c.entropy_coef * ent),
 )
