@@ -123,6 +123,10 @@ def unshifted(logits, input_ids, temperature):
     return torch.log_softmax(logits.float() / temperature, -1).gather(2, input_ids[:, :-1, None])[..., 0]
 
 
+def half_kept(logits, input_ids, temperature):
+    return torch.log_softmax(logits / temperature, -1).gather(2, input_ids[:, 1:, None])[..., 0]
+
+
 def entropy_of_bits(logits, response_mask, temperature=1.0):
     return Categorical(logits=logits[response_mask].float() / temperature).entropy().mean() / math.log(2)
 
@@ -409,6 +413,12 @@ def overwrites(logits, response_mask, temperature=1.0):
     return result
 
 
+def calls_backward(logits, response_mask, temperature=1.0):
+    result = ppo.entropy(logits, response_mask, temperature)
+    result.backward()
+    return result
+
+
 def divides_by_nothing(logits, response_mask, temperature=1.0):
     return 1 / 0
 
@@ -425,6 +435,7 @@ def divides_by_nothing(logits, response_mask, temperature=1.0):
         (lambda x, m: ppo.entropy(x, m), "It raises TypeError"),
         (divides_by_nothing, "It raises ZeroDivisionError: division by zero (line "),
         (overwrites, "changes its input logits"),
+        (calls_backward, "leaves it to its caller."),
         (endless, "does not come back"),
         (lambda x, m, t: exit(), "It raises SystemExit"),
     ],
@@ -455,12 +466,16 @@ def test_the_smallest_input_is_one_answer_of_as_few_tokens_as_show_the_mistake()
 
 
 def test_what_is_shown_fits_80_columns_and_has_expected_and_got():
-    for name, wrong in (("policy_loss", no_minus), ("gae", next_nonterminal), ("chosen_logprobs", unshifted)):
+    for name, wrong in (
+        *(("policy_loss", no_minus), ("gae", next_nonterminal), ("chosen_logprobs", unshifted)),
+        *(("chosen_logprobs", half_kept), ("minibatch_update", keeps_the_gradient)),
+    ):
         text = screen.explained(verdict_on(name, wrong)).plain
         assert max(map(len, text.splitlines())) <= 80
         assert "expected  " in text
         assert "got       " in text
         assert "Mistake: " in text
+        assert ("(bfloat16)  " in text) == (wrong is half_kept)
     assert screen.text_of(torch.tensor([[-0.0, -0.5]])) == "[[0, -0.5]]"
 
 

@@ -115,6 +115,20 @@ def test_the_toy_says_which_settings_it_has(capsys):
     assert max(map(len, lines)) <= 80
 
 
+def test_the_toy_runs_with_functions_of_ones_own(tmp_path, capsys):
+    assert main(["toy", "steps=4", "vs", "functions=exercises.solutions"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines[:2]] == ["lora_ppo.ppo", "exercises.solutions"[:18]]
+    assert all(one[2:] == two[2:] for one, two in zip(lines[::2], lines[1::2], strict=True))
+    (tmp_path / "mine.py").write_text(WRONG_SIGN)
+    assert main(["toy", "steps=30", "vs", f"functions={tmp_path / 'mine.py'}"]) == 0
+    library, mine = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
+    assert mine[1] == "mine.py"
+    assert float(mine[-1]) < 0.0 < float(library[-1])
+    assert main(["toy", "functions=exercises.ppo"]) == 2
+    assert "still raise NotImplementedError" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------- the notebook
 def test_the_notebook_is_made_of_the_chapters_and_the_blanks():
     assert (ROOT / "exercises/notebook.ipynb").read_text(encoding="utf-8") == notebook.text_of_notebook()
