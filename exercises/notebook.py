@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent
 START = """\
 import os
 import sys
+import warnings
 from pathlib import Path
 
 # The notebook lies in the folder exercises/ of the repository, which it needs around it.
@@ -23,6 +24,7 @@ if not found:
 os.chdir(found[0])
 sys.path.insert(0, str(found[0]))
 %matplotlib inline
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars as text will do
 from collections.abc import Callable
 from typing import Any
 

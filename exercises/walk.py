@@ -99,7 +99,7 @@ def walk(console: Console | None = None) -> int:
     table(columns | {"ref_logprobs": ref_logprobs, "values": old_values})
 
     console.print(
-        "\nThis small model hesitates at its first token alone. The others are as good as certain: the log of 1 is 0."
+        "\nThis small model hesitates at its first token alone. The others are as good as certain: log 1 is 0."
     )
 
     heading(
