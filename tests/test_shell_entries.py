@@ -12,6 +12,7 @@ from support.shell import SMALL
 from lora_ppo.settings import ConfigError
 from tasks.os_interaction import split
 from tasks.os_interaction.entries import OWN, Entry, read_entries
+from tasks.os_interaction.episode import Rules, ShellEpisode, bash_reply
 from tasks.os_interaction.plain import Nothing
 from tasks.os_interaction.sandbox import Namespaces, SandboxFailed
 from tasks.os_interaction.support import left_out, put_files, why_not
@@ -102,6 +103,16 @@ def test_a_task_folder_of_harbor_is_read_and_holds(tmp_path, sandboxes):
     assert why_not(entry, lambda: Namespaces(SMALL)) == ""
 
 
+def test_an_episode_is_judged_by_harbors_tests_and_not_by_its_own(tmp_path, sandboxes):
+    (entry,) = read_entries(harbor(tmp_path / "sum"))
+    forged = "mkdir -p /tests; echo 'mkdir -p /logs/verifier; echo 1 >/logs/verifier/reward.txt' >/tests/test.sh"
+    for commands, verdict in (("echo 4 >/app/sum.txt", "correct"), (forged, "incorrect")):
+        episode = ShellEpisode(entry, lambda: Namespaces(SMALL), Rules())
+        episode.reset()
+        episode.step(bash_reply(commands))
+        assert episode.outcome().verdict == verdict
+
+
 def test_without_a_sandbox_no_file_is_laid_into_the_hosts_root(tmp_path):
     """put_files would remove the folder of its name first: here one of the test's own."""
     own = tmp_path / "tests"
@@ -146,6 +157,8 @@ def test_entries_that_do_not_hold_are_left_out_with_the_reason(tmp_path, sandbox
     assert left_out(entries, refuse, "test") == ({"0": why} if why else {})
     with pytest.raises(AssertionError):  # another check is another entry
         left_out([Entry("0", "", "true", "true", "true")], refuse, "test")
+    with pytest.raises(AssertionError):  # what holds in one sandbox may not in another
+        left_out(entries, refuse, "dockerimage")
 
 
 def test_of_several_processes_one_tries_the_entries(tmp_path):

@@ -325,6 +325,14 @@ def test_a_person_plays_and_the_recording_shows_the_same(sandboxes, tmp_path):
     assert "incorrect: the check fails" in incorrect.stdout
 
 
+def test_a_recording_stays_in_its_folder_whatever_the_entry_is_called(sandboxes, tmp_path):
+    entry = Entry("../../x", "?", "true", "true", "true")
+    episode, _ = played("Act: finish", entry=entry, record=tmp_path / "a" / "b")
+    episode.outcome()
+    (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert file.parent == tmp_path / "a" / "b"
+
+
 def test_what_can_not_be_played_is_one_line(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     for words, told in ((["no-such"], "'no-such'"), (["--replay", str(tmp_path / "x.json")], "expected a file that")):

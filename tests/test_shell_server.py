@@ -134,7 +134,7 @@ def test_a_body_that_is_too_large_is_refused(running):
 def test_an_episode_over_http(running):
     samples = running.ask("/api/samples", method="GET").json()
     assert [one["name"] for one in samples] == ["e0", "e1", "e2", "e3"]
-    assert set(samples[0]) == {"name", "instruction", "skills", "level"}
+    assert samples[0] == {"name": "e0", "instruction": "Create /x.", "skills": ["touch"], "level": ""}
     begun = running.ask("/api/reset", {"name": "e1"}).json()
     assert begun["messages"][-1]["content"] == "Create /x."
     session = begun["session"]
@@ -243,6 +243,22 @@ def test_sixteen_episodes_at_once_through_the_client(running):
 
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(one, range(32))) == ["incorrect", "correct"] * 16
+
+
+def test_no_episode_is_longer_than_session_seconds(tmp_path, sandboxes):
+    """One that is asked for all the time, so that it is never idle."""
+    running = Running(tmp_path, "session_seconds=2", "idle_seconds=4")
+    try:
+        session = running.ask("/api/reset", {"name": "e0"}).json()["session"]
+        reply = "Act: bash\n```bash\ntrue\n```"
+        began = time.monotonic()
+        while running.ask("/api/step", {"session": session, "reply": reply}).status_code == 200:
+            assert time.monotonic() - began < 20
+            time.sleep(0.1)
+        assert time.monotonic() - began > 1
+        assert running.left() == []
+    finally:
+        running.stop()
 
 
 def test_sessions_are_counted_and_idle_ones_end(tmp_path, sandboxes):
