@@ -296,7 +296,9 @@ def all_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 # What decides which samples a step gets, or belongs to it: a run can't go on under another value.
-COURSE = "task algorithm batch_size group_size samples_per_epoch seed topic_order steps_per_topic".split()
+COURSE = (
+    "task algorithm batch_size group_size samples_per_epoch seed topic_order steps_per_topic levels entry_levels"
+).split()
 
 
 def find_checkpoint(config: Settings, notice: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

@@ -138,19 +138,27 @@ class Library:
         self.thread.start()
 
     def load(self) -> None:
-        """Loads what was compiled, or has it compiled first."""
+        """Loads what was compiled; where there is nothing, or it can't be loaded, has it compiled first."""
         made_of = [self.spec, torch.__version__, dict(torch.cpu.get_capabilities())]
         made_of.append(Path(__file__).read_text(encoding="utf-8"))
         name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
         self.folder = cache_folder() / "compiled" / name
         try:
-            if not self.folder.exists():
-                compile_apart(self.spec, self.folder)
-            packages = (str(self.folder / f"{part}.pt2") for part in ("layer", "head"))
-            self.layer, self.head = (torch._inductor.aoti_load_package(p).loader.boxed_run for p in packages)
-            self.ready = True
+            if self.folder.exists():
+                with contextlib.suppress(Exception):
+                    self.open()
+                    return
+                shutil.rmtree(self.folder)
+            compile_apart(self.spec, self.folder)
+            self.open()
         except Exception as error:  # no compiler, no room on the disk, a model that can't be exported
             self.why_not = " ".join(str(error).split())[:200] or type(error).__name__
+
+    def open(self) -> None:
+        """Loads the packages in the folder. Raises whatever the loader does where one is broken or missing."""
+        packages = (str(self.folder / f"{part}.pt2") for part in ("layer", "head"))
+        self.layer, self.head = (torch._inductor.aoti_load_package(p).loader.boxed_run for p in packages)
+        self.ready = True
 
     def is_ready(self, notice: Callable[[str], None]) -> bool:
         """Whether it can be called; where it never will be, `notice` is told so, once."""

@@ -101,7 +101,7 @@ def draw_frontier(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def by_level(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Rows of a table: each topic that was trained on, its steps, accuracy and score; then those held out."""
+    """Rows of a table: each topic or level that was trained on, its steps, accuracy, score; then those held out."""
     levels: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         if "level" in line and None not in (line.get("accuracy"), line.get("score")):  # a skipped step may lack them
@@ -157,6 +157,8 @@ def write_report(
         f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in (asked, join(before), join(after)))}</tr>"
         for asked, before, after in answers
     ]
+    scored = any("score" in line for line in lines)  # by a reward model: its task has topics
+    kind, score = ("Topic", "Score") if scored else ("Level", "Reward")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     page = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -164,7 +166,7 @@ def write_report(
         f"<title>Training report</title><style>{STYLE}</style></head><body><h1>Training report</h1>",
         f"<p>{html.escape(result)}</p>",
         f'<div class="plots">{"".join(images)}</div>',
-        *table("By topic", ("Topic", "Steps", "Accuracy", "Score"), by_level(lines)),
+        *table(f"By {kind.lower()}", (kind, "Steps", "Accuracy", score), by_level(lines)),
         "<h2>Held-out questions, before and after</h2>",
         "<table><tr><th>Question</th><th>Base model</th><th>Trained</th></tr>",
         *rows,

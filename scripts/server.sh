@@ -6,9 +6,9 @@ PYTHON=${PYTHON:-.venv/bin/python}
 PORT=${PORT:-8000}
 SERVER=http://127.0.0.1:$PORT
 
-start_server() { # the config's file
+start_server() { # the config's file, and settings, of which the server takes its own
   ! answers || { echo "error: another server uses port $PORT: set PORT" >&2; exit 2; }
-  "$PYTHON" -m tasks.os_interaction.server --config "$1" "port=$PORT" &
+  "$PYTHON" -m tasks.os_interaction.server --config "$1" "port=$PORT" -- "${@:2}" &
   SERVER_PID=$!
   trap 'kill "$SERVER_PID" 2>/dev/null || true; wait "$SERVER_PID" 2>/dev/null || true' EXIT
   trap 'exit 130' INT TERM

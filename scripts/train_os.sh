@@ -8,7 +8,7 @@ CONFIG=${1:-configs/os_interaction.yaml} OUTPUT=${2:-lora_checkpoints} GIVEN=()
 [ -z "${4:-}" ] || GIVEN+=("samples_per_epoch=$4")
 shift $(($# < 4 ? $# : 4))
 source "$(dirname "$0")/server.sh"
-start_server "$CONFIG"
+start_server "$CONFIG" "$@"
 RESUME=()
 [ ! -e "$OUTPUT/train.log" ] || RESUME=(resume_from=latest)
 "$PYTHON" train.py --config "$CONFIG" "server=$SERVER" "output_dir=$OUTPUT" "${GIVEN[@]}" "${RESUME[@]}" "$@"

@@ -148,6 +148,26 @@ def test_a_compilation_that_fails_is_told_once_and_replies_are_written(tiny_fold
     assert len(told) == 1
 
 
+def test_what_is_broken_on_disk_is_removed_and_compiled_anew_once(tiny_folder, cache, monkeypatch):
+    monkeypatch.setattr(compiled, "compile_apart", lambda spec, folder: None)
+    policy, _ = load_policy(tiny_config(tiny_folder("llama")))
+    library = policy.recorder.compiled.library
+    library.thread.join()
+    tries = []
+
+    def again(spec, folder):
+        tries.append(folder.exists())
+        folder.mkdir(parents=True)
+        (folder / "layer.pt2").write_bytes(b"broken")
+
+    again(library.spec, library.folder)
+    monkeypatch.setattr(compiled, "compile_apart", again)
+    library.load()
+    assert tries == [False, False]  # the first is this test's own
+    assert library.why_not
+    assert not library.ready
+
+
 def test_no_compiler_is_told_once_and_off_is_off(tiny_folder, cache, monkeypatch):
     told = []
     off, _ = load_policy(tiny_config(tiny_folder("llama"), compile="off"), told.append)

@@ -314,6 +314,9 @@ def test_a_run_can_not_go_on_with_other_problems(run):
     status, output = run(output_dir="out", resume_from="latest", problems="mine.jsonl", num_epochs=2)
     assert status == 2
     assert "was trained with problems=arithmetic, now it is mine.jsonl" in output
+    status, output = run(output_dir="out", resume_from="latest", levels="2", num_epochs=2)
+    assert status == 2
+    assert "was trained with levels=" in output
 
 
 def test_the_maths_presets_are_valid_and_read_their_problems():

@@ -12,8 +12,10 @@ from support.shell import SMALL
 from lora_ppo.settings import ConfigError
 from tasks.os_interaction import split
 from tasks.os_interaction.entries import OWN, Entry, read_entries
-from tasks.os_interaction.sandbox import Namespaces
-from tasks.os_interaction.support import left_out, why_not
+from tasks.os_interaction.episode import Rules, ShellEpisode, bash_reply
+from tasks.os_interaction.plain import Nothing
+from tasks.os_interaction.sandbox import Namespaces, SandboxFailed
+from tasks.os_interaction.support import left_out, put_files, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
 LIFELONG = Path(os.environ.get("OS_INTERACTION", ROOT.parent / "shared" / "data" / "os_interaction"))
@@ -101,6 +103,28 @@ def test_a_task_folder_of_harbor_is_read_and_holds(tmp_path, sandboxes):
     assert why_not(entry, lambda: Namespaces(SMALL)) == ""
 
 
+def test_an_episode_is_judged_by_harbors_tests_and_not_by_its_own(tmp_path, sandboxes):
+    (entry,) = read_entries(harbor(tmp_path / "sum"))
+    forged = "mkdir -p /tests; echo 'mkdir -p /logs/verifier; echo 1 >/logs/verifier/reward.txt' >/tests/test.sh"
+    for commands, verdict in (("echo 4 >/app/sum.txt", "correct"), (forged, "incorrect")):
+        episode = ShellEpisode(entry, lambda: Namespaces(SMALL), Rules())
+        episode.reset()
+        episode.step(bash_reply(commands))
+        assert episode.outcome().verdict == verdict
+
+
+def test_without_a_sandbox_no_file_is_laid_into_the_hosts_root(tmp_path):
+    """put_files would remove the folder of its name first: here one of the test's own."""
+    own = tmp_path / "tests"
+    own.mkdir()
+    name = str(own).lstrip("/")
+    with pytest.raises(SandboxFailed, match="no entry with files"):
+        put_files(Nothing(), Entry("x", "?", "true", "true", "true", files={name: b"no archive"}), name)
+    assert own.is_dir()
+    (entry,) = read_entries(harbor(tmp_path / "sum", ""))
+    assert "no entry with files" in why_not(entry, Nothing)
+
+
 @pytest.mark.parametrize("dockerfile", ["FROM python:3.12\n", "FROM ubuntu:24.04\nRUN apt-get install -y gcc\n"])
 def test_a_harbor_task_with_an_image_of_its_own_is_refused(tmp_path, dockerfile):
     with pytest.raises(ConfigError, match="image of its own"):
@@ -133,6 +157,33 @@ def test_entries_that_do_not_hold_are_left_out_with_the_reason(tmp_path, sandbox
     assert left_out(entries, refuse, "test") == ({"0": why} if why else {})
     with pytest.raises(AssertionError):  # another check is another entry
         left_out([Entry("0", "", "true", "true", "true")], refuse, "test")
+    with pytest.raises(AssertionError):  # what holds in one sandbox may not in another
+        left_out(entries, refuse, "dockerimage")
+
+
+def test_of_several_processes_one_tries_the_entries(tmp_path):
+    """Two processes at the same time, each entry's start script leaves a line: two runs of it, not four."""
+    (tmp_path / "e.json").write_text(json.dumps({"e": row(start=f"echo >>{tmp_path}/runs; sleep 0.5; rm -f x",
+                                                          check="test -f x", truth="touch x")}))  # fmt: skip
+    program = (
+        "import sys; from tasks.os_interaction import TaskSettings, ready; "
+        "ready(TaskSettings(entries=sys.argv[1], sandbox='none', i_understand=True))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "e.json")],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert (tmp_path / "runs").read_text() == "\n" * 2
+    assert "1 of 1 entries are supported" in said[0]
+    assert said[1] == ""
 
 
 def test_every_entry_shipped_here_holds(tmp_path, sandboxes, monkeypatch):

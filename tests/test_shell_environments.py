@@ -1,15 +1,24 @@
 """Shell tasks in other libraries' hands: TRL's GRPOTrainer, and OpenEnv's client."""
 
 import json
+import sys
 import threading
 import time
 
 import pytest
 from test_shell_entries import row
 
+from lora_ppo.settings import ConfigError
 from tasks.os_interaction.entries import read_entries
-from tasks.os_interaction.environment import OwnPages, environment_factory, openenv_application, training_rows
+from tasks.os_interaction.environment import (
+    OwnPages,
+    environment_factory,
+    main,
+    openenv_application,
+    training_rows,
+)
 from tasks.os_interaction.episode import Rules
+from tasks.os_interaction.plain import Nothing
 from tasks.os_interaction.sandbox import Namespaces
 
 
@@ -103,6 +112,19 @@ def test_no_page_of_another_site_reaches_an_openenv_server(headers, served):
     else:
         with pytest.raises(WebSocketDisconnect), client.websocket_connect(url, headers=headers):
             pass
+
+
+def test_without_a_sandbox_openenv_is_not_served(monkeypatch, tmp_path):
+    """No token keeps other users of the machine out: nothing runs, not even the entries' own scripts."""
+    with pytest.raises(ConfigError, match="sandbox=none is not served"):
+        openenv_application([], Nothing, Rules(), 4)
+    ran = tmp_path / "ran"
+    (tmp_path / "e.json").write_text(json.dumps({"e": row(start=f"touch {ran}")}))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ["sandbox=none", "i_understand=true", f"entries={tmp_path}/e.json"]
+    monkeypatch.setattr(sys, "argv", ["environment", *words])
+    assert main() == 2
+    assert not ran.exists()
 
 
 def test_openenvs_client_plays_several_sessions(entries_file):

@@ -1,8 +1,11 @@
 """Episodes at the shell: what replies mean, what is shown, how it ends, and what that is worth."""
 
+import gc
+import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,8 @@ from lora_ppo.settings import ConfigError
 from tasks.os_interaction import AtOnce, ShellTask
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.episode import Rules, ShellEpisode, action, observation
-from tasks.os_interaction.probe import sandbox_maker
+from tasks.os_interaction.plain import Docker, Nothing
+from tasks.os_interaction.probe import probe, running, sandbox_maker
 from tasks.os_interaction.sandbox import Namespaces, Ran, SandboxFailed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,6 +232,52 @@ def test_without_a_sandbox_it_needs_to_be_understood():
     assert sandbox_maker("none", understood=True, say=said.append)().run("ls -d " + folder).status != 0
 
 
+def test_without_a_sandbox_what_a_command_left_running_ends_with_it():
+    """It holds the output open: the command's end counts, not the output's."""
+    sandbox = Nothing()
+    name = f"lora_ppo_left_{os.getpid()}"
+    started = time.monotonic()
+    assert sandbox.run(f"(exec -a {name} sleep 30) & echo hi", 20) == Ran("hi\n", 0)
+    assert time.monotonic() - started < 10
+    assert sandbox.run(f"exec -a {name} sleep 30", 0.5).timed_out
+    assert running(name) == []
+    assert sandbox.run("exec >&- 2>&-; sleep 0.3; exit 3", 20) == Ran("", 3)
+
+
+def test_what_is_left_out_is_counted_in_characters():
+    assert Nothing().run("printf 'ä€😀%.0s' {1..1000}", most=10) == Ran("ä€😀ä€😀ä€😀ä", 0, left_out=2990)
+
+
+def test_a_forgotten_folder_goes(tmp_path):
+    sandbox = Nothing()
+    folder = Path(sandbox.folder)
+    assert folder.is_dir()
+    del sandbox
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_a_forgotten_container_goes(tmp_path, monkeypatch):
+    """An engine of the test's own: `run` says that it is ready and waits, `rm` writes down whom."""
+    (tmp_path / "docker").write_text(
+        f"#!/bin/sh\ncase $1 in run) echo ready; read _;; rm) echo $3 >>{tmp_path}/gone;; esac"
+    )
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    container = Docker("image", SMALL)
+    name, process = container.name, container.process
+    del container
+    gc.collect()
+    assert (tmp_path / "gone").read_text().split() == [name]
+    assert process.returncode is not None
+
+
+def test_a_home_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with pytest.raises(ConfigError, match=r"home folder .*No such file.*set HOME"):
+        probe(Nothing, "namespaces", SMALL)
+
+
 def test_settings_that_can_not_be_are_refused(tmp_path):
     config = SimpleNamespace(max_rounds=5, command_seconds=20, output_length=100, judge="maybe", opening="", server="")
     with pytest.raises(ConfigError, match="judge=maybe"):
@@ -273,6 +323,14 @@ def test_a_person_plays_and_the_recording_shows_the_same(sandboxes, tmp_path):
     assert "\x1b[31m" not in done.stdout + again.stdout
     incorrect = program("mkdir-1", typed="")  # the input ends at once: so does the episode
     assert "incorrect: the check fails" in incorrect.stdout
+
+
+def test_a_recording_stays_in_its_folder_whatever_the_entry_is_called(sandboxes, tmp_path):
+    entry = Entry("../../x", "?", "true", "true", "true")
+    episode, _ = played("Act: finish", entry=entry, record=tmp_path / "a" / "b")
+    episode.outcome()
+    (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert file.parent == tmp_path / "a" / "b"
 
 
 def test_what_can_not_be_played_is_one_line(tmp_path):

@@ -1,5 +1,6 @@
 """The server of shell tasks as a user meets it: a process of its own, HTTP, kills."""
 
+import asyncio
 import http.server
 import json
 import os
@@ -10,7 +11,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_shell_entries import row
@@ -20,7 +23,10 @@ from tasks.os_interaction.limits import cgroup_parents
 
 httpx = pytest.importorskip("httpx", reason="the server's packages are not here: pip install -r requirements-dev.txt")
 pytest.importorskip("uvicorn", reason="the server's packages are not here: pip install -r requirements-dev.txt")
+from tasks.os_interaction import prepare  # noqa: E402
 from tasks.os_interaction.client import RemoteEntry, Server  # noqa: E402
+from tasks.os_interaction.server import ServerConfig, Sessions, serve, settings_from  # noqa: E402
+from train import TrainConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TOUCH, FINISH = "Act: bash\n```bash\ntouch /x; echo done\n```", "Act: finish"
@@ -89,6 +95,7 @@ def test_ping_needs_no_token_and_no_content_type(running):
 def test_all_else_needs_it(running, token):
     for method, path, body in (
         ("GET", "/api/samples", None),
+        ("GET", "/api/rules", None),
         ("POST", "/api/reset", {"name": "e0"}),
         ("POST", "/api/step", {"session": "x", "reply": "y"}),
         ("POST", "/api/outcome", {"session": "x"}),
@@ -127,7 +134,7 @@ def test_a_body_that_is_too_large_is_refused(running):
 def test_an_episode_over_http(running):
     samples = running.ask("/api/samples", method="GET").json()
     assert [one["name"] for one in samples] == ["e0", "e1", "e2", "e3"]
-    assert set(samples[0]) == {"name", "instruction", "skills", "level"}
+    assert samples[0] == {"name": "e0", "instruction": "Create /x.", "skills": ["touch"], "level": ""}
     begun = running.ask("/api/reset", {"name": "e1"}).json()
     assert begun["messages"][-1]["content"] == "Create /x."
     session = begun["session"]
@@ -147,6 +154,81 @@ def client(running: Running) -> Server:
     return Server(running.url, running.token_file)
 
 
+def test_who_trains_must_agree_with_the_server(running, tmp_path):
+    entries = running.token_file  # any other name
+    config = TrainConfig(
+        server=running.url, server_token=running.token_file, entries=f"{running.log.parent}/entries.json"
+    )
+    prepare(config)(None)
+    for changes, told in (
+        ({"max_rounds": 3, "judge": "finished"}, "plays with max_rounds=5 (here 3), judge=stands (here finished)"),
+        ({"entries": entries}, f"plays with entries={config.entries} (here {entries})"),
+        ({"entries_digest": "0123"}, "entries_digest=0123, and the 4 entries here have "),
+    ):
+        with pytest.raises(ConfigError) as error:
+            prepare(replace(config, **changes))
+        assert told in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_the_digest_is_of_the_entries_wherever_they_are_played(running, tmp_path, monkeypatch):
+    there = TrainConfig(
+        server=running.url, server_token=running.token_file, entries=f"{running.log.parent}/entries.json"
+    )
+    prepare(there)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(running.log.parent))
+    here = replace(there, server="", entries_digest="")
+    prepare(here)
+    assert here.entries_digest == there.entries_digest != ""
+    (tmp_path / "e.json").write_text(json.dumps({f"e{i}": row(level="2") for i in range(4)}))
+    other = replace(there, server="", entries_digest="", entries=f"{tmp_path}/e.json")
+    prepare(other)
+    assert other.entries_digest != here.entries_digest
+
+
+def test_the_server_takes_its_own_of_trainings_settings(tmp_path):
+    (tmp_path / "c.yaml").write_text("task: os_interaction\nmax_rounds: 4\nentry_levels: ['1']\n")
+    words = ["--config", f"{tmp_path}/c.yaml", "port=7000", "--", "max_rounds=3", "--judge", "finished", "lora_r=4"]
+    words += ["--learning_rate", "1e-4", "entry_levels=2", "--output_length=9"]
+    config = settings_from(words)
+    assert (config.port, config.max_rounds, config.judge, config.output_length) == (7000, 3, "finished", 9)
+    assert config.entry_levels == ServerConfig().entry_levels
+    with pytest.raises(ConfigError, match="entry_levels is a setting of training"):
+        serve(settings_from(["entry_levels=2"]))
+
+
+def test_a_session_that_does_not_end_well_does_not_end_the_reaper(capsys):
+    """Of three idle ones the first and the last can't be closed."""
+
+    def episode(name: str):
+        def close():
+            if name != "1":
+                raise OSError(f"{name} is stuck")
+
+        return SimpleNamespace(reset=list, close=close)
+
+    async def reaped() -> None:
+        sessions = Sessions(SimpleNamespace(most_sessions=3, idle_seconds=0.02, session_seconds=99), episode)
+        for name in "012":
+            await sessions.start(name)
+        reaper = asyncio.create_task(sessions.reap())
+        until = time.monotonic() + 20
+        while sessions.open:
+            assert time.monotonic() < until
+            await asyncio.sleep(0.02)
+        await sessions.start("1")
+        while sessions.open:
+            assert time.monotonic() < until
+            await asyncio.sleep(0.02)
+        assert not reaper.done()
+        reaper.cancel()
+
+    asyncio.run(reaped())
+    said = capsys.readouterr().err
+    assert said.count("did not end well") == 2
+    assert "0 is stuck" in said
+
+
 def test_sixteen_episodes_at_once_through_the_client(running):
     server = client(running)
     entries = server.samples()
@@ -161,6 +243,22 @@ def test_sixteen_episodes_at_once_through_the_client(running):
 
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(one, range(32))) == ["incorrect", "correct"] * 16
+
+
+def test_no_episode_is_longer_than_session_seconds(tmp_path, sandboxes):
+    """One that is asked for all the time, so that it is never idle."""
+    running = Running(tmp_path, "session_seconds=2", "idle_seconds=4")
+    try:
+        session = running.ask("/api/reset", {"name": "e0"}).json()["session"]
+        reply = "Act: bash\n```bash\ntrue\n```"
+        began = time.monotonic()
+        while running.ask("/api/step", {"session": session, "reply": reply}).status_code == 200:
+            assert time.monotonic() - began < 20
+            time.sleep(0.1)
+        assert time.monotonic() - began > 1
+        assert running.left() == []
+    finally:
+        running.stop()
 
 
 def test_sessions_are_counted_and_idle_ones_end(tmp_path, sandboxes):

@@ -46,6 +46,13 @@ def test_training_plays_learns_and_records(train_py, shell, tmp_path):
     assert [line["outcome"] for line in lines[1:]] == ["taken"]
     assert lines[1]["reward"] == -0.5
     assert (tmp_path / "run" / "epoch_1" / "adapter_model.safetensors").is_file()
+    more = {"samples_per_epoch": 4, "eval_samples": 2, "num_epochs": 2, "resume_from": "latest"}
+    status, output = train_py(**shell, **more, output_dir="run", entry_levels="1")
+    assert (status, "was trained with entry_levels=['1', '2', '3'], now it is ['1']" in output) == (2, True), output
+    there = shell["entries"].read_text()
+    shell["entries"].write_text(there.replace("Create", "Make", 1))  # under the same name
+    status, output = train_py(**shell, **more, output_dir="run")
+    assert (status, "was trained with entries_digest=" in output) == (2, True), output
     recording = next((tmp_path / "recorded").glob("*.json"))
     done = subprocess.run(
         [sys.executable, "-m", "tasks.os_interaction", "play", "--replay", str(recording)],

@@ -24,7 +24,7 @@ from lora_ppo.checkpoint import verify_checkpoint
 from lora_ppo.episodes import Outcome, play
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.loading import load_policy
-from lora_ppo.report import by_level
+from lora_ppo.report import by_level, write_report
 from lora_ppo.settings import ConfigError
 from lora_ppo.trainer import Training
 from lora_ppo.watching import bands, distinct, out_of_band, watch
@@ -204,6 +204,15 @@ def test_prompts_that_leave_no_room_are_told_before_a_step(run):
     assert "the tutor's prompt takes" in output
 
 
+def test_a_task_without_a_reward_model_is_reported_by_level(tmp_path):
+    held_out = {"1": {"accuracy": 0.25, "reward": 0.5}}
+    lines = [{"step": 0, "eval_by_level": held_out, "eval_reward": 0.5}]
+    page = write_report(tmp_path, lines, [], "").read_text()
+    assert "<h2>By level</h2>" in page
+    assert "<tr><th>Level</th><th>Steps</th><th>Accuracy</th><th>Reward</th></tr>" in page
+    assert "25% to 25%" in page
+
+
 def test_a_run_is_watched_and_reports_topic_by_topic(run):
     status, output = run(adaptive_kl=True, kl_horizon=10)
     assert status == 0, output
@@ -223,6 +232,7 @@ def test_a_run_is_watched_and_reports_topic_by_topic(run):
     page = Path("runs/train/report.html").read_text()
     assert page.count("data:image/png;base64,") == 10
     assert "<h2>By topic</h2>" in page
+    assert "<th>Score</th>" in page
     assert page.count("score +") + page.count("score -") == 20  # ten replies before and ten after
     stats = json.loads(Path("runs/train/epoch_1/training_stats.json").read_text())
     assert len(stats["training"]["score"]) == 4

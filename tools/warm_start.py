@@ -27,8 +27,8 @@ from lora_ppo.policy import Policy  # noqa: E402
 from lora_ppo.settings import ConfigError, from_command_line, setting  # noqa: E402
 from lora_ppo.streams import run_program  # noqa: E402
 from lora_ppo.terminal import clean, program  # noqa: E402
-from tasks.os_interaction import ready, split  # noqa: E402
-from tasks.os_interaction.episode import ShellEpisode  # noqa: E402
+from tasks.os_interaction import pin, ready, split  # noqa: E402
+from tasks.os_interaction.episode import FINISH, ShellEpisode, bash_reply  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 
@@ -44,7 +44,7 @@ class WarmConfig(TrainConfig):
 
 def truthful_replies(commands: str) -> list[str]:
     """What a model would say that does an entry's ground truth, then finishes."""
-    return [f"Act: bash\n```bash\n{commands.strip()}\n```", "Act: finish"]
+    return [bash_reply(commands.strip()), FINISH]
 
 
 def conversation(policy: Policy, episode: ShellEpisode) -> dict[str, list[int]]:
@@ -101,6 +101,7 @@ def warm_start(config: WarmConfig, notice: Callable[[str], None]) -> None:
     if config.task != "os_interaction":
         raise ConfigError(f"task={config.task} has no ground truths to start from: expected os_interaction")
     entries, make, rules = ready(config)
+    pin(config, entries)
     train = split(entries, config.test_share, config.entry_levels)["train"]
     policy, config = load_policy(config, notice)
     rows = [conversation(policy, ShellEpisode(entry, make, rules)) for entry in train]

@@ -8,12 +8,14 @@ The entries are in `data/os_interaction`; LifelongAgentBench's and Harbor's are 
 run is `sandbox.py`, how an episode goes is `episode.py`. docs/shell.md tells more.
 """
 
+import hashlib
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,8 +56,14 @@ class TaskSettings(Settings):
     judge: str = setting("stands", "stands: episodes are judged as they stand; finished: those that said finish")
     record_dir: str = setting("", "folder where every episode is written, for `play --replay FILE`; empty: nowhere")
     opening: str = setting("", "JSON file with the chat that comes before the instruction; empty: the task's own")
+    entries_digest: str = setting(
+        "", "digest of the entries that there must be; empty: any, and the run writes down theirs", split=True
+    )
 
 
+# Settings that belong to one side, where a server plays the episodes. On the others both sides must agree.
+OWN_SIDE = {"server", "server_token", "i_understand", "entry_levels", "entries_digest"}
+PLAYED_BY = [one.name for one in fields(TaskSettings) if one.name not in OWN_SIDE]
 RANGES = {"max_rounds": (1, 100), "command_seconds": (0.1, 3600), "output_length": (1, 1_000_000)}
 
 
@@ -65,20 +73,45 @@ def prepare(config: Any) -> Callable[[Policy], Task]:
         from tasks.os_interaction.client import Server
 
         server = Server(config.server, config.server_token)
-        splits = split(server.samples(), config.test_share, config.entry_levels)
+        server.agree({name: getattr(config, name) for name in PLAYED_BY})
+        remote = server.samples()
+        pin(config, remote)
+        splits = split(remote, config.test_share, config.entry_levels)
         return lambda policy: ShellTask(splits, server.episode)
     entries, make, rules = ready(config)
+    pin(config, entries)
     splits = split(entries, config.test_share, config.entry_levels)
     return lambda policy: ShellTask(splits, lambda entry: ShellEpisode(entry, make, rules))
 
 
+def pin(config: Any, entries: Sequence[Any]) -> None:
+    """Writes the digest of the entries into the settings: a run with others can't go on. Raises ConfigError.
+
+    What is held out follows from the names and levels of all of them.
+    """
+    told = sorted([entry.name, entry.level, entry.instruction] for entry in entries)
+    found = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    if config.entries_digest not in ("", found):
+        raise ConfigError(
+            f"entries_digest={config.entries_digest}, and the {len(told)} entries here have {found}: set the entries "
+            "that it was made of, or leave it out"
+        )
+    config.entries_digest = found
+
+
 def ready(config: Any, say: Callable[[str], None] | None = None) -> tuple[list[Entry], Callable, Rules]:
     """The entries that the sandbox supports, what makes sandboxes, and the rules. Raises ConfigError."""
-    say = say or (lambda text: print(clean(text), file=sys.stderr, flush=True))
+    say = say or tell
     rules = rules_of(config)
     entries = read_entries(Path(config.entries).expanduser())
     make = sandbox_maker(config.sandbox, config.image, config.i_understand, Limits(), say)
     return supported(entries, make, config.sandbox + config.image, say), make, rules
+
+
+def tell(text: str) -> None:
+    """Prints a line; of several processes the main one alone does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(clean(text), file=sys.stderr, flush=True)
 
 
 def rules_of(config: Any) -> Rules:

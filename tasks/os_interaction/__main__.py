@@ -18,7 +18,7 @@ from lora_ppo.settings import ConfigError
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean, program
 from tasks.os_interaction.entries import OWN, read_entries
-from tasks.os_interaction.episode import Rules, ShellEpisode, action, write_recording
+from tasks.os_interaction.episode import FINISH, Rules, ShellEpisode, action, bash_reply, write_recording
 from tasks.os_interaction.probe import KINDS, sandbox_maker
 
 COLOURS = {"instruction": "bold", "commands": "cyan", "output": "", "correct": "green", "incorrect": "red"}
@@ -77,7 +77,7 @@ def play(words: argparse.Namespace) -> None:
             line = "finish"
         if line.strip():
             finished = line.strip() == "finish"
-            said = episode.step("Act: finish" if finished else f"Act: bash\n```bash\n{line}\n```")
+            said = episode.step(FINISH if finished else bash_reply(line))
             if episode.shown and not finished:
                 show(episode.shown[-1]["said"])
     outcome = episode.outcome()

@@ -88,6 +88,20 @@ class Server:
             raise Refused(f"the server says {answer.status_code}: {detail}")
         return answer.json()
 
+    def agree(self, settings: dict[str, Any]) -> None:
+        """Raises ConfigError where the server plays by other settings than these."""
+        try:
+            told = self.ask("GET", "/api/rules")
+        except Unreachable as error:
+            raise ConfigError(f"server={self.url}: {error}") from None
+        differing = [
+            f"{name}={told.get(name)} (here {value})" for name, value in settings.items() if told.get(name) != value
+        ]
+        if differing:
+            raise ConfigError(
+                clean(f"server={self.url} plays with {', '.join(differing)}: set them alike on both sides")
+            )
+
     def samples(self) -> list[RemoteEntry]:
         """The server's entries. Raises ConfigError."""
         try:

@@ -21,12 +21,8 @@ from lora_ppo.streams import run_program
 from lora_ppo.terminal import program
 from tasks.os_interaction import TaskSettings, ready, split
 from tasks.os_interaction.entries import Entry
-from tasks.os_interaction.episode import ShellEpisode
-
-
-def bash(commands: str) -> str:
-    """The reply that runs commands."""
-    return f"Act: bash\n```bash\n{commands}\n```"
+from tasks.os_interaction.episode import FINISH, ShellEpisode, bash_reply
+from tasks.os_interaction.plain import Nothing
 
 
 def settings(**changes: Any) -> TaskSettings:
@@ -74,7 +70,7 @@ class ShellEnvironment:
         Returns:
             What they printed.
         """
-        return self._step(bash(commands))
+        return self._step(bash_reply(commands))
 
     def finish(self) -> str:
         """
@@ -83,7 +79,7 @@ class ShellEnvironment:
         Returns:
             A confirmation.
         """
-        return self._step("Act: finish")
+        return self._step(FINISH)
 
     def _step(self, reply: str) -> str:
         if self._over:
@@ -98,6 +94,12 @@ class ShellEnvironment:
 
 
 # ----------------------------------------------------------------------------------------------------------- openenv
+
+
+NO_TOKEN = (
+    "sandbox=none is not served here: OpenEnv's protocol has no token, and any user of this machine could run commands "
+    "as you; set sandbox=namespaces or docker"
+)
 
 
 @dataclass
@@ -131,7 +133,9 @@ class OwnPages:
 
 
 def openenv_application(entries: Sequence[Entry], make: Callable, rules: Any, most_sessions: int):
-    """The OpenEnv server as an ASGI application. Raises ConfigError where the package is missing."""
+    """The OpenEnv server as an ASGI application. Raises ConfigError without a sandbox, or without the package."""
+    if make is Nothing:
+        raise ConfigError(NO_TOKEN)
     try:
         from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
     except ImportError as error:
@@ -167,7 +171,7 @@ def openenv_application(entries: Sequence[Entry], make: Callable, rules: Any, mo
             if self.episode is None:
                 raise ValueError("reset comes first")
             self.steps += 1
-            over = self.episode.step("Act: finish" if action.finish else bash(action.commands)) is None
+            over = self.episode.step(FINISH if action.finish else bash_reply(action.commands)) is None
             text = self.episode.shown[-1]["said"] if self.episode.shown else ""
             if not over:
                 return ShellObservation(text=text)
@@ -193,6 +197,8 @@ def openenv_application(entries: Sequence[Entry], make: Callable, rules: Any, mo
 def main() -> int:
     """The OpenEnv server. Exit status: 0; 2 for bad settings or no sandbox; 130 after Ctrl-C."""
     config = parse(OpenEnvConfig, sys.argv[1:])
+    if config.sandbox == "none":
+        raise ConfigError(NO_TOKEN)  # before any entry is tried
     entries, make, rules = ready(config)
     app = openenv_application(entries, make, rules, config.most_sessions)
     import uvicorn

@@ -37,9 +37,15 @@ I show you what the commands print. Each block runs in a new shell: files stay, 
 don't. Use no command that waits for input. The task ends when you finish, or after {rounds} turns; then the system is \
 checked."""
 REWARDS = {"correct": 1.0, "incorrect": -0.5, "unknown": 0.0}
+FINISH = "Act: finish"  # the reply that says that the task is done
 MOST = 100_000  # bytes of commands
 MARK = re.compile(r"^[ \t]*Act:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 BLOCK = re.compile(r"^[ \t]*```[ \t]*bash[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+
+def bash_reply(commands: str) -> str:
+    """The reply that runs commands: what `action` reads."""
+    return f"Act: bash\n```bash\n{commands}\n```"
 
 
 @dataclass(frozen=True)

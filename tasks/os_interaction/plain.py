@@ -1,10 +1,14 @@
-"""The other two sandboxes: a container of Docker's, with the data set's image, and none at all."""
+"""The other two sandboxes: a container of Docker's, with the data set's image, and none at all.
+
+One that is forgotten, as that of an episode that was never judged, closes itself, at the latest when the program ends.
+"""
 
 import os
 import shutil
 import subprocess
 import tempfile
 import uuid
+import weakref
 
 from tasks.os_interaction.limits import Limits
 from tasks.os_interaction.sandbox import Ran, SandboxFailed, collect, failing_with_the_host, memory_file
@@ -42,6 +46,7 @@ class Docker:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self.close = weakref.finalize(self, remove_container, self.name, self.process)
         said = []  # an image that is not there yet is fetched first, at length
         while (line := self.process.stdout.readline().decode(errors="replace")).strip() != "ready":
             if not line:
@@ -61,10 +66,12 @@ class Docker:
     def check(self, script: str, seconds: float = 20) -> Ran:
         return self.run(script, seconds)
 
-    def close(self) -> None:
-        subprocess.run(["docker", "rm", "--force", self.name], capture_output=True)
-        self.process.kill()
-        self.process.communicate()
+
+def remove_container(name: str, process: subprocess.Popen) -> None:
+    """Ends a container, whatever state it is in, and the `docker run` that waits for it."""
+    subprocess.run(["docker", "rm", "--force", name], capture_output=True)
+    process.kill()
+    process.communicate()
 
 
 class Nothing:
@@ -73,13 +80,15 @@ class Nothing:
     @failing_with_the_host()
     def __init__(self):
         self.folder = tempfile.mkdtemp(prefix="lora_ppo_")
+        self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
+        if stdin:  # put_files removes a folder of the root first, and this root is the host's
+            raise SandboxFailed(
+                "sandbox=none takes no entry with files of its own: they would be laid into the host's /"
+            )
         command = ["env", "--chdir", self.folder, f"HOME={self.folder}", "timeout", "--signal=KILL", str(seconds + 1)]
         return run_command([*command, "bash", "-c", script], seconds, most, stdin)
 
     def check(self, script: str, seconds: float = 20) -> Ran:
         return self.run(script, seconds)
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -57,11 +57,19 @@ def sandbox_maker(kind: str, image: str = "", understood: bool = False, limits: 
 def probe(make: Callable[[], Sandbox], kind: str, limits: Limits) -> None:
     """Tries what a sandbox must hold. Raises ConfigError where it can't be made or one thing gets through."""
     try:
+        file = tempfile.NamedTemporaryFile(prefix="lora_ppo_probe_", dir=Path.home())  # noqa: SIM115
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"sandbox={kind} can't be probed, no file can be made in the home folder ({error}): set HOME to one that "
+            "can be written"
+        ) from None
+    try:
         sandbox = make()
     except SandboxFailed as failed:
+        file.close()
         raise ConfigError(f"sandbox={kind} does not work here: {failed}{advice()}") from None
     try:
-        with tempfile.NamedTemporaryFile(prefix="lora_ppo_probe_", dir=Path.home()) as secret:
+        with file as secret:
             name = secret.name
             tries = {
                 "it does not run commands": ("exit 0", lambda ran: ran.status == 0),

@@ -18,12 +18,14 @@ behind, and crun makes no root on tmpfs and no cgroup where version 1 and 2 are 
 --unshare-user maps one id, with which most of the data's scripts fail.
 """
 
+import codecs
 import contextlib
 import fcntl
 import json
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -287,7 +289,7 @@ def collect(
     if max(len(os.fsencode(word)) for word in command) >= LONGEST:
         raise SandboxFailed(f"a script is longer than {LONGEST} bytes, which no command may be")
     until = time.monotonic() + seconds
-    kept, count, timed_out = bytearray(), 0, False
+    decoder, kept, count, timed_out = codecs.getincrementaldecoder("utf-8")("replace"), "", 0, False
     with (
         subprocess.Popen(
             command,
@@ -298,29 +300,35 @@ def collect(
             start_new_session=True,
             env=environment or {"PATH": os.environ.get("PATH", os.defpath)},
         ) as process,
+        open(os.pidfd_open(process.pid)) as end,
         selectors.DefaultSelector() as selector,
     ):
         selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if (left := until - time.monotonic()) <= 0 or not selector.select(left):
-                timed_out = True
-                process.kill()
+        selector.register(end, selectors.EVENT_READ)
+        while (left := until - time.monotonic()) > 0:
+            ready = {key.fileobj for key, _ in selector.select(left)}
+            if end in ready:
+                kill_group(process.pid)  # what it left running may keep its output open
+            if process.stdout in ready:
+                chunk = os.read(process.stdout.fileno(), 1 << 16)
+                if not chunk:  # it may close its output and go on
+                    selector.unregister(process.stdout)
+                text = decoder.decode(chunk, final=not chunk)
+                kept += text[: most - len(kept)]
+                count += len(text)
+            elif ready:
                 break
-            chunk = os.read(process.stdout.fileno(), 1 << 16)
-            if not chunk:
-                break
-            kept += chunk[: max(0, 4 * most - len(kept))]
-            count += len(chunk)
-        if not timed_out:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, until - time.monotonic()))
-            if process.returncode is None:  # it closed its output and went on
-                timed_out = True
-                process.kill()
+        else:
+            timed_out = True
+            kill_group(process.pid)
         process.wait()
-    text = kept.decode("utf-8", "replace")
-    left_out = max(0, len(text) - most) + max(0, count - len(kept))
-    return Ran(text[:most], process.returncode, timed_out, left_out)
+    return Ran(kept, process.returncode, timed_out, count - len(kept))
+
+
+def kill_group(leader: int) -> None:
+    """Kills a process that leads a group and has not been waited for, and all of the group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def in_short(ran: Ran) -> str:

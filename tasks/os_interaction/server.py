@@ -4,8 +4,9 @@
 
     curl -X POST -d '{}' http://127.0.0.1:8000/api/ping
 
-`POST /api/reset`, `/api/step`, `/api/outcome`, `/api/close`, `GET /api/samples`; http://127.0.0.1:8000/docs describes
-them. All but ping want the token that the server writes to a file at its start, as `Authorization: Bearer TOKEN`.
+`POST /api/reset`, `/api/step`, `/api/outcome`, `/api/close`, `GET /api/samples`, `/api/rules`: what they take and give
+is at http://127.0.0.1:8000/docs. All but ping want the token that the server writes to a file at its start, as
+`Authorization: Bearer TOKEN`.
 It listens on 127.0.0.1 alone, and answers no other Host and no Origin but its own, so that no web page can talk to it.
 """
 
@@ -25,8 +26,8 @@ from typing import Any
 
 from lora_ppo.settings import ConfigError, Settings, help_text, parse, read_yaml, setting, split_arguments
 from lora_ppo.streams import run_program
-from lora_ppo.terminal import program
-from tasks.os_interaction import TaskSettings, ready
+from lora_ppo.terminal import clean, program
+from tasks.os_interaction import PLAYED_BY, TaskSettings, pin, ready
 from tasks.os_interaction.client import token_file
 from tasks.os_interaction.episode import ShellEpisode
 
@@ -91,9 +92,13 @@ class Sessions:
             session.asked = time.monotonic()
 
     async def close(self, key: str) -> None:
+        """Ends a session. What goes wrong is told of and ends neither the reaper nor the server."""
         if session := self.open.pop(key, None):
-            async with session.lock:
-                await self.call(session.episode.close)
+            try:
+                async with session.lock:
+                    await self.call(session.episode.close)
+            except Exception as error:
+                print(f"session {key} did not end well: {clean(repr(error))}", file=sys.stderr, flush=True)
 
     async def reap(self) -> None:
         """Ends, for ever, the episodes that nobody asks for any more."""
@@ -175,6 +180,10 @@ def application(config: Any, entries: list, make: Callable, rules: Any, token: s
         rows = [(entry.name, entry.instruction, entry.skills, entry.level) for entry in entries]
         return [dict(zip(("name", "instruction", "skills", "level"), row, strict=True)) for row in rows]
 
+    @app.get("/api/rules", dependencies=[Depends(authorized)], summary="The settings that decide an episode")
+    async def rules_told() -> dict[str, Any]:
+        return {name: getattr(config, name) for name in PLAYED_BY}
+
     @app.post("/api/reset", dependencies=[Depends(authorized)], summary="Begins an episode")
     async def reset(body: Reset) -> dict[str, Any]:
         if body.name not in by_name:
@@ -222,14 +231,16 @@ def serve(config: ServerConfig) -> int:
         import uvicorn
     except ImportError:
         raise ConfigError("the server needs packages: pip install fastapi uvicorn httpx") from None
-    if config.server:
-        raise ConfigError("server=URL is a setting of train.py and evaluate.py: leave it out here")
+    for name in NOT_ITS_OWN:
+        if getattr(config, name) != getattr(TaskSettings(), name):
+            raise ConfigError(f"{name} is a setting of training and evaluation: leave it out here")
     for name in ("most_sessions", "idle_seconds", "session_seconds", "body_bytes"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} is out of range: expected at least 1")
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port={config.port} is out of range: expected 0 (a free one) to 65535")
     entries, make, rules = ready(config)
+    pin(config, entries)
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -252,19 +263,24 @@ def serve(config: ServerConfig) -> int:
     return 0
 
 
-USAGE = """usage: python -m tasks.os_interaction.server [--config FILE] [name=value ...]
+USAGE = """usage: python -m tasks.os_interaction.server [--config FILE] [name=value ...] [-- name=value ...]
 
-Serves episodes at the shell on 127.0.0.1.
+Serves episodes at the shell on 127.0.0.1. FILE, and what follows --, may be training's: what is not the server's in
+there is passed over.
 """
+NOT_ITS_OWN = ("server", "server_token", "entry_levels")  # train.py's and evaluate.py's alone
 
 
 def settings_from(arguments: Sequence[str]) -> ServerConfig:
-    """The settings from a command line. A `--config FILE` may be training's: what is not the server's is passed over.
-
-    Raises ConfigError.
-    """
-    file, pairs = split_arguments(ServerConfig, list(arguments))
-    names = {one.name for one in fields(ServerConfig)} - {"server", "server_token"}
+    """The settings from a command line, as USAGE says. Raises ConfigError."""
+    words = [*arguments, "--"]
+    own, theirs = words[: words.index("--")], words[words.index("--") + 1 : -1]
+    file, pairs = split_arguments(ServerConfig, own)
+    names = {one.name for one in fields(ServerConfig)} - {*NOT_ITS_OWN}
+    for word, after in zip(theirs, [*theirs, ""][1:], strict=True):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if name in names and (equals or word.startswith("--")):
+            pairs.append((name, value if equals else after))
     own = {name: value for name, value in (read_yaml(file) if file else {}).items() if name in names}
     words = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in own.items()]
     return parse(ServerConfig, words + [f"{name}={value}" for name, value in pairs])

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
+
 from lora_ppo.files import cache_folder, replace_file
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.sandbox import Sandbox, SandboxFailed, in_short
@@ -70,23 +72,39 @@ def left_out(
 ) -> dict[str, str]:
     """The entries that are not supported, by name, with the reason; `done` is told how many were tried.
 
-    Sandboxes that could not be made at all are no result: nothing is kept then. Raises SandboxFailed.
+    Of several processes one tries them, and the others wait for its result. Sandboxes that could not be made at all are
+    no result: nothing is kept then. Raises SandboxFailed.
     """
     path = cache_file(entries, kind)
-    if not again:
-        try:
-            return json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
-            pass
+    if not again and (found := kept(path)) is not None:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not again and (found := kept(path)) is not None:
+            return found
+        return tried(entries, make, path, done, workers)
+
+
+def kept(path: Path) -> dict[str, str] | None:
+    """A result that was kept; None where there is none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def tried(
+    entries: Sequence[Entry], make: Callable[[], Sandbox], path: Path, done: Callable[[int], None], workers: int
+) -> dict[str, str]:
+    """`left_out`, by running them; the result is kept at `path`."""
     make().close()
     reasons = {}
     with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
-        tried = pool.map(lambda entry: why_not(entry, make), entries)
-        for number, (entry, why) in enumerate(zip(entries, tried, strict=True), 1):
+        found = pool.map(lambda entry: why_not(entry, make), entries)
+        for number, (entry, why) in enumerate(zip(entries, found, strict=True), 1):
             if why:
                 reasons[entry.name] = why
             done(number)
     if not any(why.startswith("the sandbox failed") for why in reasons.values()):
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(reasons, indent=1).encode("ascii"))
     return reasons

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from tasks.os_interaction.client import RemoteEntry, Server  # noqa: E402
 from tasks.os_interaction.entries import OWN, read_entries  # noqa: E402
+from tasks.os_interaction.episode import FINISH, bash_reply  # noqa: E402
 from tasks.os_interaction.limits import cgroup_parents  # noqa: E402
 from tasks.os_interaction.sandbox import Namespaces  # noqa: E402
 
@@ -64,8 +65,8 @@ def episode(server: Server, entry: RemoteEntry, truth: str) -> str:
     """Plays an entry's ground truth; returns the verdict."""
     one = server.episode(entry)
     one.reset()
-    one.step(f"Act: bash\n```bash\n{truth}\n```")
-    one.step("Act: finish")
+    one.step(bash_reply(truth))
+    one.step(FINISH)
     return one.outcome().verdict
 
 
