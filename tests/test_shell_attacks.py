@@ -297,7 +297,7 @@ def test_huge_output_is_cut_and_counted(sandbox):
         "rm -f /bin/bash; ln -s /bin/true /bin/bash",
         "echo '/tmp/evil.so' >/etc/ld.so.preload; mv /etc /e; mkdir /etc; echo /tmp/evil.so >/etc/ld.so.preload",
         "mv /lib64 /l; mkdir /lib64; mv /usr /u; mkdir -p /usr/bin; cp /bin/true /usr/bin/grep",
-        "echo 'exit 0' >/root/.bashrc; echo 'exit 0' >/etc/profile; echo 'exit 0' >/etc/bash.bashrc",
+        "echo 'exit 0' >~/.bashrc; echo 'exit 0' >/etc/profile; echo 'exit 0' >/etc/bash.bashrc",
         "grep() { true; }; export -f grep; alias test=true; export BASH_ENV=/tmp/x; echo 'exit 0' >/tmp/x",
         "rm -rf /etc/alternatives; ln -sf /bin/true /etc/alternatives/awk",
     ],

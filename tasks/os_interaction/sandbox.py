@@ -50,13 +50,13 @@ PREPARE = f"""
 exec 2>&1; set -e; umask 022
 echo 0 >/proc/sys/user/max_user_namespaces
 mount -t tmpfs -o "size=$1,nr_inodes=$2,mode=755,nosuid,nodev" sandbox {STORE}
-cd {STORE}; mkdir root upper work shm sealed upper/bin upper/sbin upper/local upper/share
+cd {STORE}; mkdir system upper work shm sealed upper/bin upper/sbin upper/local upper/share
 cd upper/local; mkdir bin sbin lib share etc include src games man; cd {STORE}
-chmod 1777 shm; tar -x -p --numeric-owner -C root
+chmod 1777 shm; tar -x -p --numeric-owner -C system
 for options in ,userxattr ''; do
-  mount -t overlay -o "lowerdir=/usr,upperdir={STORE}/upper,workdir={STORE}/work$options" usr root/usr && break
+  mount -t overlay -o "lowerdir=/usr,upperdir={STORE}/upper,workdir={STORE}/work$options" usr system/usr && break
 done
-mountpoint -q root/usr
+mountpoint -q system/usr
 echo ready
 read -r _
 """
@@ -144,8 +144,8 @@ class Namespaces:
         return [*self.limited(), "nsenter", *enter, "-S", "0", "-G", "0", "--", *command]
 
     def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
-        usr = ["--bind", f"{STORE}/root/usr", "/usr"]
-        binaries = [x for name in ("bin", "sbin") for x in ("--bind", f"{STORE}/root/usr/{name}", f"/{name}")]
+        usr = ["--bind", f"{STORE}/system/usr", "/usr"]
+        binaries = [x for name in ("bin", "sbin") for x in ("--bind", f"{STORE}/system/usr/{name}", f"/{name}")]
         return self.start([*usr, *binaries], PATH, script, seconds, most, stdin)
 
     @failing_with_the_host()
@@ -171,14 +171,14 @@ class Namespaces:
         filter_fd = memory_file(seccomp.program())
         input_fd = memory_file(stdin) if stdin else os.open(os.devnull, os.O_RDONLY)
         status_reader, status_writer = os.pipe()
-        command = ["bwrap", "--bind", f"{STORE}/root", "/", *usr]
+        command = ["bwrap", "--bind", f"{STORE}/system", "/", *usr]
         for name in FIXED:
             if Path(f"/usr/{name}").is_dir():
                 command += ["--ro-bind", f"/usr/{name}", f"/usr/{name}"]
                 command += [] if name == "libexec" else ["--ro-bind", f"/usr/{name}", f"/{name}"]
         # /etc is a mount point, so that nobody inside can put another in its place; what steers every program's start
         # lies in mounts of its own.
-        command += ["--bind", f"{STORE}/root/etc", "/etc", "--ro-bind", "/etc/alternatives", "/etc/alternatives"]
+        command += ["--bind", f"{STORE}/system/etc", "/etc", "--ro-bind", "/etc/alternatives", "/etc/alternatives"]
         command += ["--ro-bind", "/etc/ld.so.cache", "/etc/ld.so.cache", "--ro-bind", "/dev/null", "/etc/ld.so.preload"]
         command += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{STORE}/shm", "/dev/shm", "--remount-ro", "/dev"]
         command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
