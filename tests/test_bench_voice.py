@@ -103,10 +103,10 @@ def the_figures_are_those_of_the_answers(folder):
 
 def test_a_run_that_fails_is_told_of_and_one_that_stop_if_ended_is_measured_where_it_ended(bench, tmp_path):
     (tmp_path / "runs/rank4_0").mkdir(parents=True)
-    (tmp_path / "runs/rank4_0/train.log").write_text('{"step": 0}\n')  # and no checkpoint to go on from
+    (tmp_path / "runs/rank4_0/settings.json").write_text('{"lora_r": 2}')
     status, output, _ = bench("--arms", "rank4", "rank1", stop_if="distinct_2>0.01")
     assert status == 1
-    assert "rank4_0: failed: " in output
+    assert "rank4_0 holds a run with" in output
     assert cells(output, "rank 1 on o")[0][PLACE["steps"]] == "1"
 
 

@@ -100,6 +100,12 @@ def warm_start(config: WarmConfig, notice: Callable[[str], None]) -> None:
     check_empty(folder, "warm_dir")
     if config.task != "os_interaction":
         raise ConfigError(f"task={config.task} has no ground truths to start from: expected os_interaction")
+    try:
+        import datasets  # noqa: F401
+        import trl  # noqa: F401
+    except ImportError as error:
+        needed = "pip install trl==1.16.0 datasets==5.2.0"
+        raise ConfigError(f"a warm start needs a package ({error}): {needed}") from None
     entries, make, rules = ready(config)
     pin(config, entries)
     train = split(entries, config.test_share, config.entry_levels)["train"]

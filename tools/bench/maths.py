@@ -100,16 +100,22 @@ def run(arm: str, seed: int, root: Path, extra: Sequence[str], samples: int) -> 
         return
     adapter = folder / f"epoch_{config.num_epochs}"
     if not adapter.exists():
-        program, resumed = [str(ROOT / "train.py")], ["resume_from=latest"]
         if arm == "trl":  # which sees for itself what there is
-            program, resumed = [str(Path(__file__).resolve()), "--trl-run"], []
-        elif not all_checkpoints(folder):  # stopped before its first one, if it was begun at all
-            (folder / "train.log").unlink(missing_ok=True)
-            resumed = []
-        call([sys.executable, *program, *words, *resumed], folder)
+            trainer = [str(Path(__file__).resolve()), "--trl-run", *words]
+        else:
+            trainer = [str(ROOT / "train.py"), *words, *to_go_on(folder)]
+        call([sys.executable, *trainer], folder)
     tested = [f"{name}={getattr(config, name)}" for name in TESTED]
     tested += [*EVALUATION, f"num_samples={samples}", f"output_file={folder / 'evaluation.json'}"]
     call([sys.executable, str(ROOT / "evaluate.py"), "--adapter", str(adapter), *tested])
+
+
+def to_go_on(folder: Path) -> list[str]:
+    """What train.py needs to be told to go on in `folder`: nothing where it was stopped before its first checkpoint."""
+    if all_checkpoints(folder):
+        return ["resume_from=latest"]
+    (folder / "train.log").unlink(missing_ok=True)
+    return []
 
 
 def same_settings(folder: Path, config: TrainConfig) -> None:

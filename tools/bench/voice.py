@@ -86,22 +86,29 @@ def train_reward(root: Path, topics: Path, words: Sequence[str], log: Path) -> N
     if (root / "reward" / "evaluation.json").exists():
         return
     say(log, "reward model: begins")
-    program = [sys.executable, str(ROOT / "tools/train_reward_model.py")]
+    trainer = [sys.executable, str(ROOT / "tools/train_reward_model.py")]
     pairs = [f"pairs={topics / 'train.jsonl'}", f"held_out={topics / 'test.jsonl'}"]
-    maths.call([*program, *pairs, "model_name=smollm2", f"output_dir={root / 'reward'}", *words], log=log)
+    maths.call([*trainer, *pairs, "model_name=smollm2", f"output_dir={root / 'reward'}", *words], log=log)
     say(log, "reward model: finished")
 
 
 def run(words: list[str], samples: int, log: Path) -> None:
-    """Trains and evaluates a run, or what is left of it. Raises ConfigError where a program it calls fails."""
+    """Trains and evaluates a run, or what is left of it.
+
+    Raises ConfigError where a program it calls fails, and where the folder holds a run with other settings.
+    """
     config = parse(TrainConfig, words)
     folder = Path(config.output_dir)
+    maths.same_settings(folder, config)
+    if (folder / "evaluation.json").exists():
+        return
+    say(log, f"{folder.name}: begins, {state(folder)}")
     if not (folder / "report.html").exists():
-        resumed = ["resume_from=latest"] if (folder / "train.log").exists() else []
-        maths.call([sys.executable, str(ROOT / "train.py"), *words, *resumed], folder, log)
+        maths.call([sys.executable, str(ROOT / "train.py"), *words, *maths.to_go_on(folder)], folder, log)
     tested = [f"{name}={getattr(config, name)}" for name in TESTED]
     tested += ["seed=0", f"num_samples={samples}", f"output_file={folder / 'evaluation.json'}"]
     maths.call([sys.executable, str(ROOT / "evaluate.py"), "--adapter", str(newest(folder)), *tested], log=log)
+    say(log, f"{folder.name}: finished")
 
 
 def newest(folder: Path) -> Path:
@@ -360,12 +367,8 @@ def run_all(arguments: argparse.Namespace, root: Path) -> list[str]:
     for seed in arguments.seeds:
         for arm in arguments.arms:
             name = f"{arguments.name or arm}_{seed}"
-            if (root / name / "evaluation.json").exists():
-                continue
-            say(log, f"{name}: begins, {state(root / name)}")
             try:
                 run(settings_of(arm, root / name, seed, topics, arguments.set), arguments.samples, log)
-                say(log, f"{name}: finished")
             except ConfigError as error:
                 say(log, f"{name}: failed: {error}")
                 failed.append(name)
