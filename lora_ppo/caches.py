@@ -161,6 +161,12 @@ class Beginnings:
         """The one that all of these prompts begin with and go on from; () if there is none."""
         return next((b for b in self.kept if prompts and all(p[: len(b)] == b != p for p in prompts)), ())
 
+    def shared(self, prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """That one, or else what several prompts have in common, where that is long; () if it is not."""
+        if (begun := self.of(prompts)) or not sees_all(self.policy.model.config.get_text_config()):
+            return begun
+        return prompts[0][: common_beginning(prompts)] if prompts else ()
+
     def put(self, begun: tuple[int, ...], rows: int, cache: DynamicCache) -> None:
         """Puts one of them into an empty cache, for so many rows with the adapters off."""
         if not self.kept[begun]:

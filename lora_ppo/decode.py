@@ -76,23 +76,27 @@ def read_prompts(policy: Policy, asked: Sequence[tuple]) -> tuple[Tensor, Dynami
     """Reads B prompts, given as (ids, adapter).
 
     Returns the logits behind each (B, 1, V), a cache with room for the replies, which of its places are real
-    (B, P + room), and the positions of the last tokens (B, 1). Where the base model remembers how its prompts begin
-    (`Beginnings`), the rows with adapters on are read for themselves.
+    (B, P + room), and the positions of the last tokens (B, 1). What several prompts with adapters on begin with is read
+    once; the base model remembers how its prompts begin (`Beginnings`). Where either is so, they are read apart.
     """
     room, config = policy.config.max_new_tokens, policy.model.config.get_text_config()
-    begun = policy.beginnings.of([ids for ids, adapter in asked if not adapter])
+    on, off = ([ids for ids, adapter in asked if adapter is kind] for kind in (True, False))
+    begun = {True: beginning(policy, on), False: policy.beginnings.of(off)}
     order, parts = [], []
-    for kinds in ((True,), (False,)) if begun else ((True, False),):
+    for kinds in ((True,), (False,)) if any(begun.values()) else ((True, False),):
         rows = [i for i, (_, adapter) in enumerate(asked) if adapter in kinds]
         if not rows:
             continue
-        before = len(begun) if kinds == (False,) else 0
+        same = begun[kinds[0]]
+        before = len(same)
         ids, real, positions = padded_left(policy, [asked[i][0][before:] for i in rows], room)
         real, positions = pad(real, (before, 0), value=True), positions + before
         adapted = torch.tensor([asked[i][1] for i in rows], device=policy.device)
         cache = roomy_cache(config, real.shape[1])
-        if before:
-            policy.beginnings.put(begun, len(rows), cache)
+        if before and kinds == (True,):
+            policy.recorder.begin(same, adapted, cache)
+        elif before:
+            policy.beginnings.put(same, len(rows), cache)
         logits, _ = policy.recorder.read(ids, positions, real[:, :-room], adapted, cache)
         order += rows
         parts.append((logits, cache, real, positions[:, -1:]))
@@ -105,6 +109,13 @@ def read_prompts(policy: Policy, asked: Sequence[tuple]) -> tuple[Tensor, Dynami
     cache = place(roomy_cache(config, width), joined, width - room)
     real = torch.cat([pad(real, (width - real.shape[1], 0)) for real in reals])
     return torch.cat(all_logits)[back], cache, real[back], torch.cat(lasts)[back]
+
+
+def beginning(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What several different prompts begin with, and go on from; () where it is not worth a pass of its own."""
+    if len(prompts) < 2 or sharded(policy):
+        return ()
+    return policy.beginnings.shared(prompts)[: min(map(len, prompts)) - 1]
 
 
 def padded_left(policy: Policy, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -83,7 +83,7 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     import torch
     from transformers import DynamicCache
 
-    from lora_ppo.caches import common_beginning, sees_all, sharded, takes
+    from lora_ppo.caches import sharded, takes
     from lora_ppo.recording import distinct
 
     model, (count, t), training = policy.model.get_base_model(), batch.response_mask.shape, torch.is_grad_enabled()
@@ -94,9 +94,7 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     rows = zip(ids[:, :last].tolist(), real[:, :last].tolist(), strict=True)
     different, which = distinct([tuple(itertools.compress(*row)) for row in rows])
     config = model.config.get_text_config()
-    begun = policy.beginnings.of(different)
-    if not begun and sees_all(config):
-        begun = different[0][: common_beginning(different)]
+    begun = policy.beginnings.shared(different)
     shared = last > 0 and 2 * len(different) <= count
     if not (begun or shared) or (training and model.is_activation_checkpointing):
         return None  # layers that are recomputed fill no cache
@@ -106,9 +104,7 @@ def read_sparingly(policy: Policy, batch: Batch) -> "tuple[Tensor, Tensor] | Non
     if begun in policy.beginnings.kept and policy.gate.share is False and not training:
         policy.beginnings.put(begun, len(readers), cache)
     elif begun:
-        whole = torch.ones(1, len(begun), dtype=torch.bool, device=policy.device)
-        policy.recorder.read(torch.tensor([begun]).to(whole.device), whole.cumsum(-1) - 1, whole, adapted[:1], cache)
-        cache.batch_select_indices(torch.zeros(len(readers), dtype=torch.long, device=policy.device))
+        policy.recorder.begin(begun, adapted[: len(readers)], cache)
     start, real = len(begun), real & (positions >= len(begun))
     real[:, :start] = True  # the cache's places
     if shared:

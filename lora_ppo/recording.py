@@ -1,5 +1,6 @@
 """Passes that write replies, by quicker means: CUDA graphs on a GPU, compiled layers on a CPU."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
@@ -14,7 +15,7 @@ from lora_ppo.compiled import CompiledPass
 RECORDING_PAYS = 16  # passes: to record one takes as long as it saves on as many
 RARE = 0.01  # of all passes; cases that are no more are not worth the memory of a recording
 ROOM = 256  # a CUDA graph has room for a multiple of so many tokens
-KEPT_TOKENS = 4096  # of all rows: a graph's cache is kept, and what it fills is missing elsewhere
+KEPT_SHARE = 0.25  # of a GPU's spare memory: a graph's cache is kept, and what it fills is missing elsewhere
 
 
 class Graph:
@@ -137,15 +138,27 @@ class Recorder:
         place(cache, after, length)
         return logits, hidden
 
+    def begin(self, begun: Sequence[int], adapted: Tensor, cache: DynamicCache) -> None:
+        """Puts into an empty cache what several rows begin with, all `adapted` (B,) or none: it is read once."""
+        real = torch.ones(1, len(begun), dtype=torch.bool, device=adapted.device)
+        self.read(torch.tensor([begun], device=adapted.device), real.cumsum(-1) - 1, real, adapted[:1], cache)
+        cache.batch_select_indices(torch.zeros(len(adapted), dtype=torch.long, device=adapted.device))
+
     def case(self, rows: int, cache: DynamicCache) -> tuple[int, int] | None:
         """Which recording to play for such a pass; None where the model itself is to make it."""
         if self.kind == "cpu":
             ready = rows == 1 and self.compiled and self.compiled.library.is_ready(self.policy.notice)
             return (0, 1) if ready else None
+        if self.kind != "cuda":
+            return None
         room = -(-cache.layers[0].room // ROOM) * ROOM
-        case = (room, rows) if self.kind == "cuda" and room * rows <= KEPT_TOKENS else None
+        case = room, rows
         self.passes[case] += 1
-        return case if self.passes[case] > max(self.pays, RARE * self.passes.total()) else None
+        if self.passes[case] <= max(self.pays, RARE * self.passes.total()):
+            return None
+        size = rows * room * sum(x.shape[1] * x.shape[3] * x.element_size() for x in cached(cache))
+        fits = case in self.recordings or size <= KEPT_SHARE * spare_memory(self.policy.device)
+        return case if fits else None
 
     def play(self, case: tuple[int, int], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the graph for a case makes of what is given; it is captured first where there is none."""
@@ -164,6 +177,14 @@ class Recorder:
         if self.kind == "cpu":
             return bool((right - played).norm() <= (1e-4 if right.dtype == torch.float32 else 0.1) * right.norm())
         return bool((right - played).abs().max() <= 0.02 * right.abs().max())
+
+
+def spare_memory(device: torch.device) -> float:
+    """The bytes of a GPU that are free, or that torch keeps ready; infinite where there is no GPU to fill."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 Item = TypeVar("Item", bound=Hashable)

@@ -239,14 +239,43 @@ def test_how_the_base_models_prompts_begin_is_read_once_and_the_replies_are_the_
         assert [reply.ids for reply in ours] == [reply.ids for reply in plain]
         assert again == ours
         if steady:
-            assert after[1] < many[0] / 8  # two of the four prompts
-            assert (len(first), len(after)) == (2 if said else 3, 2)
+            assert (len(first), len(after)) == (3 if said else 4, 3)  # adapters on: beginning and rest, then those off
+            assert after[:2] == many[:2]
+            assert after[2] < many[2] / 4
         for reply, right in zip(ours, plain, strict=True):
             torch.testing.assert_close(torch.tensor(reply.logprobs), torch.tensor(right.logprobs), atol=1e-4, rtol=0)
         said.append([reply.ids for reply in ours])
         batch = collate([requests[1].prompt_ids], [ours[1].ids], shown.pad_id, shown.device)
         ppo_step(shown, batch, [1.0])
     assert [said[0][i] == said[1][i] for i in range(5)] == [True, False, True, True, False]
+
+
+def test_what_prompts_with_adapters_on_begin_with_is_read_once_and_the_replies_are_those_to_each_alone(shown):
+    randomize_adapter(shown)
+    tutor = shown.prompts.tutor
+    asked = [encode_chat(shown.tokenizer, tutor.messages(question)) for question in QUESTIONS]
+    requests = [Request(prompt, 1.0) for prompt in [*asked, asked[0]]]
+    together, passes = tokens_read(shown, requests)
+    alone = [decode.decode(shown, [request], [seed])[0] for seed, request in enumerate(requests)]
+    assert [reply.ids for reply in together] == [reply.ids for reply in alone]
+    for reply, right in zip(together, alone, strict=True):
+        torch.testing.assert_close(torch.tensor(reply.logprobs), torch.tensor(right.logprobs), atol=1e-4, rtol=0)
+    if sees_all(shown.model.config):
+        assert len(passes) == 2
+        assert sum(passes) < 0.6 * sum(map(len, asked))
+    else:
+        assert len(passes) == 1
+
+
+def test_a_prompt_that_another_goes_on_from_keeps_a_token_of_its_own(tiny_folder):
+    policy, _ = load_policy(tiny_config(tiny_folder("llama"), max_new_tokens=6))
+    policy.stop_ids = [-1]
+    short = [3 + i % 50 for i in range(2 * BEGINNING)]
+    requests = [Request(prompt, 1.0) for prompt in (short, [*short, 7, 8])]
+    together, passes = tokens_read(policy, requests)
+    assert passes[0] == len(short) - 1
+    alone = [decode.decode(policy, [request], [seed])[0] for seed, request in enumerate(requests)]
+    assert [reply.ids for reply in together] == [reply.ids for reply in alone]
 
 
 def test_scores_are_the_same_whether_a_beginning_is_remembered_or_read(tiny_folder):

@@ -104,7 +104,8 @@ def test_replies_of_other_lengths_have_graphs_with_other_room_and_many_rows_none
     [first, second] = policy.recorder.recordings
     assert policy.recorder.able
     assert second == (first[0] + ROOM, 1)
-    monkeypatch.setattr(recording, "KEPT_TOKENS", 3 * second[0])
+    token = sum(x[0, :, 0].nbytes for x in policy.recorder.recordings[first].kept)
+    monkeypatch.setattr(recording, "spare_memory", lambda _: 3 * second[0] * token / recording.KEPT_SHARE)
     policy.config.max_new_tokens = 24
     decode.decode(policy, [request] * 4, [1, 2, 3, 4])
     decode.decode(policy, [request] * 8, range(8))

@@ -35,7 +35,7 @@ def make_policy(**overrides):
     tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
     policy = Policy(base, tokenizer, Config(**(options | overrides)), ROLE_PROMPTS)
     policy.untouched = untouched
-    policy.beginnings = SimpleNamespace(kept={}, of=lambda prompts: ())  # no tokenizer, no roles
+    policy.beginnings = SimpleNamespace(kept={}, shared=lambda prompts: ())  # no tokenizer, no roles
     g = torch.Generator().manual_seed(11)
     for name, p in policy.parameters.items():
         if "lora_B" in name or "value_head" in name:

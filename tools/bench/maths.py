@@ -49,7 +49,7 @@ COMMON = [  # 96 steps of 64 answers
     *("model_name=smollm2", "device=cpu", "learning_rate=0.0002", "eval_samples=240"),
     "target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
 ]
-TESTED = "task problems test_share model_name device dtype temperature top_p max_new_tokens".split()
+TESTED = "task problems test_share model_name device load_in_4bit dtype temperature top_p max_new_tokens".split()
 PASSES = 4  # that make one step of TRL's: in one, the activations of 64 answers take more than 16 GB
 EVALUATION = ["levels=1,2,3", "seed=0"]  # the same for every run, whatever it was trained on
 
@@ -219,7 +219,7 @@ def train_with_trl(words: Sequence[str]) -> None:
         shuffle_dataset=False,
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=config.device == "cpu",
         seed=config.seed,
         save_steps=config.save_every,
         save_total_limit=1,
