@@ -17,7 +17,7 @@ class Config(Settings):
         + GPU_MODEL,
         group="model",
     )
-    load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA, for any but the bundled model), true, false")
+    load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA, from a billion parameters on), true, false")
     bf16_copy: str = setting(
         "auto",
         "16-bit copy of NF4 weights, which spares updates to unpack them: auto (if it takes at most half of the free "

@@ -32,6 +32,7 @@ from lora_ppo.settings import (
 from lora_ppo.stored import fingerprint, misfits, packed
 
 QUANTIZATION = ("quantization_config", "compression_config")  # as config.json calls it, and called it
+WORTH_4_BITS = 1e9  # parameters: a smaller model loses much of what it knows by them, and spares little memory
 NOTES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")  # of no effect
 
 
@@ -120,7 +121,7 @@ def load_base(config: Settings, classifier: bool = False):
         if stored:
             check_quantization(config, stored, on_cuda)
         if config.load_in_4bit == "auto":
-            config.load_in_4bit = "true" if stored or (on_cuda and not is_bundled(config.model_name)) else "false"
+            config.load_in_4bit = "true" if stored or (on_cuda and parameters_of(config) >= WORTH_4_BITS) else "false"
         four_bit = config.load_in_4bit == "true"
         if four_bit and not on_cuda:
             raise ConfigError(f"load_in_4bit=true needs CUDA, and device is {config.device}: set load_in_4bit=false")
@@ -180,6 +181,16 @@ def load_base(config: Settings, classifier: bool = False):
             f"model_name={config.model_name} can't be loaded ({reason}): "
             "check the name and the network, name a local folder, or use model_name=auto"
         ) from error
+
+
+def parameters_of(config: Settings) -> int:
+    """How many parameters the base model has, by its config.json: no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with source(config) as name, torch.device("meta"):
+        told = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(told, trust_remote_code=False).num_parameters()
 
 
 def stored_quantization(config: Settings) -> dict[str, Any]:

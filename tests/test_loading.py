@@ -22,13 +22,13 @@ from support.tiny import (
     tiny_tokenizer,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import load_checkpoint, save_checkpoint
 from lora_ppo.forward import collate
 from lora_ppo.generate import generate
-from lora_ppo.loading import check_quantization, load_policy, usual_learning_rate
+from lora_ppo.loading import check_quantization, load_base, load_policy, parameters_of, usual_learning_rate
 from lora_ppo.settings import ConfigError
 from lora_ppo.step import ppo_step
 
@@ -320,6 +320,22 @@ def test_on_cuda_four_stored_bits_stay_four_and_nothing_else_is_taken(llama):
         check_quantization(tiny_config(llama, load_in_4bit="false", device="cuda"), stored, on_cuda=True)
     with pytest.raises(ConfigError, match="gptq"):
         check_quantization(tiny_config(llama, device="cuda"), {"quant_method": "gptq"}, on_cuda=True)
+
+
+@pytest.mark.parametrize(("hidden", "four_bit"), [(256, "false"), (2048, "true")])
+def test_on_cuda_a_model_goes_into_4_bits_from_a_billion_parameters_on(hidden, four_bit, tmp_path):
+    """Which its config.json tells: here there are no weights to load."""
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 24}
+    LlamaConfig(num_attention_heads=16, num_key_value_heads=16, **sizes).save_pretrained(tmp_path)
+    config = tiny_config(tmp_path, device="cuda", dtype="auto")
+    with pytest.raises(ConfigError):
+        load_base(config)
+    assert (config.load_in_4bit, config.dtype) == (four_bit, "bfloat16")
+
+
+def test_parameters_are_counted_without_weights(folder):
+    model, _ = load_base(tiny_config(folder))
+    assert parameters_of(tiny_config(folder)) == model.num_parameters()
 
 
 # --------------------------------------------------------------------------------------------------------------- code

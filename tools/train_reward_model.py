@@ -40,7 +40,7 @@ class RewardSettings(Settings):
     test_share: float = setting(0.2, "share of the topics that are held out; without topics, of the pairs")
     output_dir: str = setting("runs/reward", "where the reward adapter is written")
     model_name: str = setting("auto", "the base, as the policy names it; auto: the bundled model", "the model")
-    load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA), true, false")
+    load_in_4bit: str = setting("auto", "NF4 base weights: auto (on CUDA, from a billion parameters on), true, false")
     device: str = setting("auto", "auto (cuda, then cpu), or a torch device")
     dtype: str = setting("auto", "precision of the base: auto, float32, bfloat16")
     lora_r: int = setting(8, "rank of the adapter")
