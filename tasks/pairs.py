@@ -4,8 +4,9 @@ A line may have a `topic`, and `fact`, words of which a reply that keeps the fac
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,29 @@ def apart(train: Sequence[Pair], held_out: Sequence[Pair]) -> None:
             raise ConfigError(
                 f"line {pair.line} of held_out is line {known[pair.key]} of pairs, too: take it out of one of them"
             )
+
+
+# --------------------------------------------------------------------------------------------------------- harder pairs
+# A reward model that has only seen replies of two manners tells these apart, and pays a policy for whatever has the
+# manner. So each chosen reply can be set beside ones that have it, too, and are worse.
+
+
+def mismatched(pairs: Sequence[Pair], place: int) -> str:
+    """The chosen reply to the next prompt of the topic; "" where there is no other."""
+    this, others = pairs[place], [*pairs[place + 1 :], *pairs[:place]]
+    return next((p.chosen for p in others if p.topic == this.topic and p.messages != this.messages), "")
+
+
+def crossed(pairs: Sequence[Pair], place: int) -> str:
+    """The first half of the chosen reply's sentences, and the second half of the rejected one's."""
+    chosen, rejected = (re.split(r"(?<=[.!?])\s+", side) for side in (pairs[place].chosen, pairs[place].rejected))
+    return " ".join(chosen[: (len(chosen) + 1) // 2] + rejected[(len(rejected) + 1) // 2 :])
+
+
+MADE: dict[str, Callable[[Sequence[Pair], int], str]] = {"mismatched": mismatched, "crossed": crossed}
+
+
+def harder(pairs: Sequence[Pair], kinds: Sequence[str]) -> list[Pair]:
+    """The chosen reply of each pair beside a worse one of each of `kinds`, names of MADE; none that equals it."""
+    made = [replace(pair, rejected=MADE[kind](pairs, i)) for kind in kinds for i, pair in enumerate(pairs)]
+    return [pair for pair in made if pair.rejected not in ("", pair.chosen)]

@@ -30,7 +30,7 @@ from lora_ppo.rewards import (
     reply_ids,
 )
 from lora_ppo.settings import ConfigError
-from tasks.pairs import read_pairs
+from tasks.pairs import harder, read_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATS = [([{"role": "user", "content": f"What is {i}?"}], text) for i, text in enumerate(["Rome.", "It is 4" * 9, "?"])]
@@ -263,6 +263,33 @@ def test_conversations_and_texts_are_the_same_pairs(tmp_path):
     (text,) = read_pairs("pairs", str(write_lines(tmp_path / "a", [GOOD])))
     (talk,) = read_pairs("pairs", str(write_lines(tmp_path / "b", [GOOD | said | {"prompt": asked}])))
     assert text == talk
+
+
+def test_harder_pairs_set_the_chosen_reply_beside_others_of_its_manner(tmp_path):
+    rows = [
+        {"prompt": f"{topic} {i}?", "topic": topic, "chosen": f"C{i}. Like c{i}!", "rejected": f"R{i}. And r{i}."}
+        for topic, count in (("a", 2), ("b", 1), ("c", 3))
+        for i in range(count)
+    ]
+    rows.append(rows[-1] | {"chosen": "C9. Like c9!"})  # of a prompt that is there already
+    found = read_pairs("pairs", str(write_lines(tmp_path / "pairs", rows)))
+    more = [(p.messages[0]["content"], p.chosen, p.rejected) for p in harder(found, ["mismatched"])]
+    assert more == [
+        ("a 0?", "C0. Like c0!", "C1. Like c1!"),
+        ("a 1?", "C1. Like c1!", "C0. Like c0!"),
+        ("c 0?", "C0. Like c0!", "C1. Like c1!"),
+        ("c 1?", "C1. Like c1!", "C2. Like c2!"),
+        ("c 2?", "C2. Like c2!", "C0. Like c0!"),
+        ("c 2?", "C9. Like c9!", "C0. Like c0!"),
+    ]
+    assert [p.rejected for p in harder(found[:2], ["crossed"])] == ["C0. And r0.", "C1. And r1."]
+    assert len(harder(found, ["crossed", "mismatched"])) == 13
+
+
+def test_a_kind_of_harder_pairs_that_is_unknown_is_refused(tmp_path, capsys):
+    file = write_lines(tmp_path / "pairs", pairs(8))
+    assert run_reward(f"pairs={file}", "more_pairs=crossed,mixed", f"output_dir={tmp_path / 'out'}") == 2
+    assert "more_pairs=mixed is unknown: expected some of mismatched, crossed" in capsys.readouterr().err
 
 
 def test_the_running_scale_is_that_of_all_scores_so_far():

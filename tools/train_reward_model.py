@@ -28,7 +28,7 @@ from lora_ppo.statistics import wilson_interval
 from lora_ppo.stored import fingerprint
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import program
-from tasks.pairs import Pair, apart, read_pairs
+from tasks.pairs import MADE, Pair, apart, harder, read_pairs
 
 BINS = 10  # of the margins' histogram
 
@@ -37,6 +37,11 @@ BINS = 10  # of the margins' histogram
 class RewardSettings(Settings):
     pairs: str = setting("", "pairs to train on: JSON lines with prompt, chosen, rejected, and topic", "the data")
     held_out: str = setting("", "pairs to measure on; empty: those of a test_share of the topics of `pairs`")
+    more_pairs: list[str] = setting(
+        [],
+        "pairs made of them, to train on, too: mismatched (the worse side is the chosen reply to another prompt), "
+        "crossed (it begins as the chosen reply and ends as the rejected one)",
+    )
     test_share: float = setting(0.2, "share of the topics that are held out; without topics, of the pairs")
     output_dir: str = setting("runs/reward", "where the reward adapter is written")
     model_name: str = setting("auto", "the base, as the policy names it; auto: the bundled model", "the model")
@@ -69,6 +74,8 @@ def load(config: RewardSettings) -> tuple[list[Pair], list[Pair]]:
     for name, least in {"num_epochs": 1, "center": 0}.items():
         if getattr(config, name) < least:
             raise ConfigError(f"{name}={getattr(config, name):g} is out of range: expected at least {least}")
+    if unknown := set(config.more_pairs) - set(MADE):
+        raise ConfigError(f"more_pairs={','.join(sorted(unknown))} is unknown: expected some of {', '.join(MADE)}")
     if Path(config.output_dir).exists() and any(Path(config.output_dir).iterdir()):
         raise ConfigError(f"output_dir={config.output_dir} is not empty: name another folder")
     train = read_pairs("pairs", config.pairs)
@@ -77,7 +84,7 @@ def load(config: RewardSettings) -> tuple[list[Pair], list[Pair]]:
     else:
         train, held_out = split(train, config.test_share)
     apart(train, held_out)
-    return train, held_out
+    return train + harder(train, config.more_pairs), held_out
 
 
 def split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
