@@ -339,6 +339,9 @@ def main() -> int:
                     status = session(policy, run, terminal)
             except Leave:  # while loading
                 pass
+            except Exception:  # which a library may have made of it
+                if run or not asked_to_leave:
+                    raise
             except KeyboardInterrupt:
                 terminal.say("\nInterrupted.")
             asked_to_leave.append(0)  # it is leaving: another signal changes nothing

@@ -297,7 +297,8 @@ def all_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 # What decides which samples a step gets, or belongs to it: a run can't go on under another value.
 COURSE = (
-    "task algorithm batch_size group_size samples_per_epoch seed topic_order steps_per_topic levels entry_levels"
+    "task control algorithm batch_size group_size samples_per_epoch seed test_share topic_order steps_per_topic levels "
+    "entry_levels"
 ).split()
 
 

@@ -126,15 +126,17 @@ def without_contrast(lines: Sequence[dict[str, Any]], groups: int) -> str:
     if flat != PATIENCE:
         return ""
     last = lines[-1]
-    if last["accuracy"] > 0.5:
+    if last["accuracy"] >= 0.9:
         hint = "nearly all are right: take harder problems"
     elif last["cut_off"] > 0.2:
         hint = f"{last['cut_off']:.0%} are cut off: raise max_new_tokens, or ask for shorter ones"
-    else:
+    elif last["accuracy"] <= 0.1:
         hint = "nearly all are wrong: take easier problems, prompts with examples, or a larger group_size"
+    else:
+        hint = "some prompts are always answered right and others never: take ones between them, or a larger group_size"
     return (
         f"For {PATIENCE} steps no group of answers has had contrast: all answers to a prompt earned the same, and "
-        f"nothing was learned. Of the last ones {hint}; temperature=1 makes them differ more."
+        f"nothing was learned. Of the last ones {hint}; below temperature=1 they differ less."
     )
 
 

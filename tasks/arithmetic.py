@@ -1,4 +1,4 @@
-"""Sums that are made here, of five levels, as many as one wants: a number to find, and nothing to look up.
+"""Sums that are made here, of five levels: a number to find, and nothing to look up.
 
 What is held out is decided by the numbers in a problem: where 7 and 5 are held out, so are 7 + 5, 5 * 7 and 7 - 5, in
 whatever words. It is the same with every seed.

@@ -63,7 +63,7 @@ def prepare(config: Any) -> Callable[[Policy], Task]:
     if not 0 <= config.format_reward <= 1:
         raise ConfigError(f"format_reward={config.format_reward:g} is out of range: expected 0 to 1")
     splits = load_problems(config.problems, config.seed, config.levels, config.test_share)
-    return lambda policy: MathsTask(policy, splits, config.format_reward)
+    return lambda policy: MathsTask(policy, splits, config.format_reward, config.problems)
 
 
 # ---------------------------------------------------------------------------------------------------------- the task
@@ -72,12 +72,16 @@ def prepare(config: Any) -> Callable[[Policy], Task]:
 class MathsTask:
     """Problems, and what a right reply earns: 1, and `format_reward` more where it has the form that is asked for."""
 
-    def __init__(self, policy: Policy, splits: dict[str, Sequence[Problem]], format_reward: float = 0.0):
-        self.policy, self.splits, self.format_reward = policy, splits, format_reward
+    def __init__(
+        self, policy: Policy, splits: dict[str, Sequence[Problem]], format_reward: float = 0.0, name: str = ""
+    ):
+        self.policy, self.splits, self.format_reward, self.name = policy, splits, format_reward, name
 
     def samples(self, split: Literal["train", "test"]) -> Sequence[Problem]:
         if not self.splits[split]:
-            raise ConfigError(f"problems has none to {split} on: name a folder or file that does (see docs/maths.md)")
+            raise ConfigError(
+                f"problems={self.name} has none to {split} on: name a folder or file that does (see docs/maths.md)"
+            )
         return self.splits[split]
 
     def episode(self, sample: Problem) -> "MathsEpisode":

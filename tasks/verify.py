@@ -71,7 +71,7 @@ def number(text: str) -> Number | None:
 # Letters that may stick to a number: units, powers of ten, ordinals, hours. With any other it is a name (12a, B12, 2x).
 UNITS = (
     "km kmh kph mph m cm mm kg g mg lb lbs oz l ml cl h hr hrs min mins s sec secs ms mi ft in yd c p gb mb kb w kw "
-    "k bn st nd rd th am pm"
+    "k bn st nd rd th am pm hour hours minute minutes second seconds day days week weeks year years cent cents usd eur"
 ).split()
 SCALES = {"k": 3, "thousand": 3, "million": 6, "bn": 9, "billion": 9, "trillion": 12}
 SENTENCE = 300  # characters behind "the answer is" in which its number stands
@@ -84,7 +84,7 @@ TOKENS = re.compile(
     (?P<date> (?: [0-9]{{4}}([-/.])[0-9]{{1,2}}\2[0-9]{{1,2}}
               | [0-9]{{1,2}}([-/.])[0-9]{{1,2}}\3(?:[0-9]{{4}} | [0-9]{{2}}) ) (?! [\w%] | [ ]*[-=+*/×÷^] )
             | [0-9]+(?::[0-9]+)+ | [0-9]+(?:\.[0-9]+){{2,}} | √[ ]?\{{?[0-9.]+
-            | [-$€£¥]*[0-9]{{1,3}}(?:[ ][0-9]{{3}})+(?![\w/]) )
+            | [-$€£¥]{{0,3}}[0-9]{{1,3}}(?:[ ][0-9]{{3}})+(?![\w/]) )
     # A number. A sign counts where nothing stands before it that could be subtracted from.
   | (?P<number> (?:(?<![\w)\]%.])(?P<sign>[-+]))? (?:[$€£¥][ ]?)? (?P<minus>-)?
         (?:(?P<whole>[0-9]+)[ ](?=[0-9]+/[1-9]))? (?P<digits> {DIGITS}(?:\.[0-9]+)? | \.[0-9]+ )
@@ -117,7 +117,9 @@ def normalized(text: str) -> str:
     text = re.sub(r"(?<=[A-Za-z])(?:[²³]|\^\{?[23]\}?)", "", text)  # square metres
     text = re.sub("[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
     text = re.sub(r"(?<=\w)(?=[¼-¾⅐-⅞])", " ", text)
-    text = re.sub("(?<=[0-9])[\u00a0\u2009\u202f'’](?=[0-9]{3}(?![0-9]))", ",", text)  # 1 200, the space a narrow one
+    text = re.sub(
+        r"(?<=[0-9])(?:[\u00a0\u2009\u202f'’]|\\,)(?=[0-9]{3}(?![0-9]))", ",", text
+    )  # 1 200, the space a narrow one
     text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     text = re.sub(r"(?<!-)(?=\\[dt]?frac)", " ", text)  # a whole number may stand before it, or its own minus
     text = re.sub(r"\\[dt]?frac *(?:\{([^{}]*)\}|([0-9])) *(?:\{([^{}]*)\}|([0-9]))", r"\1\2/\3\4 ", text)
@@ -125,7 +127,7 @@ def normalized(text: str) -> str:
     for written, meant in LATEX.items():
         text = text.replace(written, meant)
     text = re.sub(r"\^\{([-+]?[0-9]+)\}", r"^\1", text)
-    text = re.sub(r"\*\*+|__+|[`~]+", " ", text)
+    text = re.sub(r"\*\*+|__+|[`~]+|(?<![^\W_])_|_(?![^\W_])", " ", text)
     return re.sub(r"(=|:|#|\bis) *- +(?=[$€£¥]?[.0-9])", r"\1 -", text)
 
 
@@ -179,9 +181,12 @@ ALTERNATIVES = {*",;/-", "or", "and", "to"}
 def answer(reply: str) -> Number | None:
     """The number that a reply states as its answer, or None."""
     text = normalized(reply)
-    # 1. Behind ####, the form that is asked for. Two different numbers there are no final answer; a heading is none.
-    if lines := [line for line in re.findall(r"####+([^\n#]*)", text) if line.strip()]:
-        found = [stated(line) for line in lines if begins_with_digits(line)] or [stated(lines[-1])]
+    # 1. Behind ####, the form that is asked for. Two different numbers there are no final answer; a heading, words that
+    #    more text follows, is none at all.
+    lines = [mark for mark in re.finditer(r"####+([^\n#]*)", text) if mark[1].strip()]
+    last = [mark[1] for mark in lines[-1:] if not text[mark.end() :].strip()]
+    if final := [mark[1] for mark in lines if begins_with_digits(mark[1])] or last:
+        found = [stated(line) for line in final]
         return found[-1] if all(n and found[-1] and n.equals(found[-1]) for n in found) else None
     # 2. In the last box, whatever stands there.
     if (box := boxed(text)) is not None:

@@ -359,7 +359,12 @@ def test_a_run_without_contrast_says_so_once_and_what_to_change(train_py, monkey
 
 @pytest.mark.parametrize(
     ("accuracy", "cut_off", "words"),
-    [(0.9, 0.5, "take harder problems"), (0.1, 0.5, "50% are cut off"), (0.1, 0.0, "take easier problems")],
+    [
+        (0.9, 0.5, "take harder problems"),
+        (0.1, 0.5, "50% are cut off"),
+        (0.1, 0.0, "take easier problems"),
+        (0.5, 0.0, "between them"),
+    ],
 )
 def test_the_advice_follows_from_the_last_step(accuracy, cut_off, words):
     line = {"equal_groups": 4, "accuracy": accuracy, "cut_off": cut_off}

@@ -39,6 +39,10 @@ CASES = [
     ("so it is 42 #### 42", "42", False, True, "42"),  # not on a line of its own
     ("#### 42\n#### 42", "42", False, True, "42"),
     ("#### Step 1\n6 * 7 = 42\n#### 42", "42", False, True, "42"),  # a heading
+    ("#### Step 1: multiply 6 by 7\n6 * 7 = 42\nThe answer is 42.", "42", False, True, "42"),
+    ("#### Answer:\n42", "42", False, True, "42"),
+    ("#### Final answer\n\\boxed{42} of 50", "42", False, True, "42"),
+    ("#### Final answer: 42\n", "42", False, True, "42"),
     ("####12a", "12", False, False, ""),
     ("#### 12a", "12", False, False, ""),
     ("#### forty-two", "42", False, False, ""),
