@@ -30,7 +30,7 @@ def chosen_logprobs(logits: Tensor, input_ids: Tensor, temperature: float) -> Te
     `input_ids` are the last token of the prompt and the T tokens of the answer. logits[:, t] is what the model computed
     after reading input_ids[:, t]. The result has a gradient.
 
-    The factors of equation 1 in Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (section 2).
+    The factors of a text's probability in Ziegler et al. 2019, section 2, https://arxiv.org/abs/1909.08593.
     """
     raise NotImplementedError("exercise 0: chosen_logprobs")
 
@@ -62,7 +62,9 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the values, clipped, and the share of tokens where the clip is active: two scalars.
+    """Half the squared error of the values, clipped, and the share of tokens where the clip acts.
+
+    Four (B, T) -> two scalars.
 
     In words: values are to come close to the returns. The same with the value held within cliprange_value of the
     rollout's; of both errors the larger counts.

@@ -121,7 +121,7 @@ def walk(console: Console | None = None) -> int:
         logprobs, values, _ = token_logprobs_and_values(policy, batch)
     ratio, e = (logprobs - old_logprobs).exp(), config.cliprange
     console.print(
-        f"\nratio is exp(logprobs - old). Outside {1 - e:g} ... {1 + e:g} a second update would be clipped.\n"
+        f"\nratio is exp(logprobs - old). Outside {1 - e:g} ... {1 + e:g} the clip can act in a second update.\n"
     )
     table(
         {"old": old_logprobs, "logprobs": logprobs, "ratio": ratio, "outside": (ratio - 1).abs() > e, "values": values}

@@ -4,6 +4,7 @@ The library looks these functions up in `lora_ppo.ppo` whenever it calls them, s
 """
 
 import contextlib
+import dis
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -36,14 +37,15 @@ def load_module(name: str) -> ModuleType:
 
 def unfinished(function: Callable) -> bool:
     """Whether a function still is a blank that raises NotImplementedError."""
-    return "NotImplementedError" in getattr(getattr(function, "__code__", None), "co_names", ())
+    code = getattr(function, "__code__", None)  # it has nothing that can't be reached
+    return code is not None and any(step.argval == "NotImplementedError" for step in dis.get_instructions(code))
 
 
 def load_functions(name: str) -> dict[str, Callable]:
     """Every function of FUNCTIONS, as the module `name` has it.
 
-    Raises ConfigError if it lacks one, adds one (a public function of its own that the library has not; imported ones
-    don't count), or has not filled one in.
+    Raises ConfigError if it lacks one, adds one (a public function of its own beside these; imported ones don't
+    count), or has not filled one in.
     """
     module = load_module(name)
     lacking = [f for f in FUNCTIONS if not callable(getattr(module, f, None))]
@@ -54,7 +56,7 @@ def load_functions(name: str) -> dict[str, Callable]:
         raise ConfigError(f"functions={name} lacks {', '.join(lacking)}: it must have {', '.join(FUNCTIONS)}")
     if added:
         raise ConfigError(
-            f"functions={name} adds {', '.join(added)}, which the library has not: begin the names of helpers with _"
+            f"functions={name} adds {', '.join(added)}, which is none of the eight: begin the names of helpers with _"
         )
     if blank:
         raise ConfigError(f"functions={name}: {', '.join(blank)} still raise NotImplementedError: fill them in")

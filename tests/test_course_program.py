@@ -201,7 +201,7 @@ def test_a_wrong_function_gives_another_run_and_the_library_is_put_back(train_py
     ("text", "words"),
     [
         (SOLUTIONS.replace("    gae,\n", ""), "lacks gae: it must have chosen_logprobs, "),
-        (SOLUTIONS + "\n\ndef helper():\n    pass\n", "adds helper, which the library has not"),
+        (SOLUTIONS + "\n\ndef helper():\n    pass\n", "adds helper, which is none of the eight"),
         (SOLUTIONS + "\n\ndef gae(*given):\n    raise NotImplementedError\n", "gae still raise"),
         ("import nothing_like_it\n", "can't be imported"),
     ],
@@ -222,7 +222,10 @@ def test_a_baseline_that_is_no_run_is_refused(train_py):
 
 
 def test_helpers_that_begin_with_an_underscore_are_welcome(tmp_path):
-    (tmp_path / "mine.py").write_text(SOLUTIONS + "\n\ndef _helper():\n    pass\n")
+    left = "\n\ndef _helper():\n    return 1\n    raise NotImplementedError\n"  # what is never reached is no blank
+    (tmp_path / "mine.py").write_text(
+        SOLUTIONS + left + "\n\ndef gae(*given):\n    return 1\n    raise NotImplementedError\n"
+    )
     assert list(functions.load_functions(str(tmp_path / "mine.py"))) == functions.FUNCTIONS
     with pytest.raises(ConfigError, match="lacks"):
         functions.load_functions("exercises")
