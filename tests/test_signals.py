@@ -98,7 +98,7 @@ def test_a_signal_that_a_library_swallows_while_the_model_loads_is_not_forgotten
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_what_a_library_makes_of_a_signal_while_it_loads_is_no_error(told, monkeypatch, capsys, tmp_path):
+def test_what_a_library_makes_of_a_signal_while_it_loads_is_no_error(told, play, monkeypatch):
     """An import that is broken off may end in any exception; without a signal that is an error."""
 
     def load(config, notice):
@@ -108,10 +108,10 @@ def test_what_a_library_makes_of_a_signal_while_it_loads_is_no_error(told, monke
         raise RecursionError("maximum recursion depth exceeded")
 
     monkeypatch.setattr(demo, "load_policy", load)
-    monkeypatch.setattr(sys, "argv", ["lora_ppo_demo.py", f"log_dir={tmp_path}", "device=cpu"])
     with contextlib.nullcontext() if told else pytest.raises(RecursionError):
-        assert demo.main() == 0
-    assert "recursion" not in capsys.readouterr().err
+        status, output, run = play([])
+        assert (status, run) == (0, None)
+        assert "recursion" not in output
 
 
 def test_a_signal_that_gets_lost_while_it_answers_ends_the_session_at_the_quiz(at_terminal, monkeypatch):
