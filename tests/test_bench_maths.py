@@ -12,6 +12,7 @@ import train
 from lora_ppo.journal import LineFile
 from lora_ppo.settings import ConfigError
 from tools.bench import maths as bench_maths
+from tools.bench import runs
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def bench(llama, tmp_path, monkeypatch, capsys):
     """`bench(...)` runs it with two steps on a tiny model, all programs in this process; gives status and output."""
     calls = []
 
-    def call(command, folder=None):
+    def call(command, folder=None, log=None):
         calls.append(Path(command[1]).name + (f" {command[2]}" if command[2] == "--trl-run" else ""))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command[1:])
@@ -32,7 +33,7 @@ def bench(llama, tmp_path, monkeypatch, capsys):
         if folder:
             (folder / "cost.json").write_text('{"wall_seconds": 1.0, "peak_mb": 2.0}')
 
-    monkeypatch.setattr(bench_maths, "call", call)
+    monkeypatch.setattr(runs, "call", call)
     monkeypatch.chdir(tmp_path)
 
     def bench(*arguments, **changes):
@@ -93,11 +94,11 @@ def digits(question: str) -> tuple[int, ...]:
 
 def test_a_program_that_fails_is_named_and_what_it_took_is_noted(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.py ended with status 2"):
-        bench_maths.call([sys.executable, str(bench_maths.ROOT / "train.py"), "no_such=1"], tmp_path)
+        runs.call([sys.executable, str(runs.ROOT / "train.py"), "no_such=1"], tmp_path)
     cost = json.loads((tmp_path / "cost.json").read_text())
     assert 1 < cost["peak_mb"] < 10_000
     assert cost["wall_seconds"] > 0
-    bench_maths.call([sys.executable, "-c", "bytearray(200_000_000)"], tmp_path)
+    runs.call([sys.executable, "-c", "bytearray(200_000_000)"], tmp_path)
     more = json.loads((tmp_path / "cost.json").read_text())
     assert more["peak_mb"] >= max(180, cost["peak_mb"])
     assert more["wall_seconds"] > cost["wall_seconds"]

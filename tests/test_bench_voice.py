@@ -11,7 +11,7 @@ import train
 from lora_ppo.settings import ConfigError
 from lora_ppo.watching import distinct
 from tools import train_reward_model
-from tools.bench import maths as bench_maths
+from tools.bench import runs
 from tools.bench import voice as bench_voice
 
 SPLITS = ("train", "test")
@@ -33,7 +33,7 @@ def bench(llama, tmp_path, monkeypatch, capsys):
         if folder:
             (folder / "cost.json").write_text('{"wall_seconds": 1.0, "peak_mb": 2.0}')
 
-    monkeypatch.setattr(bench_maths, "call", call)
+    monkeypatch.setattr(runs, "call", call)
     monkeypatch.chdir(tmp_path)
     small = tmp_path / "data"  # of each topic a few
     small.mkdir()

@@ -16,14 +16,10 @@ With --validation the problems to measure on are training problems that no step 
 """
 
 import argparse
-import contextlib
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,11 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from evaluate import percent, points  # noqa: E402
-from lora_ppo.checkpoint import all_checkpoints  # noqa: E402
-from lora_ppo.evaluation import paired, write_json  # noqa: E402
-from lora_ppo.settings import ConfigError, parse  # noqa: E402
+from lora_ppo.settings import parse  # noqa: E402
 from lora_ppo.terminal import program  # noqa: E402
 from tasks.arithmetic import held_out, sums  # noqa: E402
+from tools.bench import runs  # noqa: E402
+from tools.bench.runs import difference, minutes  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 ARMS = {  # what the table calls it, its preset, its own settings
@@ -87,70 +83,12 @@ def validation_problems(root: Path) -> tuple[str, int]:
 # ---------------------------------------------------------------------------------------------------------- the runs
 
 
-def run(arm: str, seed: int, root: Path, extra: Sequence[str], samples: int) -> None:
-    """Trains and evaluates a run, or what is left of it.
+def run_one(arm: str, seed: int, root: Path, extra: Sequence[str], samples: int) -> None:
+    """Trains and evaluates a run, or what is left of it. Raises ConfigError."""
+    words = settings_of(arm, seed, root / f"{arm}_{seed}", extra)
 
-    Raises ConfigError where a program it calls fails, and where the folder holds a run with other settings.
-    """
-    folder = root / f"{arm}_{seed}"
-    words = settings_of(arm, seed, folder, extra)
-    config = parse(TrainConfig, words)
-    same_settings(folder, config)
-    if (folder / "evaluation.json").exists():
-        return
-    adapter = folder / f"epoch_{config.num_epochs}"
-    if not adapter.exists():
-        if arm == "trl":  # which sees for itself what there is
-            trainer = [str(Path(__file__).resolve()), "--trl-run", *words]
-        else:
-            trainer = [str(ROOT / "train.py"), *words, *to_go_on(folder)]
-        call([sys.executable, *trainer], folder)
-    tested = [f"{name}={getattr(config, name)}" for name in TESTED]
-    tested += [*EVALUATION, f"num_samples={samples}", f"output_file={folder / 'evaluation.json'}"]
-    call([sys.executable, str(ROOT / "evaluate.py"), "--adapter", str(adapter), *tested])
-
-
-def to_go_on(folder: Path) -> list[str]:
-    """What train.py needs to be told to go on in `folder`: nothing where it was stopped before its first checkpoint."""
-    if all_checkpoints(folder):
-        return ["resume_from=latest"]
-    (folder / "train.log").unlink(missing_ok=True)
-    return []
-
-
-def same_settings(folder: Path, config: TrainConfig) -> None:
-    """Notes a run's settings in its folder. Raises ConfigError where it was begun with others."""
-    file, now = folder / "settings.json", asdict(config)
-    before = json.loads(file.read_text()) if file.exists() else now
-    for name in now:
-        if name != "output_dir" and before.get(name) != now[name]:
-            was = f"{name}={before.get(name)}"
-            raise ConfigError(f"{folder} holds a run with {was}, now it is {now[name]}: name another --folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, now)
-
-
-def call(command: list[str], folder: Path | None = None, log: Path | None = None) -> None:
-    """Runs a program of this project; notes in `folder` the most memory that it took, in MB. Raises ConfigError.
-
-    What it says goes to the end of `log`.
-    """
-    started = time.perf_counter()
-    with log.open("ab") if log else contextlib.nullcontext() as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if folder and folder.is_dir():
-        file = folder / "cost.json"
-        cost = json.loads(file.read_text()) if file.exists() else {"wall_seconds": 0.0, "peak_mb": 0.0}
-        peak = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, kilobytes elsewhere
-        cost = {
-            "wall_seconds": cost["wall_seconds"] + time.perf_counter() - started,
-            "peak_mb": max(cost["peak_mb"], peak),
-        }
-        write_json(file, cost)
-    if process.returncode:
-        raise ConfigError(f"{Path(command[1]).name} ended with status {process.returncode}; the same command goes on")
+    trainer = [str(Path(__file__).resolve()), "--trl-run"] if arm == "trl" else []
+    runs.run(words, TESTED, [*EVALUATION, f"num_samples={samples}"], trainer=trainer)
 
 
 def train_with_trl(words: Sequence[str]) -> None:
@@ -301,13 +239,13 @@ HEADINGS = (
 
 def table(root: Path, seeds: Sequence[int]) -> list[str]:
     """The table in Markdown, and what it says of the arms, from what is there."""
-    runs = {arm: {seed: found for seed in seeds if (found := figures(root / f"{arm}_{seed}"))} for arm in ARMS}
+    made = {arm: {seed: found for seed in seeds if (found := figures(root / f"{arm}_{seed}"))} for arm in ARMS}
     rows = [
         f"| {' | '.join(HEADINGS)} |",
         "| --- " * len(HEADINGS) + "|",
     ]
     for arm, (name, *_) in ARMS.items():
-        for seed, found in runs[arm].items():
+        for seed, found in made[arm].items():
             base, adapter, versus = found["base"], found["adapter"], found["adapter"]["versus_base"]
             cells = [
                 f"{name}, {seed}",
@@ -324,26 +262,18 @@ def table(root: Path, seeds: Sequence[int]) -> list[str]:
             rows.append(f"| {' | '.join(cells)} |")
     told = [""]
     for arm, (name, *_) in ARMS.items():
-        if found := list(runs[arm].values()):
-            share = paired([pair for one in found for pair in one["right"]])
-            told.append(f"{name}, {len(found)} seeds: {difference(share)} to the base, {minutes(found)}")
+        if found := list(made[arm].values()):
+            gain = difference([pair for one in found for pair in one["right"]])
+            told.append(f"{name}, {len(found)} seeds: {gain} to the base, {minutes(found)}")
     for arm in ("trl", "ppo", "control"):
-        both = [seed for seed in runs["grpo"] if seed in runs[arm]]
+        both = [seed for seed in made["grpo"] if seed in made[arm]]
         if both:
-            ours, theirs = ([runs[which][seed] for seed in both] for which in ("grpo", arm))
+            ours, theirs = ([made[which][seed] for seed in both] for which in ("grpo", arm))
             rights = [zip(a["right"], b["right"], strict=True) for a, b in zip(ours, theirs, strict=True)]
-            share = paired([(a[0], b[0]) for pairs in rights for a, b in pairs])
+            less = difference([(a[0], b[0]) for pairs in rights for a, b in pairs])
             ratio = sum(one["seconds"] for one in theirs) / sum(one["seconds"] for one in ours)
-            told.append(f"{ARMS['grpo'][0]} less {ARMS[arm][0]}: {difference(share)}; seconds {ratio:.2f} times ours")
+            told.append(f"{ARMS['grpo'][0]} less {ARMS[arm][0]}: {less}; seconds {ratio:.2f} times ours")
     return rows + told
-
-
-def difference(share: dict[str, Any]) -> str:
-    return points(share["accuracy_difference"], share["accuracy_difference_interval"])
-
-
-def minutes(found: Sequence[dict[str, Any]]) -> str:
-    return f"{fmean(one['seconds'] for one in found) / 60:.1f} minutes a seed"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -374,7 +304,7 @@ def main() -> int:
             extra, samples = [f"problems={problems}"], min(samples, there)
         for seed in arguments.seeds:
             for arm in arguments.arms:
-                run(arm, seed, root, [*extra, *arguments.set], samples)
+                run_one(arm, seed, root, [*extra, *arguments.set], samples)
     print("\n".join(table(root, arguments.seeds)))
     return 0
 

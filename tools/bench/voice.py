@@ -30,15 +30,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evaluate import percent, points  # noqa: E402
-from lora_ppo.evaluation import paired  # noqa: E402
-from lora_ppo.journal import LineFile, now  # noqa: E402
+from evaluate import percent  # noqa: E402
+from lora_ppo.journal import LineFile  # noqa: E402
 from lora_ppo.settings import ConfigError, parse  # noqa: E402
 from lora_ppo.terminal import program  # noqa: E402
 from lora_ppo.watching import distinct  # noqa: E402
 from tasks.voice import DATA, load_topics  # noqa: E402
 from tasks.voice_rules import keeps  # noqa: E402
-from tools.bench import maths  # noqa: E402
+from tools.bench import runs  # noqa: E402
+from tools.bench.runs import difference, minutes, newest, say, state  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 PRESET = ROOT / "configs/voice_smollm2.yaml"
@@ -88,59 +88,8 @@ def train_reward(root: Path, topics: Path, words: Sequence[str], log: Path) -> N
     say(log, "reward model: begins")
     trainer = [sys.executable, str(ROOT / "tools/train_reward_model.py")]
     pairs = [f"pairs={topics / 'train.jsonl'}", f"held_out={topics / 'test.jsonl'}"]
-    maths.call([*trainer, *pairs, "model_name=smollm2", f"output_dir={root / 'reward'}", *words], log=log)
+    runs.call([*trainer, *pairs, "model_name=smollm2", f"output_dir={root / 'reward'}", *words], log=log)
     say(log, "reward model: finished")
-
-
-def run(words: list[str], samples: int, log: Path) -> None:
-    """Trains and evaluates a run, or what is left of it.
-
-    Raises ConfigError where a program it calls fails, and where the folder holds a run with other settings.
-    """
-    config = parse(TrainConfig, words)
-    folder = Path(config.output_dir)
-    maths.same_settings(folder, config)
-    if (folder / "evaluation.json").exists():
-        return
-    say(log, f"{folder.name}: begins, {state(folder)}")
-    if not (folder / "report.html").exists():
-        maths.call([sys.executable, str(ROOT / "train.py"), *words, *maths.to_go_on(folder)], folder, log)
-    tested = [f"{name}={getattr(config, name)}" for name in TESTED]
-    tested += ["seed=0", f"num_samples={samples}", f"output_file={folder / 'evaluation.json'}"]
-    maths.call([sys.executable, str(ROOT / "evaluate.py"), "--adapter", str(newest(folder)), *tested], log=log)
-    say(log, f"{folder.name}: finished")
-
-
-def newest(folder: Path) -> Path:
-    """The last checkpoint of a run, which may have ended before its last step. Raises ConfigError without any."""
-    from lora_ppo.checkpoint import all_checkpoints
-
-    found = all_checkpoints(folder)
-    if not found:
-        raise ConfigError(f"{folder} has no checkpoint")
-    return found[0][1]
-
-
-def say(log: Path, text: str) -> None:
-    """A line with the time, for whoever watches, and in the log."""
-    line = f"{now()[:19]} {text}"
-    print(line, file=sys.stderr, flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-def state(folder: Path) -> str:
-    """How far a run is that is not finished."""
-    lines, _ = LineFile(folder / "train.log").read()
-    steps = [line for line in lines if line["step"] > 0]
-    if not steps:
-        return "not begun"
-    config = parse(TrainConfig, ["--config", str(folder / "effective_config.yaml")])
-    last = config.num_epochs * config.samples_per_epoch // config.prompts_per_step
-    seconds = fmean(line["seconds"] for line in steps)
-    left = f"about {(last - steps[-1]['step']) * seconds / 60:.0f} minutes of steps left"
-    return f"at step {steps[-1]['step']} of {last}, {seconds:.1f} seconds a step, {left}"
 
 
 # --------------------------------------------------------------------------------------------------------- the tables
@@ -228,12 +177,6 @@ def row(name: str, found: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def difference(pairs: Sequence[tuple[bool, bool]]) -> str:
-    """In points with its interval, of what is true of the first of each pair less what is true of the second."""
-    share = paired(pairs)
-    return points(share["accuracy_difference"], share["accuracy_difference_interval"]) if pairs else "-"
-
-
 def demands(found: dict[str, Any]) -> str:
     """What rank 1 has to show on each seed, and whether it does."""
     gain, facts = (fmean(a - b for a, b in found[key]) for key in ("right", "kept"))
@@ -261,20 +204,20 @@ def table(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
     else:
         missing.append("reward model: not finished")
     rows += [f"| {' | '.join(HEADINGS)} |", "| --- " * len(HEADINGS) + "|"]
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    made: dict[str, dict[int, dict[str, Any]]] = {}
     for arm in arms:
-        runs[arm] = {seed: found for seed in seeds if (found := figures(root / f"{arm}_{seed}"))}
-        rows += [row(f"{title(arm)}, {seed}", found) for seed, found in runs[arm].items()]
-        missing += [f"{arm}, seed {s}: {state(root / f'{arm}_{s}')}" for s in seeds if s not in runs[arm]]
+        made[arm] = {seed: found for seed in seeds if (found := figures(root / f"{arm}_{seed}"))}
+        rows += [row(f"{title(arm)}, {seed}", found) for seed, found in made[arm].items()]
+        missing += [f"{arm}, seed {s}: {state(root / f'{arm}_{s}')}" for s in seeds if s not in made[arm]]
     rows += [""]
-    for arm, found in runs.items():
+    for arm, found in made.items():
         if found:
             rows.append(together(arm, list(found.values())))
     for arm in arms[1:]:
-        if both := [seed for seed in runs[arms[0]] if seed in runs[arm]]:
-            ours, theirs = ([pair[0] for seed in both for pair in runs[a][seed]["right"]] for a in (arms[0], arm))
+        if both := [seed for seed in made[arms[0]] if seed in made[arm]]:
+            ours, theirs = ([pair[0] for seed in both for pair in made[a][seed]["right"]] for a in (arms[0], arm))
             rows.append(f"{title(arms[0])} less {title(arm)}: {difference(list(zip(ours, theirs, strict=True)))}")
-    rows += [f"demands on rank 1, seed {seed}: {demands(found)}" for seed, found in runs.get("rank1", {}).items()]
+    rows += [f"demands on rank 1, seed {seed}: {demands(found)}" for seed, found in made.get("rank1", {}).items()]
     return [*rows, "", *(f"missing: {text}" for text in missing)]
 
 
@@ -288,7 +231,7 @@ def together(arm: str, found: Sequence[dict[str, Any]]) -> str:
     score, kl = (fmean(values) for values in zip(*((o["adapter"]["mean_reward"], o["kl"]) for o in found), strict=True))
     return (
         f"{title(arm)}, {len(found)} seeds: {difference(right)} in the voice, facts {difference(kept)}, "
-        f"score {score:+.2f}, KL {kl:.1f}, {maths.minutes(found)} in steps"
+        f"score {score:+.2f}, KL {kl:.1f}, {minutes(found)} in steps"
     )
 
 
@@ -368,7 +311,8 @@ def run_all(arguments: argparse.Namespace, root: Path) -> list[str]:
         for arm in arguments.arms:
             name = f"{arguments.name or arm}_{seed}"
             try:
-                run(settings_of(arm, root / name, seed, topics, arguments.set), arguments.samples, log)
+                words = settings_of(arm, root / name, seed, topics, arguments.set)
+                runs.run(words, TESTED, ["seed=0", f"num_samples={arguments.samples}"], log)
             except ConfigError as error:
                 say(log, f"{name}: failed: {error}")
                 failed.append(name)

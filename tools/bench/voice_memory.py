@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from lora_ppo.settings import ConfigError, parse  # noqa: E402
 from lora_ppo.terminal import program  # noqa: E402
 from tasks.voice import DATA  # noqa: E402
-from tools.bench import maths  # noqa: E402
+from tools.bench import runs  # noqa: E402
 from tools.bench.voice import settings_of  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -47,7 +47,7 @@ def measure(root: Path, kinds: Sequence[str], repeats: int, trl: str, extra: Seq
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "cost.json").unlink(missing_ok=True)
             program = [sys.executable, str(Path(__file__).resolve()), "--child", kind, str(folder), trl, *extra]
-            maths.call(program, folder, root / "bench.log")
+            runs.call(program, folder, root / "bench.log")
             peaks[kind].append(json.loads((folder / "cost.json").read_text())["peak_mb"])
             file.write_text(json.dumps(peaks))
     adapter = sum(path.stat().st_size for path in (root / "reward").glob("adapter_model.safetensors")) / 1e6
@@ -129,7 +129,7 @@ def merged(root: Path, words: Sequence[str]) -> Path:
     folder = root / "reward_merged"
     if not folder.exists():
         program = [sys.executable, str(Path(__file__).resolve()), "--merge", str(root), *words]
-        maths.call(program, log=root / "bench.log")
+        runs.call(program, log=root / "bench.log")
     return folder
 
 
