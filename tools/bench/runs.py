@@ -88,7 +88,7 @@ def same_settings(folder: Path, config: TrainConfig) -> None:
     file, settings = folder / "settings.json", asdict(config)
     before = json.loads(file.read_text()) if file.exists() else settings
     for name in settings:
-        if name != "output_dir" and before.get(name) != settings[name]:
+        if name not in ("output_dir", "server") and before.get(name) != settings[name]:
             was = f"{name}={before.get(name)}"
             raise ConfigError(f"{folder} holds a run with {was}, now it is {settings[name]}: name another --folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,10 +49,10 @@ def cost() -> None:
     sandbox.close()
 
 
-def start() -> tuple[subprocess.Popen, str]:
-    """A server on a free port, and its URL."""
+def start(*words: str) -> tuple[subprocess.Popen, str]:
+    """A server on a free port, under the settings `words`, and its URL."""
     with tempfile.NamedTemporaryFile("w") as log:
-        command = [sys.executable, "-m", "tasks.os_interaction.server", "port=0"]
+        command = [sys.executable, "-m", "tasks.os_interaction.server", "port=0", *words]
         process = subprocess.Popen(command, cwd=ROOT, stderr=log)
         while " serves " not in (said := Path(log.name).read_text()):
             if process.poll() is not None:
