@@ -126,17 +126,21 @@ def other_prompts(folder: Path, policy: Policy) -> str:
 def adapter_config(folder: Path) -> dict[str, Any]:
     """The `adapter_config.json` of a PEFT folder. Raises ConfigError for anything but plain LoRA, by the setting."""
     told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    kind, start = told["peft_type"], told.get("init_lora_weights")
-    more = {
-        name: value for name, value in told.items() if name not in PLAIN and value not in (None, False, [], {}, "none")
-    }
-    more |= {} if start in HARMLESS_STARTS else {"init_lora_weights": start}
-    if kind != "LORA":
-        raise ConfigError(f"adapter={folder} has peft_type {kind}: expected LORA")
-    if more:
+    if told["peft_type"] != "LORA":
+        raise ConfigError(f"adapter={folder} has peft_type {told['peft_type']}: expected LORA")
+    if more := beyond_plain(told):
         name, value = min(more.items())
         raise ConfigError(f"adapter={folder} has {name}={str(value)[:60]}: expected plain LoRA on linear layers")
     return told
+
+
+def beyond_plain(told: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter's config asks for beyond plain LoRA."""
+    more = {
+        name: value for name, value in told.items() if name not in PLAIN and value not in (None, False, [], {}, "none")
+    }
+    start = told.get("init_lora_weights")
+    return more if start in HARMLESS_STARTS else more | {"init_lora_weights": start}
 
 
 def other_base(state: dict[str, Any], policy: Policy) -> str:
@@ -147,7 +151,7 @@ def other_base(state: dict[str, Any], policy: Policy) -> str:
     """
     then, now = state.get("base_model"), base_name(policy.config)
     prints = state.get("base_fingerprint"), policy.fingerprint
-    comparable = all(prints) and len(prints[0]) == len(prints[1])  # earlier versions' were shorter, of whole files
+    comparable = all(prints) and len(str(prints[0])) == len(prints[1])  # earlier versions' were shorter, of whole files
     if comparable and prints[0] == prints[1]:
         return ""
     if not comparable and then and Path(then).resolve() == Path(now).resolve():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ppo.chat import Message, behind_reply, encode, encode_chat, encode_text
-from lora_ppo.checkpoint import SCALING, other_base, tensors_in
+from lora_ppo.checkpoint import SCALING, beyond_plain, other_base, sha256, tensors_in
 from lora_ppo.episodes import Trajectory
 from lora_ppo.files import utf8_path
 from lora_ppo.policy import AdapterGate, Policy, gated_forward
@@ -36,9 +36,20 @@ Chat = tuple[Sequence[Message], str]  # what was asked, and the reply
 
 
 def reply_ids(tokenizer, messages: Sequence[Message], reply: str) -> list[int]:
-    """Token ids of a chat whose last message is `reply`, whole: with what the template puts behind a reply."""
+    """Token ids of a chat whose last message is `reply`, whole: with what the template puts behind a reply.
+
+    An encoder (BERT) gets what was asked and the reply as its two sentences, cut to its context.
+    """
+    if takes_sentences(tokenizer):
+        asked = "\n\n".join(message["content"] for message in messages)
+        return tokenizer(asked, reply, truncation=True, split_special_tokens=True)["input_ids"]
     tail = encode(tokenizer, behind_reply(tokenizer, asked_again=False)) or [tokenizer.eos_token_id]
     return [*encode_chat(tokenizer, list(messages)), *encode_text(tokenizer, reply), *tail]
+
+
+def takes_sentences(tokenizer) -> bool:
+    """Whether it is an encoder's, which reads two sentences and no chat."""
+    return not tokenizer.chat_template and None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
 
 
 def pad_id(tokenizer) -> int:
@@ -47,10 +58,13 @@ def pad_id(tokenizer) -> int:
 
 
 class RewardModel:
-    """Scores replies. `model` is a classifier with one output, as transformers has them; `tokenizer` its own."""
+    """Scores replies. `model` is a classifier with one output, as transformers has them; `tokenizer` its own.
 
-    def __init__(self, model: Any, tokenizer: Any, device: "torch.device | str" = "cpu"):
-        self.model, self.tokenizer, self.device = model, tokenizer, device
+    `identity` tells its scores from those of others: a digest of the adapter, or the classifier's name.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: "torch.device | str" = "cpu", identity: str = ""):
+        self.model, self.tokenizer, self.device, self.identity = model, tokenizer, device, identity
 
     def score(self, chats: Sequence[Chat]) -> list[float]:
         """A score for each chat and reply, in float32."""
@@ -68,7 +82,11 @@ class RewardModel:
 
     def forward(self, ids: "Tensor", real: "Tensor") -> "Tensor":
         """Scores (B,) of padded rows (B, T); `real` is 1 on what is no padding."""
-        return self.model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, 0]
+        types = {}
+        if takes_sentences(self.tokenizer) and "token_type_ids" in self.tokenizer.model_input_names:
+            ends = ids == self.tokenizer.sep_token_id
+            types["token_type_ids"] = (ends.cumsum(-1) - ends.long()).clamp(max=1)  # 0 in the first sentence
+        return self.model(input_ids=ids, attention_mask=real, **types).logits[:, 0]
 
 
 class SharedReward(RewardModel):
@@ -77,8 +95,9 @@ class SharedReward(RewardModel):
     def __init__(self, policy: Policy, folder: Path):
         import torch
 
-        super().__init__(policy.model.get_base_model().base_model, policy.tokenizer, policy.device)
         told, tensors = read_reward_adapter(folder)
+        identity = sha256(folder / "adapter_model.safetensors")
+        super().__init__(policy.model.get_base_model().base_model, policy.tokenizer, policy.device, identity)
         if difference := other_base(read_json(folder / REWARD_FILE), policy):
             raise ConfigError(f"reward_model={folder} was trained {difference}")
         add_adapter(policy, folder, told, {name: x for name, x in tensors.items() if name != HEAD})
@@ -127,7 +146,7 @@ def add_adapter(policy: Policy, folder: Path, told: dict[str, Any], tensors: "di
     try:
         policy.model.add_adapter(ADAPTER, LoraConfig(**options))
         found = set_peft_model_state_dict(policy.model, tensors, adapter_name=ADAPTER)
-    except (RuntimeError, ValueError) as error:  # tensors of other shapes, layers that are not there
+    except (RuntimeError, ValueError, TypeError) as error:  # other shapes, layers that are not there, no numbers
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"reward_model={folder} does not fit the base model: {reason}") from None
     missing = [name for name in found.missing_keys if f".{ADAPTER}." in name]
@@ -154,6 +173,11 @@ def read_reward_adapter(folder: Path) -> tuple[dict[str, Any], "dict[str, Tensor
         )
     if told.get("peft_type") != "LORA":
         raise ConfigError(f"reward_model={folder} has peft_type {told.get('peft_type')}: expected LORA")
+    if more := {name: value for name, value in beyond_plain(told).items() if name != "modules_to_save"}:  # the head
+        name, value = min(more.items())
+        raise ConfigError(f"reward_model={folder} has {name}={str(value)[:60]}: expected plain LoRA on linear layers")
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ConfigError(f"reward_model={folder}: {broken[0]} has values that are not finite: train it anew")
     return told, tensors
 
 
@@ -204,8 +228,10 @@ def load_classifier(name: str, device: "torch.device | str" = "cpu") -> RewardMo
         raise ConfigError(f"reward_model={name} has no {min(found['missing_keys'])}: its head was never trained")
     if model.config.num_labels != 1:
         raise ConfigError(f"reward_model={name} has {model.config.num_labels} outputs: expected one, the score")
-    model.config.get_text_config().pad_token_id = pad_id(tokenizer)  # the score is read off the last other token
-    return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, device)
+    text = model.config.get_text_config()
+    tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(text, "max_position_embeddings", math.inf))
+    text.use_cache, text.pad_token_id = False, pad_id(tokenizer)  # the score is read off the last other token
+    return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, device, name)
 
 
 def normalize(
@@ -222,10 +248,13 @@ def normalize(
 
 
 class RunningScale:
-    """Mean and standard deviation of all scores so far; scores in units of it, clipped (Chan et al. 1979)."""
+    """Mean and standard deviation of all scores so far; scores in units of it, clipped (Chan et al. 1979).
 
-    def __init__(self, clip: float):
-        self.clip, self.count, self.mean, self.squares = clip, 0, 0.0, 0.0
+    The scores are those of one reward model, whose identity is `of`.
+    """
+
+    def __init__(self, clip: float, of: str = ""):
+        self.clip, self.of, self.count, self.mean, self.squares = clip, of, 0, 0.0, 0.0
 
     def update(self, count: float, total: float, squares: float) -> None:
         """Takes in `count` scores by their sum and their sum of squares about the present mean."""
@@ -242,11 +271,18 @@ class RunningScale:
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
 
     def __call__(self, score: float) -> float:
-        scaled = (score - self.mean) / max(self.deviation, 1e-4)
+        rounding = 1e-6 * abs(self.mean) + 1e-30  # the last bits of equal scores are no difference
+        scaled = (score - self.mean) / max(self.deviation, rounding)
         return min(max(scaled, -self.clip), self.clip)
 
-    def state(self) -> dict[str, float]:
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+    def state(self) -> dict[str, Any]:
+        return {"of": self.of, "count": self.count, "mean": self.mean, "squares": self.squares}
 
-    def load(self, state: dict[str, float]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave. Raises ConfigError where that was of another reward model's scores."""
+        if state.get("of", self.of) != self.of:
+            raise ConfigError(
+                f"the run's reward model was {state['of'][:40]}, now it is {self.of[:40]}: set reward_model back, or "
+                "start a new run in another output_dir"
+            )
         self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])

@@ -5,6 +5,7 @@ A line may have a `topic`, and `fact`, words of which a reply that keeps the fac
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from lora_ppo.chat import Message
 from lora_ppo.settings import ConfigError
+
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,23 @@ def chat(value: Any, side: str = "prompt") -> list[Message]:
         raise ValueError(f"found {str(value)[:40]!r} as {side}, expected text or a list of messages")
     messages = []
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"found {str(message)[:40]!r} in {side}, expected a message with role and content")
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(
+                f"found {str(message)[:60]!r} in {side}, expected a message with content and a role, one of "
+                f"{', '.join(ROLES)}"
+            )
         messages.append({"role": message["role"], "content": text(message.get("content"), f"content of {side}")})
+    if side == "prompt" and messages[-1]["role"] != "user":
+        raise ValueError(f"found a prompt that ends with a message of role {messages[-1]['role']}, expected user")
     return messages
 
 
 def text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"found {str(value)[:40]!r} as {what}, expected text")
-    return value.strip()
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"found half a character (a lone surrogate) in {what}, expected whole ones")
+    return unicodedata.normalize("NFC", value.strip())
 
 
 def apart(train: Sequence[Pair], held_out: Sequence[Pair]) -> None:

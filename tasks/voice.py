@@ -5,6 +5,7 @@ a reply that is in the voice by the rules. Prompts come in the order of their to
 Held out are whole topics.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class VoiceTask:
         score_clip: float = 5.0,
     ):
         self.policy, self.reward, self.splits, self.in_order = policy, reward, splits, in_order
-        self.scale = RunningScale(score_clip)
+        self.scale = RunningScale(score_clip, reward.identity)
 
     def samples(self, split: Literal["train", "test"]) -> Sequence[Sample]:
         return self.splits[split]
@@ -131,6 +132,9 @@ class VoiceEpisode:
         found = []
         for episode, score in zip(episodes, scores, strict=True):
             sample, right = episode.sample, in_voice(episode.reply)
+            if not math.isfinite(score):  # nothing to learn from, and nothing for the mean of all scores
+                found.append(Outcome("unknown", 0.0, f"the reward model's score is {score}", {"level": sample.topic}))
+                continue
             details = {"level": sample.topic} | (
                 {"states_fact": keeps(episode.reply, sample.fact)} if sample.fact else {}
             )
@@ -159,8 +163,11 @@ def load_topics(name: str, test_share: float) -> dict[str, Sequence[Sample]]:
         splits = {split: read_samples(path / f"{split}.jsonl") for split in ("train", "test")}
     else:
         splits = split_topics(name, read_topics(name, path), test_share)
-    if shared := {s.topic for s in splits["train"]} & {s.topic for s in splits["test"]}:
-        raise ConfigError(f"topics={name or path}: {min(shared)} is in both splits: take it out of one of them")
+    for what, key in (("topic", lambda s: s.topic), ("prompt", lambda s: " ".join(s.prompt.casefold().split()))):
+        if shared := set(map(key, splits["train"])) & set(map(key, splits["test"])):
+            raise ConfigError(
+                f"topics={name or path}: the {what} {min(shared)!r} is in both splits: take it out of one of them"
+            )
     return splits | {"test": by_turns(splits["test"])}
 
 
@@ -179,7 +186,7 @@ def read_samples(file: Path) -> list[Sample]:
     found = []
     for number, row in read_objects("topics", str(file)):
         try:
-            fact = row.get("fact", [])
+            fact = row.get("fact") or []
             words = [fact] if isinstance(fact, str) else fact
             if not isinstance(words, list):
                 raise ValueError(f"found {str(fact)[:40]!r} as fact, expected words")

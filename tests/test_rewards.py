@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -31,6 +32,7 @@ from lora_ppo.rewards import (
 )
 from lora_ppo.settings import ConfigError
 from tasks.pairs import harder, read_pairs
+from tools.train_reward_model import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATS = [([{"role": "user", "content": f"What is {i}?"}], text) for i, text in enumerate(["Rome.", "It is 4" * 9, "?"])]
@@ -237,6 +239,13 @@ GOOD = pairs(1)[0]
         (GOOD | {"chosen": [{"role": "user", "content": "x"}]}, "line 2: found 1 messages as chosen, expected one"),
         (GOOD | {"chosen": " " + GOOD["rejected"].replace(" ", "  ")}, "line 2: chosen and rejected are equal"),
         (GOOD, "line 2: found the pair of line 1 again"),
+        (GOOD | {"chosen": "cut \ud83d"}, "line 2: found half a character"),
+        (GOOD | {"prompt": [{"role": "plain", "content": "x"}]}, "line 2: found .* one of system, user, assistant"),
+        (
+            GOOD | {"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            "line 2: found a prompt that ends with a message of role assistant",
+        ),
+        (GOOD | {"chosen": "caf\u00e9", "rejected": "cafe\u0301"}, "line 2: chosen and rejected are equal"),
     ],
 )
 def test_a_broken_line_is_named(line, told, tmp_path, capsys):
@@ -292,6 +301,34 @@ def test_a_kind_of_harder_pairs_that_is_unknown_is_refused(tmp_path, capsys):
     assert "more_pairs=mixed is unknown: expected some of mismatched, crossed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["target_modules=foo_proj"], "error: model_name="),
+        (["seed=4294967296"], "error: seed=4294967296 is out of range"),
+    ],
+)
+def test_a_setting_that_can_t_be_trained_with_is_one_line(words, told, llama, tmp_path, capsys):
+    file = write_lines(tmp_path / "pairs", pairs(10))
+    given = [f"pairs={file}", f"output_dir={tmp_path / 'out'}", f"model_name={llama}", "num_epochs=2", "device=cpu"]
+    assert run_reward(*given, "dtype=float32", *words) == 2
+    output = capsys.readouterr().err.strip()
+    assert (told in output, len([line for line in output.splitlines() if line.startswith("error")])) == (True, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pair_that_outgrows_the_context_is_named(llama, tmp_path, capsys):
+    file = write_lines(tmp_path / "pairs", [*pairs(9), GOOD | {"chosen": "It is. " * 9000}])
+    assert run_reward(f"pairs={file}", f"output_dir={tmp_path / 'out'}", f"model_name={llama}", "device=cpu") == 2
+    assert "line 10 of the pairs has " in capsys.readouterr().err
+
+
+def test_scores_that_are_not_finite_are_no_measurement(tmp_path):
+    diverged = SimpleNamespace(score=lambda chats: [float("nan")] * len(chats))
+    with pytest.raises(ConfigError, match="scores are not finite: lower learning_rate"):
+        measure(diverged, read_pairs("pairs", str(write_lines(tmp_path / "pairs", pairs(3)))))
+
+
 def test_the_running_scale_is_that_of_all_scores_so_far():
     rng = np.random.default_rng(0)
     scale, seen = RunningScale(2.0), []
@@ -306,3 +343,78 @@ def test_the_running_scale_is_that_of_all_scores_so_far():
     other = RunningScale(2.0)
     other.load(json.loads(json.dumps(scale.state())))
     assert vars(other) == vars(scale)
+
+
+def test_the_scale_goes_on_with_the_same_reward_model_alone():
+    scale = RunningScale(2.0, "one")
+    scale.update(2, 3.0, 5.0)
+    other = RunningScale(2.0, "another")
+    with pytest.raises(ConfigError, match="reward model was one, now it is another: set reward_model back"):
+        other.load(scale.state())
+    assert other.count == 0
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_scores_of_whatever_size_become_rewards(size):
+    scale, scores = RunningScale(5.0), size * np.array([3.0, 5.0, 7.0])
+    scale.update(3, scores.sum(), (scores**2).sum())
+    assert [scale(score) for score in scores] == pytest.approx([-1.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"r": None}, "does not fit the base model"),
+        ({"use_dora": True}, "has use_dora=True: expected plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights=pissa: expected plain LoRA"),
+    ],
+)
+def test_an_adapter_that_would_be_misread_is_refused(change, told, reward_folder, llama, tmp_path):
+    folder = shutil.copytree(reward_folder, tmp_path / "other")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=told):
+        load_reward_model(tiny_policy(llama), str(folder))
+
+
+def test_values_that_are_not_finite_are_refused(reward_folder, tmp_path):
+    folder = shutil.copytree(reward_folder, tmp_path / "broken")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[HEAD][0, 3] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=rf"{HEAD} has values that are not finite"):
+        check_reward_model(str(folder))
+
+
+def test_an_encoder_is_a_reward_model(tmp_path):
+    """BERT: no chat template, no end token, two sentences, a context of its own."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "rome", "is", "what", "?", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path)
+    config = transformers.BertConfig(
+        vocab_size=9,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=1,
+        max_position_embeddings=12,
+        initializer_range=1.0,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    chats = [([{"role": "user", "content": "What is Rome?"}], reply) for reply in ("Rome.", "Rome is. [SEP]" * 9)]
+    reward = load_classifier(str(tmp_path))
+    rows = [
+        tokenizer(chat[0]["content"], reply, truncation=True, max_length=12, split_special_tokens=True)
+        for chat, reply in chats
+    ]
+    assert len(rows[1]["input_ids"]) == 12
+    with torch.no_grad():
+        wanted = [model(input_ids=torch.tensor([row["input_ids"]])).logits.item() for row in rows]
+    assert reward.score(chats) != pytest.approx(wanted, abs=1e-2)  # the second sentence has another type
+    with torch.no_grad():
+        wanted = [model(**{name: torch.tensor([ids]) for name, ids in row.items()}).logits.item() for row in rows]
+    assert reward.score(chats) == pytest.approx(wanted, abs=1e-5)

@@ -1,8 +1,10 @@
 """The voice: its data, its rules, and training against a reward model as a user runs it."""
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -12,6 +14,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.echo import EchoTask
 from support.tiny import randomize_adapter
 from support.training import BASE, ROOT, answered, loaded, settings
@@ -25,6 +28,7 @@ from lora_ppo.episodes import Outcome, play
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.loading import load_policy
 from lora_ppo.report import by_level, write_report
+from lora_ppo.rewards import HEAD, RewardModel
 from lora_ppo.settings import ConfigError
 from lora_ppo.trainer import Training
 from lora_ppo.watching import bands, distinct, out_of_band, watch
@@ -172,7 +176,9 @@ def words(llama, reward_folder, tmp_path, monkeypatch):
     lines = [{"topic": t, "prompt": f"What is {i}?", "fact": ["a", "e"]} for t in ("one", "two") for i in range(5)]
     Path("topics").mkdir()
     Path("topics/train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Path("topics/test.jsonl").write_text("".join(json.dumps(line | {"topic": "three"}) + "\n" for line in lines))
+    Path("topics/test.jsonl").write_text(
+        "".join(json.dumps(line | {"topic": "three", "prompt": line["prompt"][:-1] + " now?"}) + "\n" for line in lines)
+    )
     given = BASE | {"task": "voice", "model_name": llama, "reward_model": reward_folder, "topics": "topics"}
     given |= {"steps_per_topic": 2, "eval_every": 2, "eval_samples": 8, "max_new_tokens": 8}
     given |= {"target_modules": "o_proj,v_proj,up_proj,down_proj", "lora_dropout": 0.1}  # the reward's has more layers
@@ -190,6 +196,28 @@ def run(words, monkeypatch, capsys):
         return status, output.out + output.err
 
     return run
+
+
+def test_a_score_that_is_no_number_is_left_out(run, monkeypatch):
+    score = RewardModel.score
+    monkeypatch.setattr(RewardModel, "score", lambda self, chats: [*score(self, chats)[:-1], float("nan")])
+    status, output = run(output_dir="out")
+    assert status == 0, output
+    lines = [json.loads(line) for line in Path("out/train.log").read_text().splitlines()]
+    assert [line["left_out"] for line in lines if line["step"]] == [1] * len(lines[1:])
+    assert all(math.isfinite(line["score"]) and math.isfinite(line["reward"]) for line in lines if line["step"])
+
+
+def test_a_run_does_not_go_on_under_another_reward_model(run, reward_folder, tmp_path):
+    assert run(output_dir="out")[0] == 0
+    other = shutil.copytree(reward_folder, tmp_path / "moved")
+    again = {"output_dir": "out", "resume_from": "latest", "num_epochs": 2, "reward_model": other}
+    assert run(**again)[0] == 0  # the same in another place
+    tensors = load_file(other / "adapter_model.safetensors")
+    tensors[HEAD] *= 2
+    save_file(tensors, other / "adapter_model.safetensors")
+    status, output = run(**again | {"num_epochs": 3})
+    assert (status, "set reward_model back" in output) == (2, True)
 
 
 def test_a_step_that_was_skipped_is_no_part_of_the_table():
@@ -311,10 +339,12 @@ def test_a_course_goes_on_as_it_was_begun(run):
         ({"steps_per_topic": 0}, "steps_per_topic=0"),
         ({"score_clip": 0}, "score_clip=0"),
         ({"topics": "nowhere"}, "topics=nowhere"),
+        ({"topics": "twice.yaml", "test_share": 0.5}, "the prompt 'how hot?' is in both splits"),
         ({"stop_if": "size>2"}, "stop_if='size>2' is no condition"),
     ],
 )
 def test_what_can_t_be_used_is_one_line(run, changes, told):
+    Path("twice.yaml").write_text("tea: ['How hot?']\ncoffee: ['how  hot?']\n")
     status, output = run(**changes)
     assert status == 2
     assert told in output
@@ -371,5 +401,5 @@ def test_the_divergence_settles_at_its_target_from_below_and_from_above(llama, a
         for t in trajectories:
             t.outcome = Outcome("correct", sum(i < 200 for i in t.response) / len(t.response))
         kl.append(training.learn(policy, accelerator, config, trajectories)["kl"])
-    assert fmean(kl[:10]) < 1.0 or fmean(kl[:10]) > 3.0
+    assert fmean(kl[:10]) > 3.0 if start else fmean(kl[:10]) < 1.0
     assert fmean(kl[-40:]) == pytest.approx(2.0, rel=0.2)

@@ -25,12 +25,14 @@ from lora_ppo.loading import base_name, load_base, silence_libraries, weight_fil
 from lora_ppo.rewards import REWARD_FILE, RewardModel, pad_id, reply_ids
 from lora_ppo.settings import BUNDLED_MODEL, ConfigError, Settings, from_command_line, setting
 from lora_ppo.statistics import wilson_interval
+from lora_ppo.step import out_of_memory
 from lora_ppo.stored import fingerprint
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import program
 from tasks.pairs import MADE, Pair, apart, harder, read_pairs
 
 BINS = 10  # of the margins' histogram
+SIDES = ("chosen", "rejected")
 
 
 @dataclass
@@ -74,6 +76,8 @@ def load(config: RewardSettings) -> tuple[list[Pair], list[Pair]]:
     for name, least in {"num_epochs": 1, "center": 0}.items():
         if getattr(config, name) < least:
             raise ConfigError(f"{name}={getattr(config, name):g} is out of range: expected at least {least}")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed} is out of range: expected 0 to {2**32 - 1}, for NumPy")
     if unknown := set(config.more_pairs) - set(MADE):
         raise ConfigError(f"more_pairs={','.join(sorted(unknown))} is unknown: expected some of {', '.join(MADE)}")
     if Path(config.output_dir).exists() and any(Path(config.output_dir).iterdir()):
@@ -104,15 +108,18 @@ def split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
 def measure(reward: RewardModel, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Accuracy on pairs with its interval, in all and by topic, and the margins with their histogram.
 
-    A pair is right whose chosen reply has the higher score; where both are equal it counts half.
+    A pair is right whose chosen reply has the higher score: equal ones are not told apart. Raises ConfigError where
+    scores are not finite.
     """
     import numpy as np
 
     scores = reward.score([(pair.messages, side) for pair in pairs for side in (pair.chosen, pair.rejected)])
+    if not np.isfinite(scores).all():
+        raise ConfigError("training diverged, scores are not finite: lower learning_rate; nothing was written")
     margins = np.array(scores[::2]) - np.array(scores[1::2])
 
     def told(some: "np.ndarray") -> dict[str, Any]:
-        right = (some > 0).sum() + 0.5 * (some == 0).sum()
+        right = int((some > 0).sum())
         return {"pairs": len(some), "accuracy": right / len(some), "interval": wilson_interval(right, len(some))}
 
     topics = np.array([pair.topic for pair in pairs])
@@ -131,6 +138,7 @@ def measure(reward: RewardModel, pairs: Sequence[Pair]) -> dict[str, Any]:
 def train(config: RewardSettings) -> dict[str, Any]:
     """Trains, measures and writes a reward adapter; returns what was measured. Raises ConfigError."""
     train_pairs, held_out = load(config)
+    folder = Path(config.output_dir).resolve()
     try:
         from datasets import Dataset, disable_progress_bars
         from trl import RewardConfig, RewardTrainer
@@ -147,12 +155,14 @@ def train(config: RewardSettings) -> dict[str, Any]:
     config = replace(config, device=device, model_name=name)
     torch.manual_seed(config.seed)  # of the head's first weights
     model, tokenizer = load_base(config, classifier=True)
-    rows = [
-        {side: reply_ids(tokenizer, p.messages, getattr(p, side)) for side in ("chosen", "rejected")}
-        for p in train_pairs
-    ]
-    data = Dataset.from_list([{f"{side}_ids": ids for side, ids in row.items()} for row in rows])
-    new = Path(config.output_dir).with_name(f".{Path(config.output_dir).name}.new")
+    rows, context = [], model.config.max_position_embeddings
+    for pair in [*train_pairs, *held_out]:
+        row = {f"{side}_ids": reply_ids(tokenizer, pair.messages, getattr(pair, side)) for side in SIDES}
+        if (longest := max(map(len, row.values()))) > context:
+            raise ConfigError(f"line {pair.line} of the pairs has {longest} tokens, the context {context}: shorten it")
+        rows.append(row)
+    data = Dataset.from_list(rows[: len(train_pairs)])
+    new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     arguments = RewardConfig(
         output_dir=str(new),
@@ -182,10 +192,18 @@ def train(config: RewardSettings) -> dict[str, Any]:
         target_modules=list(config.target_modules),
         task_type="SEQ_CLS",  # PEFT then trains the head, too, and saves it with the adapter
     )
-    trainer = RewardTrainer(
-        model=model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora
-    )
-    trainer.train()
+    try:
+        trainer = RewardTrainer(
+            model=model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora
+        )
+    except ValueError as error:  # PEFT, of layers that the model does not have
+        raise ConfigError(f"model_name={name}, target_modules: {' '.join(str(error).split())[:200]}") from None
+    try:
+        trainer.train()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(f"memory ran out: lower batch_size={config.batch_size}, or take a smaller model") from None
     reward = RewardModel(trainer.model.eval(), tokenizer, trainer.model.device)
     found = measure(reward, held_out) | {"trained_on": len(train_pairs), "log": trainer.state.log_history}
     new.mkdir(parents=True, exist_ok=True)
@@ -196,9 +214,9 @@ def train(config: RewardSettings) -> dict[str, Any]:
     write_json(new / REWARD_FILE, same)
     write_json(new / "evaluation.json", found)
     (new / "README.md").write_text(card(config, found), encoding="utf-8")
-    if Path(config.output_dir).exists():
-        Path(config.output_dir).rmdir()
-    new.rename(config.output_dir)
+    if folder.exists():
+        folder.rmdir()
+    new.rename(folder)
     return found
 
 
