@@ -143,7 +143,7 @@ def test_other_settings_are_not_mixed_with_what_a_folder_has(bench):
     assert bench("--arms", "grpo")[0] == 0
     status, output, calls = bench("--arms", "grpo", learning_rate=0.01)
     assert (status, calls) == (2, [])
-    assert "holds a run with learning_rate=0.0002, now it is 0.01: name another --folder" in output
+    assert "was made with learning_rate=0.0002, now it is 0.01: name another --folder" in output
 
 
 def test_a_run_whose_cost_was_never_noted_is_in_the_table(bench, tmp_path):

@@ -74,7 +74,7 @@ def test_every_arm_goes_on_from_one_warm_start_and_is_measured_beside_it(bench, 
     (tmp_path / "runs/grpo_0/evaluation.json").unlink()
     assert bench("--arms", "grpo")[2] == ["evaluate.py"]
     status, output, _ = bench("--arms", "ppo", learning_rate=0.5)
-    assert (status, "ppo_0 holds a run with learning_rate=" in output) == (1, True)
+    assert (status, "ppo_0 was made with learning_rate=" in output) == (1, True)
 
 
 def test_settings_are_chosen_on_training_entries(bench, tmp_path):

@@ -89,6 +89,10 @@ def test_every_arm_is_run_once_and_the_table_tells_what_is_there_and_what_is_not
     log = (tmp_path / "runs/bench.log").read_text().splitlines()
     assert "rank1_0: begins, at step 2 of 2" in log[-2]
     assert log[-1].endswith("rank1_0: finished")
+    with (tmp_path / "data/train.jsonl").open("a") as file:
+        file.write("\n")
+    status, output, calls = bench("--arms", "rank1")
+    assert (status, calls, "was made with train pairs=" in output) == (2, [], True)
 
 
 def the_figures_are_those_of_the_answers(folder):
@@ -106,7 +110,7 @@ def test_a_run_that_fails_is_told_of_and_one_that_stop_if_ended_is_measured_wher
     (tmp_path / "runs/rank4_0/settings.json").write_text('{"lora_r": 2}')
     status, output, _ = bench("--arms", "rank4", "rank1", stop_if="distinct_2>0.01")
     assert status == 1
-    assert "rank4_0 holds a run with" in output
+    assert "rank4_0 was made with" in output
     assert cells(output, "rank 1 on o")[0][PLACE["steps"]] == "1"
 
 

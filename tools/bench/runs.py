@@ -44,7 +44,7 @@ def run(
     # 1. What is there.
     config = parse(TrainConfig, [*words, *([f"resume_from={start}"] if start else [])])
     folder = Path(config.output_dir)
-    same_settings(folder, config)
+    same_settings(folder, asdict(config))
     if (folder / "evaluation.json").exists():
         return
     if log:
@@ -83,14 +83,14 @@ def newest(folder: Path) -> Path:
     return found[0][1]
 
 
-def same_settings(folder: Path, config: TrainConfig) -> None:
-    """Notes a run's settings in its folder. Raises ConfigError where it was begun with others."""
-    file, settings = folder / "settings.json", asdict(config)
+def same_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes in `folder` what was asked for. Raises ConfigError where it holds what was made with other settings."""
+    file = folder / "settings.json"
     before = json.loads(file.read_text()) if file.exists() else settings
     for name in settings:
         if name not in ("output_dir", "server") and before.get(name) != settings[name]:
             was = f"{name}={before.get(name)}"
-            raise ConfigError(f"{folder} holds a run with {was}, now it is {settings[name]}: name another --folder")
+            raise ConfigError(f"{folder} was made with {was}, now it is {settings[name]}: name another --folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from evaluate import percent  # noqa: E402
+from lora_ppo.checkpoint import sha256  # noqa: E402
 from lora_ppo.settings import ConfigError, parse  # noqa: E402
 from lora_ppo.terminal import program  # noqa: E402
 from tasks.os_interaction import split  # noqa: E402
@@ -72,7 +73,12 @@ def common(place: Path) -> list[str]:
 
 
 def warm_start(root: Path, place: Path, words: Sequence[str], log: Path) -> Path:
-    """The checkpoint that all arms begin with; makes it if it is not there. Raises ConfigError."""
+    """The checkpoint that all arms begin with; makes it if it is not there.
+
+    Raises ConfigError where the program fails, and where the one that is there has other settings or entries.
+    """
+    digests = {file.name: sha256(file) for file in sorted(place.glob("*.json"))}
+    runs.same_settings(root, {"warm_set": list(words), **digests})
     folder = root / "warm"
     if not folder.exists():
         say(log, "warm start: begins")

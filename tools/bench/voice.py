@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from evaluate import percent  # noqa: E402
+from lora_ppo.checkpoint import sha256  # noqa: E402
 from lora_ppo.journal import LineFile  # noqa: E402
 from lora_ppo.settings import ConfigError, parse  # noqa: E402
 from lora_ppo.terminal import program  # noqa: E402
@@ -82,7 +83,12 @@ def settings_of(arm: str, folder: Path, seed: int, topics: Path, extra: Sequence
 
 
 def train_reward(root: Path, topics: Path, words: Sequence[str], log: Path) -> None:
-    """The reward adapter, if it is not there. Raises ConfigError where the program fails."""
+    """The reward adapter, if it is not there.
+
+    Raises ConfigError where the program fails, and where the adapter that is there has other settings or pairs.
+    """
+    digests = {f"{split} pairs": sha256(topics / f"{split}.jsonl") for split in ("train", "test")}
+    runs.same_settings(root, {"reward_set": list(words), **digests})
     if (root / "reward" / "evaluation.json").exists():
         return
     say(log, "reward model: begins")

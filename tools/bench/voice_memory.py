@@ -40,6 +40,7 @@ KINDS = {
 def measure(root: Path, kinds: Sequence[str], repeats: int, trl: str, extra: Sequence[str]) -> list[str]:
     """The table in Markdown. What was measured stands in memory.json and isn't again. Raises ConfigError."""
     file = root / "memory.json"
+    runs.same_settings(root / "memory", {"set": list(extra)})
     peaks: dict[str, list[float]] = json.loads(file.read_text()) if file.exists() else {}
     for kind in kinds:
         while len(peaks.setdefault(kind, [])) < repeats:
