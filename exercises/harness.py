@@ -5,6 +5,7 @@ every known mistake (mistakes/), then with every two of them at once.
 """
 
 import contextlib
+import inspect
 import io
 import os
 import signal
@@ -103,7 +104,7 @@ def observe(function: Function, tried: Callable, inputs: dict[str, Any], limited
 
 def told(error: BaseException, tried: Callable) -> str:
     """An exception in one line, with the line of the learner's file."""
-    file = getattr(getattr(tried, "__code__", None), "co_filename", "")
+    file = getattr(getattr(inspect.unwrap(tried), "__code__", None), "co_filename", "")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f" (line {lines[-1]} of {os.path.basename(file)})" if lines else ""
     if "backward through the graph a second time" in str(error):
@@ -134,6 +135,8 @@ def named(function: Function, returned: Any) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise Problem(f"{name} is a Python {kind}; expected a tensor.")
+        if function.name == "chosen_logprobs" and value.dtype == torch.float64:  # in float32 at least
+            results[name] = value.float()
     return results
 
 
@@ -331,7 +334,7 @@ def check_exercise(number: int, module: ModuleType) -> Verdict:
 @contextlib.contextmanager
 def by_itself(function: Function, tried: Callable) -> Iterator[None]:
     """In here what `tried` calls of other exercises are the library's functions: each is checked by itself."""
-    space = getattr(tried, "__globals__", {})
+    space = getattr(inspect.unwrap(tried), "__globals__", {})
     names = [f.name for f in FUNCTIONS if f.exercise != function.exercise and f.name in space]
     before = {name: space[name] for name in names}
     space.update({name: getattr(ppo, name) for name in names})

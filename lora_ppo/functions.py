@@ -7,6 +7,7 @@ import contextlib
 import dis
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -36,8 +37,8 @@ def load_module(name: str) -> ModuleType:
 
 
 def unfinished(function: Callable) -> bool:
-    """Whether a function still is a blank that raises NotImplementedError."""
-    code = getattr(function, "__code__", None)  # it has nothing that can't be reached
+    """Whether a function, decorated or not, still is a blank that raises NotImplementedError."""
+    code = getattr(inspect.unwrap(function), "__code__", None)  # it has nothing that can't be reached
     return code is not None and any(step.argval == "NotImplementedError" for step in dis.get_instructions(code))
 
 

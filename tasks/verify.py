@@ -31,7 +31,7 @@ def check(reply: str, gold: str) -> Verdict:
     wanted = number(gold)
     if wanted is None:
         raise ValueError(f"{gold!r} is no number")
-    own = NEXT_PROBLEM.split(reply.strip(), maxsplit=1)[0]
+    own = before.group() if (before := BEFORE_THE_NEXT.match(reply.strip())) else reply.strip()
     found = answer(own)
     lenient = found is not None and found.equals(wanted)
     in_form = own == reply.strip() and own.count("####") == 1 and re.search(FORM, own) is not None
@@ -40,8 +40,11 @@ def check(reply: str, gold: str) -> Verdict:
 
 # The last line of a reply in the form that is asked for.
 FORM = r"(?:^|\n) *#### -?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?\Z"
-# The policy goes on to a problem of its own: evaluations that stop at such words would never have seen it.
-NEXT_PROBLEM = re.compile(r"\n\s*(?:question|problem|q|user|human)\s*:", re.IGNORECASE)
+# The policy goes on to a problem of its own: evaluations that stop at such words would never have seen it. Where no
+# number stands before them, the reply has yet to begin.
+BEFORE_THE_NEXT = re.compile(
+    r"\D*\d.*?(?=\n[ \t*#_]*(?:question|problem|q|user|human)(?: *\d+)? *[*_]*:)", re.IGNORECASE | re.DOTALL
+)
 
 # ------------------------------------------------------------------------------------------------------------ numbers
 
@@ -73,25 +76,25 @@ UNITS = (
     "km kmh kph mph m cm mm kg g mg lb lbs oz l ml cl h hr hrs min mins s sec secs ms mi ft in yd c p gb mb kb w kw "
     "k bn st nd rd th am pm hour hours minute minutes second seconds day days week weeks year years cent cents usd eur"
 ).split()
-SCALES = {"k": 3, "thousand": 3, "million": 6, "bn": 9, "billion": 9, "trillion": 12}
+SCALES = {"hundred": 2, "k": 3, "thousand": 3, "million": 6, "bn": 9, "billion": 9, "trillion": 12}
 SENTENCE = 300  # characters behind "the answer is" in which its number stands
 LONGEST = 60  # characters of a number, and powers of ten: what is longer is no answer to a problem
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 TOKENS = re.compile(
     rf"""
-    # A date, a time or ratio, a version, a root, digits in threes behind mere spaces: no number.
+    # A date, a time or ratio, a version, a root, π, digits in threes behind mere spaces: no number.
     (?P<date> (?: [0-9]{{4}}([-/.])[0-9]{{1,2}}\2[0-9]{{1,2}}
               | [0-9]{{1,2}}([-/.])[0-9]{{1,2}}\3(?:[0-9]{{4}} | [0-9]{{2}}) ) (?! [\w%] | [ ]*[-=+*/×÷^] )
-            | [0-9]+(?::[0-9]+)+ | [0-9]+(?:\.[0-9]+){{2,}} | √[ ]?\{{?[0-9.]+
+            | [0-9]+(?::[0-9]+)+ | [0-9]+(?:\.[0-9]+){{2,}} | √[ {{]{{0,3}}[0-9.]+ | π(?:[ ]?/[ ]?[0-9]+)?
             | [-$€£¥]{{0,3}}[0-9]{{1,3}}(?:[ ][0-9]{{3}})+(?![\w/]) )
     # A number. A sign counts where nothing stands before it that could be subtracted from.
-  | (?P<number> (?:(?<![\w)\]%.])(?P<sign>[-+]))? (?:[$€£¥][ ]?)? (?P<minus>-)?
+  | (?P<number> (?:(?<![\w)\]%.])(?P<sign>[-+]))? (?:[$€£¥][ ]?(?P<minus>-)?)?
         (?:(?P<whole>[0-9]+)[ ](?=[0-9]+/[1-9]))? (?P<digits> {DIGITS}(?:\.[0-9]+)? | \.[0-9]+ )
         (?:[ ]?/[ ]?(?P<below>{DIGITS}(?:\.[0-9]+)?)(?![ ]?/[ ]?[0-9]))?
         (?:[eE](?P<e>[-+]?[0-9]+)\b | [ ]?[×x*][ ]?10\^\(?(?P<power>[-+]?[0-9]+)\)?)?
         (?P<percent>[ ]?% | [ ](?:percent|per[ ]cent)\b)? )
-    (?P<letters>[^\W0-9]\w* | [$€£¥](?![ ]?[0-9]) | [ ]?√[ ]?\{{?[0-9.]+)?
+    (?P<letters>[^\W0-9]\w* | [$€£¥](?![ ]?[0-9]) | [ ]?(?:√[ {{]{{0,3}}[0-9.]+ | π))?
   | (?P<word> [^\W0-9]\w*(?:['’]\w+)* )
   | (?P<mark> [-=+*/×÷^,;.!?] )
     """,
@@ -121,19 +124,31 @@ def normalized(text: str) -> str:
         r"(?<=[0-9])(?:[\u00a0\u2009\u202f'’]|\\,)(?=[0-9]{3}(?![0-9]))", ",", text
     )  # 1 200, the space a narrow one
     text = unicodedata.normalize("NFKC", text).translate(SIGNS)
-    text = re.sub(r"(?<!-)(?=\\[dt]?frac)", " ", text)  # a whole number may stand before it, or its own minus
-    text = re.sub(r"\\[dt]?frac *(?:\{([^{}]*)\}|([0-9])) *(?:\{([^{}]*)\}|([0-9]))", r"\1\2/\3\4 ", text)
+    text = re.sub(r"\\sqrt *(?:\[[^][{}]*\])? *(?:\{([^{}]*)\})?", r"√\1", text)
+    text = re.sub(r"(?<!-)(?=\\[cdt]?frac)", " ", text)  # a whole number may stand before it, or its own minus
+    text = re.sub(r"\\[cdt]?frac *(?:\{([^{}]*)\}|([0-9])) *(?:\{([^{}]*)\}|([0-9]))", r"\1\2/\3\4 ", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox) *\{([^{}]*)\}", r" \1 ", text)
     for written, meant in LATEX.items():
         text = text.replace(written, meant)
     text = re.sub(r"\^\{([-+]?[0-9]+)\}", r"^\1", text)
+    text = re.sub(r"(?<=[0-9)])( ?)\*\*\1(?=[0-9(])", "^", text)  # 2**3 is a power, **3** is emphasis
     text = re.sub(r"\*\*+|__+|[`~]+|(?<![^\W_])_|_(?![^\W_])", " ", text)
-    return re.sub(r"(=|:|#|\bis) *- +(?=[$€£¥]?[.0-9])", r"\1 -", text)
+    for said, meant in SAID.items():
+        text = re.sub(said, meant, text, flags=re.IGNORECASE)
+    return re.sub(r"(=|:|#|\bis|\{|\() *- +(?=[$€£¥]?[.0-9])", r"\1 -", text)
 
 
-SIGNS = {ord(c): "-" for c in "−–‒﹣"} | {ord(c): "*" for c in "·⋅∙"} | {ord("⁄"): "/"}
-LATEX = {"{,}": ",", "\\%": "%", "\\$": "$", "\\times": "×", "\\cdot": "*", "\\div": "÷", "\\sqrt": "√", "\\pi": "π"}
-LATEX |= {f"\\{c}": " " for c in ",;:! ()[]"} | {"\\left": " ", "\\right": " "}
+SIGNS = {ord(c): "-" for c in "−–‒‐﹣"} | {ord(c): "*" for c in "·⋅∙"} | {ord("⁄"): "/"}
+LATEX = {"{,}": ",", "\\%": "%", "\\$": "$", "\\times": "×", "\\cdot": "*", "\\div": "÷", "\\!": ""}
+LATEX |= {f"\\{c}": " " for c in ",;: ()[]"} | {"\\left": " ", "\\right": " "}
+SAID = {
+    r"\\?\bpi\b": "π",
+    r"\bdivided by\b": "÷",
+    r"\bmultiplied by\b": "×",
+    r"(?<=[0-9)])\((?=[.0-9])": "×(",  # 3(4)
+    r"\b(?:(?:is|are) +)?equal(?:s| +to)\b": "=",
+    r"(?<![0-9)] )\b(?:minus|negative) +(?=[$€£¥]?[.0-9])": "-",  # behind a number it subtracts
+}
 
 
 def read(text: str) -> list[Token]:
@@ -150,7 +165,7 @@ def token(match: re.Match) -> Token:
         return Token(match["mark"], match["mark"])
     letters = (match["letters"] or "").casefold()
     next_word = re.compile(r"[ ]*(\w*)").match(match.string, match.end("number"))[1]
-    worth = value(match, SCALES.get(next_word.casefold(), 0))
+    worth = value(match, SCALES.get(next_word.casefold().removesuffix("s"), 0))
     if worth is None or (letters and letters not in (*UNITS, *"$€£¥")):
         return Token("other", match[0])
     text = match["number"].strip()
@@ -171,30 +186,37 @@ def value(match: re.Match, scale: int) -> Fraction | None:
 # ------------------------------------------------------------------------------------------------------------ answers
 
 ANSWER = re.compile(
-    r"\banswers?\b[^.!?\n:=0-9]{0,60}?(?::|=|\b(?:is|are|was|be|equals|equal to)\b)\s*(?::|=|equal to\b)?\s*",
-    re.IGNORECASE,
+    r"(?<!\bto )\banswers?\b(?:[^.!?\n:=]|\.[0-9]){0,60}?(?::|=|\b(?:is|are|was|be)\b)\s*[:=]?\s*", re.IGNORECASE
 )
+LIST_ITEM = re.compile(r"\s*[0-9]{1,2}[.)] +[^\W\d]")
 OPERATORS = {*"-+*/×÷^", "times", "plus", "minus", "of", "x"}
 ALTERNATIVES = {*",;/-", "or", "and", "to"}
+HEDGES = {"either", "both", "between", "maybe", "perhaps", "possibly", "probably", "also"}
 
 
 def answer(reply: str) -> Number | None:
     """The number that a reply states as its answer, or None."""
     text = normalized(reply)
-    # 1. Behind ####, the form that is asked for. Two different numbers there are no final answer; a heading, words that
-    #    more text follows, is none at all.
+    # 1. Behind ####, the form that is asked for. Two different numbers there are no final answer; a heading, words or
+    #    an item of a list that more text follows, is none at all.
     lines = [mark for mark in re.finditer(r"####+([^\n#]*)", text) if mark[1].strip()]
-    last = [mark[1] for mark in lines[-1:] if not text[mark.end() :].strip()]
-    if final := [mark[1] for mark in lines if begins_with_digits(mark[1])] or last:
+    last = [mark for mark in lines[-1:] if not text[mark.end() :].strip()]
+    numbers = [m for m in lines if begins_with_number(m[1]) and (m in last or not LIST_ITEM.match(m[1]))]
+    if final := [mark[1] for mark in numbers or last]:
         found = [stated(line) for line in final]
         return found[-1] if all(n and found[-1] and n.equals(found[-1]) for n in found) else None
     # 2. In the last box, whatever stands there.
     if (box := boxed(text)) is not None:
         return stated(box)
-    # 3. Behind the last "answer is" that is followed by a number in its sentence: prose may correct itself.
+    # 3. Behind the last "answer is" that is followed by a number in its sentence: prose may correct itself. "Answer:"
+    #    is a heading where words or a list follow it, and more numbers these.
     for mark in reversed(list(ANSWER.finditer(text))):
         sentence = re.split(r"\n|[.!?](?=\s|$)", text[mark.end() : mark.end() + SENTENCE], maxsplit=1)[0]
-        if any(token.has_digits for token in read(sentence)):
+        if not re.search("[0-9]", sentence) or not any(token.has_digits for token in read(sentence)):
+            continue
+        listed = "\n" in mark[0] and LIST_ITEM.match(text, mark.end())
+        headed = mark[0].rstrip()[-1] in ":=" and (listed or not begins_with_number(sentence))
+        if not (headed and re.compile("[0-9]").search(text, mark.end() + len(sentence))):
             return stated(sentence)
     # 4. The last number there is.
     return next((token.number for token in reversed(read(text)) if token.number), None)
@@ -214,28 +236,48 @@ def boxed(text: str) -> str | None:
 
 
 def stated(text: str) -> Number | None:
-    """The number of a statement: the one it begins with, worked out to the last `=`; else its last one.
+    """The number of a statement: the one it begins with, worked out if it is a calculation; else its last one.
 
     None where it begins with alternatives that differ (5 or 7, 5 to 7, 5, 7), with a sum that is not worked out, or
     with digits that are no number.
     """
     tokens = read(text)
-    if not begins_with_digits(text):
+    i = beginning(tokens)
+    if i is None:
         return next((token.number for token in reversed(tokens) if token.number), None)
-    found, i = worked_out(tokens, next(i for i, token in enumerate(tokens) if token.has_digits))
-    while found and i + 1 < len(tokens) and tokens[i].text in ALTERNATIVES and tokens[i + 1].has_digits:
-        other, i = worked_out(tokens, i + 1)
+    found, i = worked_out(tokens, i)
+    while found and i < len(tokens) and tokens[i].text in ALTERNATIVES and (i := beginning(tokens, i)) is not None:
+        other, i = worked_out(tokens, i)
         found = found if other and other.equals(found) else None
     return found
 
 
-def begins_with_digits(text: str) -> bool:
-    return next((t.has_digits for t in read(text) if t.has_digits or t.kind == "word"), False)
+def begins_with_number(text: str) -> bool:
+    return beginning(read(text)) is not None
+
+
+def beginning(tokens: Sequence[Token], i: int = 0) -> int | None:
+    """Where the digits are with which a statement begins at `i`; None where it begins with words.
+
+    Words of a hedge count for nothing (either 5), nor do a name (x = 5) and two words behind "or" (or else 5).
+    """
+    spare = 0
+    while i < len(tokens) and not tokens[i].has_digits:
+        named = i + 1 < len(tokens) and tokens[i + 1].text == "="
+        if tokens[i].text == "or":
+            spare = 2
+        elif tokens[i].kind == "word" and not named and tokens[i].text not in HEDGES | ALTERNATIVES:
+            spare -= 1
+        if spare < 0 or tokens[i].text in {*".!?"}:
+            return None
+        i += 1
+    return i if i < len(tokens) else None
 
 
 def worked_out(tokens: Sequence[Token], i: int) -> tuple[Number | None, int]:
-    """The number at `i`, or where a calculation goes on from it (20 - 5 = 15) its result; and what comes behind."""
-    result, unfinished = tokens[i].number, False
+    """The number at `i`, or of the sides of a calculation (20 - 5 = 15, 15 = 20 - 5) the last that is one number; and
+    what comes behind."""
+    result, side = None, tokens[i].number
     while True:
         i += 1
         unit = i + 3  # up to three words (3 square feet)
@@ -246,9 +288,12 @@ def worked_out(tokens: Sequence[Token], i: int) -> tuple[Number | None, int]:
         following = tokens[i : i + 2]
         signed = bool(following) and following[0].kind == "number" and following[0].text[0] in "+-"  # 20 -5
         if signed:
-            unfinished, result = True, following[0].number
-        elif len(following) == 2 and following[0].text in OPERATORS | {"="} and following[1].has_digits:
+            side = None
+        elif len(following) == 2 and following[0].text == "=" and following[1].has_digits:
             i += 1
-            unfinished, result = following[0].text != "=", following[1].number
+            result, side = side or result, following[1].number
+        elif len(following) == 2 and following[0].text in OPERATORS and following[1].has_digits:
+            i += 1
+            side = None
         else:
-            return None if unfinished else result, i
+            return side or result, i

@@ -203,6 +203,10 @@ def test_a_wrong_function_gives_another_run_and_the_library_is_put_back(train_py
         (SOLUTIONS.replace("    gae,\n", ""), "lacks gae: it must have chosen_logprobs, "),
         (SOLUTIONS + "\n\ndef helper():\n    pass\n", "adds helper, which is none of the eight"),
         (SOLUTIONS + "\n\ndef gae(*given):\n    raise NotImplementedError\n", "gae still raise"),
+        (
+            f"import torch\n{SOLUTIONS}\n\n@torch.no_grad()\ndef gae(*given):\n    raise NotImplementedError\n",
+            "gae still raise",
+        ),
         ("import nothing_like_it\n", "can't be imported"),
     ],
 )
