@@ -72,8 +72,8 @@ TRIVIAL = {  # and the most that it may tell: length at most 60 %
     "capitals": (lambda text: sum(map(str.isupper, text)), 0.6),
     "apostrophes": (lambda text: text.count("'"), 0.6),
     "colons": (lambda text: text.count(":"), 0.6),
-    "like": (lambda text: "like" in text.split(), 0.8),  # the manner that is asked for is more than its words
-    "you": (lambda text: "you" in re.findall(r"you(?=r|\b)", text.lower()), 0.8),
+    "like": (lambda text: bool(re.search(r"\blike\b", text)), 0.8),  # a manner is more than its words
+    "you": (lambda text: bool(re.search(r"\byou", text.lower())), 0.8),
 }
 
 

@@ -35,14 +35,15 @@ from tools.bench import runs  # noqa: E402
 from tools.bench.runs import difference, minutes  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
+GRPO = ["samples_per_epoch=224", "normalize_groups=true"]
 ARMS = {  # what the table calls it, its preset, its own settings
-    "grpo": ("GRPO", "grpo_maths", ["samples_per_epoch=768"]),
-    "ppo": ("PPO, value head", "ppo_maths", ["samples_per_epoch=6144"]),
-    "control": ("GRPO, random rewards", "grpo_maths", ["samples_per_epoch=768", "control=random"]),
-    "trl": ("TRL's GRPOTrainer", "grpo_maths", ["samples_per_epoch=768"]),
+    "grpo": ("GRPO", "grpo_maths", GRPO),
+    "ppo": ("PPO, value head", "ppo_maths", ["samples_per_epoch=1792"]),
+    "control": ("GRPO, random rewards", "grpo_maths", [*GRPO, "control=random"]),
+    "trl": ("TRL's GRPOTrainer", "grpo_maths", GRPO),
 }
-COMMON = [  # 96 steps of 64 answers
-    *("model_name=smollm2", "device=cpu", "learning_rate=0.0002", "eval_samples=240"),
+COMMON = [  # 28 steps of 64 answers
+    *("model_name=smollm2", "device=cpu", "learning_rate=0.0002", "eval_samples=240", "eval_every=7"),
     "target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
 ]
 TESTED = "task problems test_share model_name device load_in_4bit dtype temperature top_p max_new_tokens".split()
