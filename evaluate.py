@@ -68,7 +68,7 @@ of adapters into standalone models."""
 
 
 def settings_from(arguments: Sequence[str]) -> EvaluateConfig:
-    """The settings from a command line, where `--adapter` takes several folders and `--use_merged_model` no value.
+    """The settings from a command line, where `--adapter` takes several folders.
 
     Raises ConfigError.
     """
@@ -82,8 +82,6 @@ def settings_from(arguments: Sequence[str]) -> EvaluateConfig:
             values.append(rest.pop(0))
         if word == "--adapter" and values:
             folders += values
-        elif word == "--use_merged_model" and not values:
-            words.append("--use_merged_model=true")
         else:
             words += [word, *values]
     for name, _ in split_arguments(EvaluateConfig, words)[1]:
@@ -274,8 +272,9 @@ def show(record: dict[str, Any]) -> None:
                 shares = [percent(cell[share], cell.get("interval")) if cell else "-" for cell in cells]
                 table.add_row(clean(str(kind)), *shares)
             console.print(table)
-    if models[0]["unknown"]:
-        console.print(f"{models[0]['unknown']} more samples had no outcome and are left out.")
+    for model in models:
+        if model["unknown"]:
+            console.print(f"{clean(model['name'])}: {model['unknown']} more samples had no outcome and are left out.")
     if len(models) == 1:
         return
     table = Table(title="difference from the base, sample by sample")

@@ -213,19 +213,28 @@ def typed(name: str, value: Any, current: Any) -> Any:
 
 
 def split_arguments(schema: type[Settings], arguments: list[str]) -> tuple[str | None, list[tuple[str, str]]]:
-    """The value of `--config` (None without) and the (name, value) pairs of the other arguments, in order."""
+    """The value of `--config` (None without) and the (name, value) pairs of the other arguments, in order.
+
+    What is true or false may be given as `--some-name` alone, which is true.
+    """
     file, pairs, rest = None, [], list(arguments)
+    flags = {f.name for f in fields(schema) if f.type is bool}
     while rest:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name.replace("-", "_") in flags:
+            name = name.replace("-", "_")
         if not equals:
             if not word.startswith("--"):
                 raise ConfigError(f"{word!r} is no setting: write name=value or --name value (see --help)")
             if name != "config":
                 known_name(schema, name)
-            if not rest:
+            if name in flags and (not rest or "=" in rest[0] or rest[0].startswith("--")):
+                value = "true"
+            elif not rest:
                 raise ConfigError(f"--{name} needs a value")
-            value = rest.pop(0)
+            else:
+                value = rest.pop(0)
         if name == "config":
             file = value
         else:

@@ -37,6 +37,15 @@ def secret(tmp_path) -> Path:
     path.unlink()
 
 
+@pytest.fixture
+def without_cgroup(sandboxes, monkeypatch) -> Namespaces:
+    """A small sandbox as it is where no cgroup can be made."""
+    monkeypatch.setattr("tasks.os_interaction.sandbox.cgroup_parents", dict)
+    sandbox = Namespaces(SMALL)
+    yield sandbox
+    sandbox.close()
+
+
 # ------------------------------------------------------------------------------------------------------------- files
 
 
@@ -71,6 +80,23 @@ def test_links_in_place_of_mount_points_do_not_lead_the_next_command_out(sandbox
     assert not list(secret.parent.glob("shm"))
 
 
+REPLACEABLE = (
+    "/usr/bin /usr/sbin /usr /usr/local /usr/local/bin /usr/lib /usr/lib64 /usr/libexec /bin /sbin /lib /lib64"
+)
+REPLACEABLE += " /etc /etc/alternatives /etc/ld.so.cache /dev /dev/shm /proc /root /mnt /tmp /tests /logs"
+
+
+@pytest.mark.parametrize("path", REPLACEABLE.split())
+def test_a_link_in_place_of_a_folder_leads_neither_the_next_command_nor_the_check_out(sandbox, secret, path):
+    tools = "mkdir /t; cp /usr/bin/{rm,ln,cat} /t; cp /usr/bin/bash /usr/local/bin/bash"
+    sandbox.run(f"{tools}; /t/rm -rf {path}; /t/ln -s /var/tmp {path}")
+    places = {path, path.removeprefix("/usr") or "/"}
+    script = "; ".join(f"/t/cat {place}/{secret.name}; echo gone >{place}/{secret.name}" for place in places)
+    assert "the host's secret" not in sandbox.run(script).output
+    assert "the host's secret" not in sandbox.check(script).output
+    assert secret.read_text() == "the host's secret"
+
+
 def test_programs_of_the_host_stay_as_they_are(sandbox):
     before = Path("/usr/bin/env").read_bytes()
     sandbox.run("cat /bin/true >/usr/bin/env; rm -f /usr/bin/env; cp /bin/true /usr/bin/env; touch /usr/lib/x /lib/x")
@@ -79,11 +105,15 @@ def test_programs_of_the_host_stay_as_they_are(sandbox):
 
 
 def test_root_inside_is_nobody_outside(sandbox):
-    ran = sandbox.run("cat /proc/self/uid_map /proc/self/gid_map; echo; touch /f; stat -c %u /f")
-    first = [int(line.split()[1]) for line in ran.output.splitlines() if len(line.split()) == 3]
-    assert len(first) == 2
-    assert min(first) > 65535
-    assert ran.output.endswith("0\n")
+    assert sandbox.run("touch /f; stat -c %u%g /f").output == "00\n"
+    marker = f"lora_ppo_root_{os.getpid()}"
+    thread = threading.Thread(target=sandbox.run, args=(f"exec -a {marker} sleep 60", 2))
+    thread.start()
+    while not (found := running(marker)) and thread.is_alive():
+        time.sleep(0.02)
+    status = Path(f"/proc/{found[0]}").stat()
+    thread.join()
+    assert min(status.st_uid, status.st_gid) > 65535
 
 
 def test_no_descriptor_of_the_host_is_inherited(sandbox):
@@ -265,6 +295,22 @@ def test_memory_is_limited(sandbox):
     ran = sandbox.run(f"head -c {SMALL.memory_mb * 2}M /dev/zero | tail >/dev/null; exit ${{PIPESTATUS[1]}}")
     assert ran.status != 0
     assert sandbox.run("echo still here").output == "still here\n"
+
+
+def test_without_a_cgroup_processes_of_all_ids_together_are_limited(without_cgroup):
+    code = "for $u (1001..1003) { if (!fork) { $> = $< = $u; for (1..30) { $p = fork; last if !defined $p; "
+    code += 'if (!$p) { sleep 9; exit } } sleep 9; exit } } sleep 1; print scalar(() = glob("/proc/[0-9]*"))'
+    ran = without_cgroup.run(f"perl -e '{code}'")
+    assert 20 < int(ran.output) <= SMALL.processes
+    assert without_cgroup.run("useradd joe && su joe -c 'id -un'").output == "joe\n"
+
+
+@needs_python
+def test_without_a_cgroup_a_process_takes_no_more_memory_and_hides_none(without_cgroup):
+    ran = without_cgroup.run(f"head -c {SMALL.memory_mb * 2}M /dev/zero | tail >/dev/null; exit ${{PIPESTATUS[1]}}")
+    assert ran.status != 0
+    code = "import ctypes, os\nassert ctypes.CDLL(None).shmget(0, 4096, 0o1600) == -1, 'SysV'\nos.memfd_create('x')"
+    assert without_cgroup.run(python(code)).output == "[Errno 1] Operation not permitted\n"
 
 
 def test_files_are_limited_in_size_and_number(sandbox):

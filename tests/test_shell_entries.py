@@ -15,7 +15,7 @@ from tasks.os_interaction.entries import OWN, Entry, read_entries
 from tasks.os_interaction.episode import Rules, ShellEpisode, bash_reply
 from tasks.os_interaction.plain import Nothing
 from tasks.os_interaction.sandbox import Namespaces, SandboxFailed
-from tasks.os_interaction.support import left_out, put_files, why_not
+from tasks.os_interaction.support import left_out, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
 LIFELONG = Path(os.environ.get("OS_INTERACTION", ROOT.parent / "shared" / "data" / "os_interaction"))
@@ -70,6 +70,11 @@ def test_all_forms_of_an_entry_give_the_same(tmp_path, form):
         (json.dumps([row() | {"skill_list": None}]), ["skill_list", "found nothing"]),
         (json.dumps([row() | {"initialization_command_item": {"command_name": "sh", "script": ""}}]), ["'sh'", "bash"]),
         (json.dumps([row() | {"initialization_command_item": {"command_name": "bash"}}]), ["no script"]),
+        (json.dumps([row() | {"skill_list": "{[1]: 2}"}]), ["skill_list", "found str"]),
+        (json.dumps([row() | {"skill_list": [["a"], None]}]), ["skill_list", "[['a'], None]", "a list of texts"]),
+        (json.dumps([row(start="echo \0")]), ["entry 0", r"found '\x00' in the script"]),
+        (json.dumps([row(check="echo \ud800")]), ["entry 0", r"found '\ud800' in the script"]),
+        ("[" * 200_000, ["a.json", "can't be read"]),
         (json.dumps([row(sample_index=4), row(sample_index=4)]), ["4 stands twice"]),
     ],
 )
@@ -81,7 +86,10 @@ def test_an_entry_that_lacks_something_is_named(tmp_path, content, words):
     assert "\n" not in str(error.value)
 
 
-def harbor(folder: Path, dockerfile: str = "FROM ubuntu:24.04\nWORKDIR /app\n") -> Path:
+SUM = "cmp /tests/expected /app/sum.txt"
+
+
+def harbor(folder: Path, dockerfile: str = "FROM ubuntu:24.04\nWORKDIR /app\n", test: str = "") -> Path:
     for name in ("tests", "solution", "environment"):
         (folder / name).mkdir(parents=True)
     (folder / "instruction.md").write_text("Write 4 to /app/sum.txt.\n")
@@ -89,8 +97,7 @@ def harbor(folder: Path, dockerfile: str = "FROM ubuntu:24.04\nWORKDIR /app\n") 
     (folder / "environment" / "Dockerfile").write_text(dockerfile)
     (folder / "tests" / "expected").write_text("4\n")
     (folder / "tests" / "test.sh").write_text(
-        "mkdir -p /logs/verifier; cd /logs/verifier\n"
-        "if cmp /tests/expected /app/sum.txt; then echo 1; else echo 0; fi >reward.txt\n"
+        test or f"cat; cd /logs/verifier\nif {SUM}; then echo 1; else echo 0; fi >reward.txt\n"
     )
     (folder / "solution" / "solve.sh").write_text("#!/bin/bash\necho 4 >/app/sum.txt\n")
     return folder
@@ -103,26 +110,57 @@ def test_a_task_folder_of_harbor_is_read_and_holds(tmp_path, sandboxes):
     assert why_not(entry, lambda: Namespaces(SMALL)) == ""
 
 
-def test_an_episode_is_judged_by_harbors_tests_and_not_by_its_own(tmp_path, sandboxes):
-    (entry,) = read_entries(harbor(tmp_path / "sum"))
-    forged = "mkdir -p /tests; echo 'mkdir -p /logs/verifier; echo 1 >/logs/verifier/reward.txt' >/tests/test.sh"
-    for commands, verdict in (("echo 4 >/app/sum.txt", "correct"), (forged, "incorrect")):
-        episode = ShellEpisode(entry, lambda: Namespaces(SMALL), Rules())
-        episode.reset()
-        episode.step(bash_reply(commands))
-        assert episode.outcome().verdict == verdict
+PASSED = "mkdir -p /logs/verifier; echo 1 >/logs/verifier/reward.txt"
+FAKE_TAR = f"printf '#!/bin/bash\\nmkdir -p /tests; echo \"{PASSED}\" >/tests/test.sh' >/usr/local/bin/tar; "
+
+
+@pytest.mark.parametrize("test", ["", SUM])  # by a reward, or by the exit status alone
+@pytest.mark.parametrize(
+    ("commands", "verdict"),
+    [
+        ("echo 4 >/app/sum.txt", "correct"),
+        (f"mkdir -p /tests; echo '{PASSED}' >/tests/test.sh", "incorrect"),
+        (PASSED, "incorrect"),
+        ("mkdir -p /logs/verifier; ln -s /dev/null /logs/verifier/reward.txt", "incorrect"),
+        (FAKE_TAR + "chmod +x /usr/local/bin/tar", "incorrect"),
+        ("ln -s /bin/false /usr/local/bin/tar; ln -s /bin/true /usr/local/bin/awk", "incorrect"),
+        ("head -c 300M /dev/zero >/fill", "incorrect"),
+        ("ln -s /dev/null /tests; ln -s /etc /logs", "incorrect"),
+    ],
+)
+def test_an_episode_is_judged_by_harbors_tests_and_not_by_its_own(tmp_path, sandboxes, test, commands, verdict):
+    (entry,) = read_entries(harbor(tmp_path / "sum", test=test))
+    episode = ShellEpisode(entry, lambda: Namespaces(SMALL), Rules())
+    episode.reset()
+    episode.step(bash_reply(commands))
+    assert episode.outcome().verdict == verdict, episode.outcome().why
 
 
 def test_without_a_sandbox_no_file_is_laid_into_the_hosts_root(tmp_path):
-    """put_files would remove the folder of its name first: here one of the test's own."""
+    """A check would remove a folder first: here one of the test's own."""
     own = tmp_path / "tests"
     own.mkdir()
-    name = str(own).lstrip("/")
-    with pytest.raises(SandboxFailed, match="no entry with files"):
-        put_files(Nothing(), Entry("x", "?", "true", "true", "true", files={name: b"no archive"}), name)
+    for run in (Nothing().run, Nothing().check):
+        with pytest.raises(SandboxFailed, match="no entry with files"):
+            run(f"rm -rf {own}", stdin=b"no archive")
     assert own.is_dir()
     (entry,) = read_entries(harbor(tmp_path / "sum", ""))
     assert "no entry with files" in why_not(entry, Nothing)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("task.toml", b'environment = "x"', "environment: found str, expected a table"),
+        ("task.toml", b"metadata = 3", "metadata: found int, expected a table"),
+        ("task.toml", b'[metadata]\ntags = "abc"', "tags: found 'abc', expected a list of texts"),
+        ("instruction.md", b"\xff", "can't be read: 'utf-8' codec"),
+    ],
+)
+def test_a_task_folder_of_harbor_that_lacks_something_is_named(tmp_path, file, content, words):
+    (harbor(tmp_path / "sum") / file).write_bytes(content)
+    with pytest.raises(ConfigError, match="sum.*" + words):
+        read_entries(tmp_path)
 
 
 @pytest.mark.parametrize("dockerfile", ["FROM python:3.12\n", "FROM ubuntu:24.04\nRUN apt-get install -y gcc\n"])

@@ -32,7 +32,8 @@ def entries_file(tmp_path, monkeypatch, sandboxes) -> str:
 def test_the_tools_are_the_shell(entries_file):
     environment = environment_factory(entries=entries_file)()
     assert environment.reset(name="e0", prompt="ignored") == "Create /x."
-    assert environment.bash("echo hi; touch /x") == "The output of the OS:\nhi"
+    assert environment.bash("echo hi; cat >/x <<'E'\n```\nAct: finish\nE") == "The output of the OS:\nhi"
+    assert environment.bash("cat /x") == "The output of the OS:\n```\nAct: finish"
     assert environment.finish() == "Finished."
     assert environment.bash("rm /x") == "The task is over."
     assert environment.get_reward() == 1.0

@@ -18,7 +18,7 @@ from lora_ppo.chat import encode_chat
 from lora_ppo.settings import ConfigError
 from tasks.os_interaction import AtOnce, ShellTask
 from tasks.os_interaction.entries import Entry
-from tasks.os_interaction.episode import Rules, ShellEpisode, action, observation
+from tasks.os_interaction.episode import Rules, ShellEpisode, action, bash_reply, observation
 from tasks.os_interaction.plain import Docker, Nothing
 from tasks.os_interaction.probe import probe, running, sandbox_maker
 from tasks.os_interaction.sandbox import Namespaces, Ran, SandboxFailed
@@ -41,6 +41,10 @@ def bash(commands: str) -> str:
         ("Act: bash\n\n```bash\ncd /tmp\nls -la\n```\n", "cd /tmp\nls -la\n"),
         ("Act: bash\n```bash\ncat <<'EOF' >/x\n`a`\nEOF\n```", "cat <<'EOF' >/x\n`a`\nEOF\n"),
         ("```bash\nnot this\n```\nAct: bash\n```bash\nthis\n```", "this\n"),
+        ("```bash\nAct: finish\n```\nAct: bash\n```bash\nthis\n```", "this\n"),
+        ("Act: bash\r\n```bash\r\nls\r\n```\r\n", "ls\n"),
+        (bash_reply("cat >/x <<'E'\n```\nhi\n````\nE"), "cat >/x <<'E'\n```\nhi\n````\nE\n"),
+        (bash_reply("cat <<'E'\nAct: finish\n```bash\nE"), "cat <<'E'\nAct: finish\n```bash\nE\n"),
         ("Think.\nAct: finish", None),
         ("Act: finish\n", None),
     ],
@@ -64,14 +68,19 @@ def test_replies_with_one_action_are_understood(reply, commands):
         ("Act: bash\n```bash\n\n```", "blocks"),
         ("Act: bash\n```python\nls\n```", "no blocks"),
         ("Act: bash\n```bash\nls\n```\n```bash\nid\n```", "2 blocks"),
+        ("Act: bash\n```bash\nls\nAct: finish", "no blocks"),
+        ("Act: a" + " " * 100_000 + "b", "expected bash or finish"),  # quickly
+        ("```bash\n" * 100_000, "no actions"),
         (bash("echo \0"), "zero byte"),
         (bash("echo " + "x" * 100_000), "more than 100000 bytes"),
     ],
 )
 def test_others_are_not_and_it_is_said_why(reply, why):
+    started = time.process_time()
     with pytest.raises(ValueError, match="found") as error:
         action(reply)
     assert why in str(error.value)
+    assert time.process_time() - started < 2
 
 
 def test_characters_that_no_program_can_be_given_are_an_invalid_action():
@@ -84,6 +93,7 @@ def test_what_is_shown_has_no_control_characters_and_says_what_is_missing():
     assert observation(Ran("a\nb\n", 0)) == "The output of the OS:\na\nb"
     assert observation(Ran("\x1b[31mred\x07\u202e\n", 0)) == "The output of the OS:\n[31mred"
     assert observation(Ran("aaaa", 0, left_out=77)) == "The output of the OS:\naaaa\n[77 more characters left out]"
+    assert observation(Ran("\0\0", 0, left_out=5)) == "The output of the OS:\n\n[5 more characters left out]"
 
 
 def test_output_that_forges_a_chat_turn_stays_text(llama_policy):
@@ -180,6 +190,10 @@ def test_what_the_policy_cannot_have_caused_is_unknown(sandboxes):
     episode, _ = played("Act: finish")
     episode.sandbox.close()
     assert episode.outcome().verdict == "unknown"
+    episode, _ = played(bash("true"), rounds=2)
+    episode.sandbox.close()
+    assert episode.step(bash("touch /x")) is None  # in the last round
+    assert episode.outcome().details["reason"] == "unknown"
 
 
 def test_a_host_without_descriptors_costs_the_episode_and_not_the_run(sandboxes):
@@ -244,7 +258,9 @@ def test_without_a_sandbox_what_a_command_left_running_ends_with_it():
     assert sandbox.run("exec >&- 2>&-; sleep 0.3; exit 3", 20) == Ran("", 3)
 
 
-def test_what_is_left_out_is_counted_in_characters():
+def test_what_is_left_out_is_counted_in_characters_up_to_the_last_newlines():
+    assert Nothing().run("echo 0123456789", most=10) == Ran("0123456789", 0)
+    assert Nothing().run("printf '0123456789\\n'; sleep 0.2; printf '\\n\\na\\n\\n'", most=10).left_out == 4
     assert Nothing().run("printf 'ä€😀%.0s' {1..1000}", most=10) == Ran("ä€😀ä€😀ä€😀ä", 0, left_out=2990)
 
 
@@ -307,14 +323,19 @@ def test_the_opening_of_lifelongagentbench_is_read(tmp_path):
 
 def program(*words: str, typed: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tasks.os_interaction", "play", *words]
-    return subprocess.run(command, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=ROOT, input=typed, capture_output=True, text=True, errors="surrogateescape", timeout=60
+    )
 
 
 def test_a_person_plays_and_the_recording_shows_the_same(sandboxes, tmp_path):
     file = tmp_path / "recording.json"
-    done = program("mkdir-1", "--record", str(file), typed="printf '\\033[31m%s' red\n\nmkdir /srv/photos\nfinish\n")
+    done = program(
+        "mkdir-1", "--record", str(file), typed="\udcff\nprintf '\\033[31m%s' red\n\nmkdir /srv/photos\nfinish\n"
+    )
     assert done.returncode == 0, done.stderr
     assert "Make a directory called /srv/photos." in done.stdout
+    assert "found bytes that are not UTF-8" in done.stdout
     assert "correct: the check passes (finished)" in done.stdout
     again = program("--replay", str(file))
     assert again.returncode == 0, again.stderr

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,12 +19,12 @@ from types import SimpleNamespace
 import pytest
 from test_shell_entries import row
 
-from lora_ppo.settings import ConfigError
+from lora_ppo.settings import ConfigError, parse
 from tasks.os_interaction.limits import cgroup_parents
 
 httpx = pytest.importorskip("httpx", reason="the server's packages are not here: pip install -r requirements-dev.txt")
 pytest.importorskip("uvicorn", reason="the server's packages are not here: pip install -r requirements-dev.txt")
-from tasks.os_interaction import prepare  # noqa: E402
+from tasks.os_interaction import AtOnce, prepare  # noqa: E402
 from tasks.os_interaction.client import RemoteEntry, Server  # noqa: E402
 from tasks.os_interaction.server import ServerConfig, Sessions, serve, settings_from  # noqa: E402
 from train import TrainConfig  # noqa: E402
@@ -126,6 +127,7 @@ def test_pages_of_other_sites_are_not_served(running, headers, status):
 
 def test_a_body_that_is_too_large_is_refused(running):
     assert running.ask("/api/step", {"session": "x", "reply": "y" * 1_000_001}).status_code == 413
+    assert running.ask("/api/step", {"session": "x", "reply": "y" * 200_000}).status_code == 422
     endless = (b"x" * 100_000 for _ in range(100))
     answer = httpx.post(f"{running.url}/api/ping", content=endless, trust_env=False)
     assert answer.status_code == 413
@@ -134,6 +136,8 @@ def test_a_body_that_is_too_large_is_refused(running):
 def test_an_episode_over_http(running):
     samples = running.ask("/api/samples", method="GET").json()
     assert [one["name"] for one in samples] == ["e0", "e1", "e2", "e3"]
+    key = samples[0].pop("key")
+    assert len(key) == 16
     assert samples[0] == {"name": "e0", "instruction": "Create /x.", "skills": ["touch"], "level": ""}
     begun = running.ask("/api/reset", {"name": "e1"}).json()
     assert begun["messages"][-1]["content"] == "Create /x."
@@ -147,7 +151,8 @@ def test_an_episode_over_http(running):
     assert running.ask("/api/reset", {"name": "../etc"}).status_code == 404
     assert running.ask("/api/reset", {"nome": "e1"}).status_code == 422
     assert running.left() == []
-    assert "/api/reset" in running.ask("/openapi.json", method="GET").json()["paths"]
+    told = running.ask("/openapi.json", method="GET").json()
+    assert told["paths"]["/api/reset"]["post"]["security"] == [{"HTTPBearer": []}]
 
 
 def client(running: Running) -> Server:
@@ -164,6 +169,8 @@ def test_who_trains_must_agree_with_the_server(running, tmp_path):
         ({"max_rounds": 3, "judge": "finished"}, "plays with max_rounds=5 (here 3), judge=stands (here finished)"),
         ({"entries": entries}, f"plays with entries={config.entries} (here {entries})"),
         ({"entries_digest": "0123"}, "entries_digest=0123, and the 4 entries here have "),
+        ({"batch_size": 65}, "plays 64 episodes at once (its most_sessions), and a batch has 65"),
+        ({"server": running.url.removeprefix("http://")}, "is no URL: expected http://127.0.0.1:8000"),
     ):
         with pytest.raises(ConfigError) as error:
             prepare(replace(config, **changes))
@@ -184,17 +191,28 @@ def test_the_digest_is_of_the_entries_wherever_they_are_played(running, tmp_path
     other = replace(there, server="", entries_digest="", entries=f"{tmp_path}/e.json")
     prepare(other)
     assert other.entries_digest != here.entries_digest
+    entries = {f"e{i}": row(check="test -d /x", truth="mkdir /x") for i in range(4)}  # all else is as it was
+    (tmp_path / "e.json").write_text(json.dumps(entries))
+    changed = replace(other, entries_digest="")
+    prepare(changed)
+    assert changed.entries_digest != here.entries_digest
 
 
 def test_the_server_takes_its_own_of_trainings_settings(tmp_path):
     (tmp_path / "c.yaml").write_text("task: os_interaction\nmax_rounds: 4\nentry_levels: ['1']\n")
     words = ["--config", f"{tmp_path}/c.yaml", "port=7000", "--", "max_rounds=3", "--judge", "finished", "lora_r=4"]
-    words += ["--learning_rate", "1e-4", "entry_levels=2", "--output_length=9"]
+    words += ["--i-understand", "--learning_rate", "1e-4", "entry_levels=2", "--output_length=9"]
     config = settings_from(words)
     assert (config.port, config.max_rounds, config.judge, config.output_length) == (7000, 3, "finished", 9)
     assert config.entry_levels == ServerConfig().entry_levels
+    assert config.i_understand
+    for words in (["--i-understand"], ["--i-understand", "seed=1"], ["--i_understand", "--seed", "1"]):
+        assert parse(TrainConfig, words).i_understand
+    assert not parse(TrainConfig, ["--i-understand", "false"]).i_understand
     with pytest.raises(ConfigError, match="entry_levels is a setting of training"):
         serve(settings_from(["entry_levels=2"]))
+    with pytest.raises(ConfigError, match="session_seconds=99 is less than max_rounds=5 times command_seconds=20"):
+        serve(settings_from(["session_seconds=99"]))
 
 
 def test_a_session_that_does_not_end_well_does_not_end_the_reaper(capsys):
@@ -229,6 +247,45 @@ def test_a_session_that_does_not_end_well_does_not_end_the_reaper(capsys):
     assert "0 is stuck" in said
 
 
+def test_a_busy_session_ends_once_it_is_idle_and_keeps_no_other_waiting():
+    """Session "slow" is being set up when its time is over; a request waits in its line."""
+    go_on, events = threading.Event(), []
+
+    def episode(name: str):
+        def reset():
+            if name == "slow":
+                go_on.wait(20)
+            events.append(f"{name} begun")
+            return []
+
+        return SimpleNamespace(reset=reset, close=lambda: events.append(f"{name} closed"))
+
+    async def asked(sessions: Sessions, key: str) -> None:
+        async with sessions.at(key):
+            events.append("asked")
+
+    async def played() -> None:
+        sessions = Sessions(SimpleNamespace(most_sessions=2, idle_seconds=0.2, session_seconds=0.2), episode)
+        slow = asyncio.create_task(sessions.start("slow"))
+        await asyncio.sleep(0)
+        (key,) = sessions.open
+        asking = asyncio.create_task(asked(sessions, key))
+        await sessions.start("quick")
+        reaper, until = asyncio.create_task(sessions.reap()), time.monotonic() + 20
+        while "quick closed" not in events and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        assert events == ["quick begun", "quick closed"]
+        go_on.set()
+        with pytest.raises(KeyError):
+            await asking
+        await slow
+        await asyncio.gather(*sessions.ending)
+        assert events[2:] == ["slow begun", "slow closed"]
+        reaper.cancel()
+
+    asyncio.run(played())
+
+
 def test_sixteen_episodes_at_once_through_the_client(running):
     server = client(running)
     entries = server.samples()
@@ -247,7 +304,7 @@ def test_sixteen_episodes_at_once_through_the_client(running):
 
 def test_no_episode_is_longer_than_session_seconds(tmp_path, sandboxes):
     """One that is asked for all the time, so that it is never idle."""
-    running = Running(tmp_path, "session_seconds=2", "idle_seconds=4")
+    running = Running(tmp_path, "session_seconds=2", "idle_seconds=4", "max_rounds=4", "command_seconds=0.5")
     try:
         session = running.ask("/api/reset", {"name": "e0"}).json()["session"]
         reply = "Act: bash\n```bash\ntrue\n```"
@@ -315,6 +372,65 @@ def test_a_server_that_is_killed_costs_the_episodes_in_flight_and_leaves_nothing
     assert "is back\n" in said
 
 
+def test_a_server_that_comes_back_is_compared_and_keeps_its_token(tmp_path, sandboxes):
+    """The old one ends after its successor wrote a token of its own; the successor plays by other rules."""
+    running = Running(tmp_path)
+    server = client(running)
+    server.agree({"max_rounds": 5})
+    episode = server.episode(server.samples()[0])
+    episode.reset()
+    Path(running.token_file).write_text("its successor's")
+    running.stop()
+    assert Path(running.token_file).read_text() == "its successor's"
+    again = Running(tmp_path, "max_rounds=2", port=int(running.url.rpartition(":")[2]))
+    try:
+        with pytest.raises(ConfigError, match=r"plays with max_rounds=2 \(here 5\)"):
+            episode.reset()
+        server.settings, server.entries = {}, server.entries[1:]
+        with pytest.raises(ConfigError, match="is back with other entries"):
+            episode.reset()
+    finally:
+        again.stop()
+
+
+def test_a_full_server_is_told_of_once_and_has_room_once_an_episode_is_dropped(tmp_path, sandboxes, capfd, monkeypatch):
+    monkeypatch.setattr("tasks.os_interaction.client.WAIT", 0.1)
+    running = Running(tmp_path, "most_sessions=2")
+    try:
+        server = client(running)
+        episodes = [server.episode(server.samples()[0]) for _ in range(4)]
+        for episode in episodes[:2]:
+            episode.reset()
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(episode.reset) for episode in episodes[2:]]
+            time.sleep(1)
+            assert not any(one.done() for one in waiting)
+            del episode, episodes[:2]
+            for one in waiting:
+                assert one.result(20)[-1]["content"] == "Create /x."
+    finally:
+        running.stop()
+    assert capfd.readouterr().err.count("2 episodes are going on (most_sessions)") == 1
+
+
+def test_ctrl_c_ends_the_episodes_that_wait_for_a_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(Server, "alive", lambda self: True)  # it was there at the start
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "token").write_text("t")
+    server = Server(f"http://127.0.0.1:{port}", str(tmp_path / "token"), command_seconds=3600)
+    assert server.http.timeout.read > 3600
+    monkeypatch.undo()
+    before = set(threading.enumerate())
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        AtOnce.resets([AtOnce(server.episode(RemoteEntry("e0", "", (), ""))) for _ in range(20)])
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
 def test_a_connection_that_breaks_is_made_again_and_a_refusal_is_told(tmp_path, monkeypatch):
     """A server of its own: the first two resets break off, the third is answered, the fourth refused."""
     monkeypatch.setattr("tasks.os_interaction.client.WAIT", 0.1)
@@ -322,8 +438,13 @@ def test_a_connection_that_breaks_is_made_again_and_a_refusal_is_told(tmp_path, 
     resets = iter([None, None, (200, begun), (404, '{"detail": "there is no entry"}')])
 
     class Breaking(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(200, "{}")
+
         def do_POST(self):
-            status, body = (200, "{}") if self.path == "/api/ping" else next(resets) or (0, "")
+            self.answer(*(next(resets) or (0, "") if self.path == "/api/reset" else (200, "{}")))
+
+        def answer(self, status: int, body: str) -> None:
             if status:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))

@@ -1,22 +1,32 @@
 """Shell tasks from train.py and evaluate.py, and the warm start."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.shell import SMALL
+from support.training import BASE
 from test_shell_entries import row
 
 import evaluate
+from lora_ppo import evaluation
 from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import verify_checkpoint
+from lora_ppo.episodes import Outcome
+from lora_ppo.settings import ConfigError, save_yaml
 from tasks.os_interaction import read_opening
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.episode import Rules, ShellEpisode
 from tasks.os_interaction.sandbox import Namespaces
 from tools import warm_start
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 OPENING = [{"role": "user", "content": "Rules."}, {"role": "assistant", "content": "OK."}]
@@ -79,6 +89,17 @@ def test_evaluation_tells_levels_skills_and_how_episodes_ended(llama, shell, tmp
     assert model["by_skill"]["touch"]["samples"] == 2
 
 
+def test_samples_without_an_outcome_are_told_of_each_model(capsys):
+    base, trained = (
+        evaluation.Result(name, "", None, [evaluation.Answer("q", "a", 1, Outcome(verdict, 0.0))])
+        for name, verdict in (("base", "correct"), ("epoch_1", "unknown"))
+    )
+    evaluate.show(evaluate.report(evaluate.EvaluateConfig(), [base, trained]))
+    output = capsys.readouterr().out
+    assert "epoch_1: 1 more samples had no outcome" in output
+    assert output.count("no outcome") == 1
+
+
 def test_the_warm_start_shows_the_tokens_of_an_episode(llama_policy, sandboxes, tmp_path):
     (tmp_path / "o.json").write_text(json.dumps(OPENING))
     rules = Rules(opening=read_opening(tmp_path / "o.json"))
@@ -111,3 +132,89 @@ def test_the_warm_start_lowers_the_loss_and_training_goes_on_from_it(
     status, output = train_py(**shell, output_dir="run", resume_from="warm", samples_per_epoch=4, eval_samples=2)
     assert status == 0, output
     assert "Resuming from warm at step 0" in output
+
+
+def test_the_warm_start_leaves_out_by_name_what_does_not_go_right(llama_policy, sandboxes):
+    entries = {
+        "harbor": replace(ENTRY, files={"solution": b""}),
+        "broken": replace(ENTRY, start="exit 3"),
+        "slow": replace(ENTRY, truth="sleep 9"),
+        "wrong": replace(ENTRY, truth="echo no"),
+        "long": replace(ENTRY, truth="touch /x; seq 9999"),
+        "right": replace(ENTRY, truth="cat >/x <<'END'\n```\nEND", check="test $(wc -l </x) = 1"),
+    }
+    rules = Rules(seconds=2, output_length=1_000_000)
+    episodes = [
+        ShellEpisode(replace(entry, name=name), lambda: Namespaces(SMALL), rules) for name, entry in entries.items()
+    ]
+    said: list[str] = []
+    assert len(warm_start.conversations(llama_policy, episodes, said.append)) == 1
+    reasons = ("a file that no model can see", "start script failed", "more than 2 s", "the check fails")
+    for line, name, why in zip(said, [*entries][:-1], (*reasons, "the context has"), strict=True):
+        assert line.startswith(f"left out: {name}: ")
+        assert why in line
+    once = [ShellEpisode(ENTRY, lambda: Namespaces(SMALL), Rules(rounds=1))]
+    with pytest.raises(ConfigError, match="no ground truth can be shown"):
+        warm_start.conversations(llama_policy, once, said.append)
+    assert said[-1] == "left out: x: it ended with its truth: rounds"
+
+
+@pytest.mark.parametrize("word", ["warm_epochs=0", "warm_batch_size=0", "warm_learning_rate=0"])
+def test_the_warm_start_names_a_setting_that_is_out_of_range(word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["warm_start.py", "task=os_interaction", word])
+    assert warm_start.main() == 2
+    assert capsys.readouterr().err.startswith(f"error: {word} is out of range: expected ")
+
+
+@pytest.fixture
+def script(llama, shell, tmp_path):
+    """`script(name, *words)` begins a script of the repository's in another folder, with a server on a free port."""
+    pytest.importorskip("uvicorn")
+    given = BASE | shell | {"model_name": str(llama), "samples_per_epoch": 4, "eval_samples": 2}
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    save_yaml(TrainConfig(**given), tmp_path / "c.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "another folder"
+    folder.mkdir()
+    environment = os.environ | {"PORT": str(port), "PYTHON": Path(sys.executable).name, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+
+    def begin(name, *words):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen([ROOT / "scripts" / name, *words], cwd=folder, env=environment, **pipes)
+        process.port = port
+        return process
+
+    return begin
+
+
+def no_server_left(port: int) -> bool:
+    said = subprocess.run(["ps", "axo", "args"], capture_output=True, text=True).stdout
+    return f"port={port}" not in said and f"127.0.0.1:{port}" not in said
+
+
+def test_the_scripts_stop_go_on_and_evaluate_from_another_folder(script, tmp_path):
+    run = tmp_path / "another folder" / "my run"
+    training = script("train_os.sh", "../c.yaml", "my run", "500", "4")
+    until = time.monotonic() + 200
+    while not (run / "train.log").exists():
+        assert training.poll() is None, training.stdout.read()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    training.send_signal(signal.SIGTERM)
+    output = training.communicate(timeout=100)[0]
+    assert training.returncode == 130, output
+    assert "To go on: " in output
+    assert no_server_left(training.port)
+    training = script("train_os.sh", "../c.yaml", "my run", "3", "4", "resume_from=what/it/began/from")
+    output = training.communicate(timeout=300)[0]
+    assert training.returncode == 0, output
+    assert "Resuming from" in output
+    words = ["my run/epoch_3", "evaluate", "2", f"output_file={tmp_path}/evaluation.json"]
+    evaluating = script("evaluate_os.sh", "../c.yaml", *words)
+    output = evaluating.communicate(timeout=300)[0]
+    assert evaluating.returncode == 0, output
+    assert len(json.loads((tmp_path / "evaluation.json").read_text())["models"]) == 2
+    assert no_server_left(training.port)

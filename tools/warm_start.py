@@ -10,8 +10,8 @@ is written is a checkpoint at step 0, its value head untouched, which resume_fro
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,45 @@ def truthful_replies(commands: str) -> list[str]:
 
 
 def conversation(policy: Policy, episode: ShellEpisode) -> dict[str, list[int]]:
-    """The tokens of an episode that goes right, and which of them the model is to write. Raises ConfigError."""
+    """The tokens of an episode that goes right, and which of them the model is to write.
+
+    Raises ValueError, saying why, where it does not go as a model's would.
+    """
+    if episode.entry.files:
+        raise ValueError("its truth is a file that no model can see")
     ids = encode_chat(policy.tokenizer, episode.reset())
+    truth, finish = truthful_replies(episode.entry.truth)
+    said = episode.step(truth)
+    if said is None:
+        raise ValueError(episode.broken or f"it ended with its truth: {episode.note or episode.reason}")
+    episode.step(finish)
+    outcome = episode.outcome()
+    if outcome.verdict != "correct":
+        raise ValueError(outcome.why)
     chosen = [0] * len(ids)
-    for reply in truthful_replies(episode.entry.truth):
+    for reply, between in ((truth, environment_ids(policy, said, ended=True)), (finish, [])):
         own = [*text_ids(policy.tokenizer, reply), policy.end_id]
-        said = episode.step(reply)
-        between = [] if said is None else environment_ids(policy, said, ended=True)
         ids, chosen = ids + own + between, chosen + [1] * len(own) + [0] * len(between)
-    episode.close()
     if len(ids) > policy.context:
-        raise ConfigError(f"entry {episode.entry.name} takes {len(ids)} tokens, the context has {policy.context}")
+        raise ValueError(f"it takes {len(ids)} tokens, and the context has {policy.context}")
     return {"input_ids": ids, "completion_mask": chosen}
+
+
+def conversations(
+    policy: Policy, episodes: Sequence[ShellEpisode], notice: Callable[[str], None]
+) -> list[dict[str, list[int]]]:
+    """The tokens of the episodes that go right; the others are named. Raises ConfigError where none does."""
+    rows = []
+    for episode in episodes:
+        try:
+            rows.append(conversation(policy, episode))
+        except ValueError as error:
+            notice(f"left out: {episode.entry.name}: {error}")
+        finally:
+            episode.close()
+    if not rows:
+        raise ConfigError("entries: no ground truth can be shown to the model (left out, above): set other entries")
+    return rows
 
 
 def fine_tune(policy: Policy, rows: list[dict[str, list[int]]], config: WarmConfig) -> list[float]:
@@ -97,6 +124,13 @@ def fine_tune(policy: Policy, rows: list[dict[str, list[int]]], config: WarmConf
 def warm_start(config: WarmConfig, notice: Callable[[str], None]) -> None:
     """Loads the model, fine-tunes it and writes the checkpoint. Raises ConfigError."""
     folder = Path(config.warm_dir)
+    for name in ("warm_epochs", "warm_batch_size"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)} is out of range: expected at least 1")
+    if not 0 < config.warm_learning_rate <= 1:
+        raise ConfigError(
+            f"warm_learning_rate={config.warm_learning_rate:g} is out of range: expected above 0, at most 1"
+        )
     check_empty(folder, "warm_dir")
     if config.task != "os_interaction":
         raise ConfigError(f"task={config.task} has no ground truths to start from: expected os_interaction")
@@ -110,7 +144,8 @@ def warm_start(config: WarmConfig, notice: Callable[[str], None]) -> None:
     pin(config, entries)
     train = split(entries, config.test_share, config.entry_levels)["train"]
     policy, config = load_policy(config, notice)
-    rows = [conversation(policy, ShellEpisode(entry, make, rules)) for entry in train]
+    rules = replace(rules, record=None)
+    rows = conversations(policy, [ShellEpisode(entry, make, rules) for entry in train], notice)
     notice(f"{len(rows)} episodes, {sum(map(len, (row['input_ids'] for row in rows))) / len(rows):.0f} tokens each")
     losses = fine_tune(policy, rows, config)
     state: dict[str, Any] = {"epoch": 0, "data_cursor": 0, "rng": {"seed": config.seed, "step": 0}, "log_offset": 0}

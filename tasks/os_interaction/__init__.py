@@ -24,6 +24,7 @@ from lora_ppo.episodes import Outcome, Task
 from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError, Settings, setting
 from lora_ppo.terminal import clean
+from tasks.os_interaction.client import RemoteEpisode, Server
 from tasks.os_interaction.entries import OWN, Entry, read_entries
 from tasks.os_interaction.episode import Rules, ShellEpisode
 from tasks.os_interaction.limits import Limits
@@ -70,10 +71,9 @@ RANGES = {"max_rounds": (1, 100), "command_seconds": (0.1, 3600), "output_length
 def prepare(config: Any) -> Callable[[Policy], Task]:
     """Reads the entries and tries the sandbox, or the server, before any model is loaded. Raises ConfigError."""
     if config.server:
-        from tasks.os_interaction.client import Server
-
-        server = Server(config.server, config.server_token)
-        server.agree({name: getattr(config, name) for name in PLAYED_BY})
+        server = Server(config.server, config.server_token, config.command_seconds)
+        at_once = getattr(config, "eval_batch_size", config.batch_size)  # evaluation has its own
+        server.agree({name: getattr(config, name) for name in PLAYED_BY}, at_once)
         remote = server.samples()
         pin(config, remote)
         splits = split(remote, config.test_share, config.entry_levels)
@@ -87,9 +87,9 @@ def prepare(config: Any) -> Callable[[Policy], Task]:
 def pin(config: Any, entries: Sequence[Any]) -> None:
     """Writes the digest of the entries into the settings: a run with others can't go on. Raises ConfigError.
 
-    What is held out follows from the names and levels of all of them.
+    What is held out follows from the names and levels of all of them, what an episode earns from their scripts.
     """
-    told = sorted([entry.name, entry.level, entry.instruction] for entry in entries)
+    told = sorted([entry.name, entry.level, entry.instruction, entry.key] for entry in entries)
     found = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     if config.entries_digest not in ("", found):
         raise ConfigError(
@@ -206,15 +206,26 @@ class AtOnce:
 
     @staticmethod
     def resets(episodes: Sequence["AtOnce"]) -> list[list[Message]]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(AtOnce.reset, episodes))
+        return together(AtOnce.reset, episodes)
 
     @staticmethod
     def steps(episodes: Sequence["AtOnce"], replies: Sequence[str]) -> list[str | None]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(AtOnce.step, episodes, replies))
+        return together(AtOnce.step, episodes, replies)
 
     @staticmethod
     def outcomes(episodes: Sequence["AtOnce"]) -> list[Outcome]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(AtOnce.outcome, episodes))
+        return together(AtOnce.outcome, episodes)
+
+
+def together(method: Callable, episodes: Sequence[AtOnce], *columns: Sequence[Any]) -> list[Any]:
+    """What a method gives for each episode. After Ctrl-C, or an error in one, none begins and none waits any more."""
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        return list(pool.map(method, episodes, *columns))
+    except BaseException:
+        for one in episodes:
+            if isinstance(one.episode, RemoteEpisode):
+                one.episode.abandoned.set()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -21,7 +21,7 @@ from tasks.os_interaction.entries import OWN, read_entries
 from tasks.os_interaction.episode import FINISH, Rules, ShellEpisode, action, bash_reply, write_recording
 from tasks.os_interaction.probe import KINDS, sandbox_maker
 
-COLOURS = {"instruction": "bold", "commands": "cyan", "output": "", "correct": "green", "incorrect": "red"}
+COLOURS = {"instruction": "bold", "commands": "cyan", "output": "dim", "correct": "green", "incorrect": "red"}
 
 
 def show(text: str, kind: str = "output") -> None:
@@ -73,8 +73,12 @@ def play(words: argparse.Namespace) -> None:
     while said is not None and not episode.broken:
         try:
             line = input("# ")
+            line.encode()
         except EOFError:
             line = "finish"
+        except UnicodeError:
+            show("found bytes that are not UTF-8, expected text")
+            continue
         if line.strip():
             finished = line.strip() == "finish"
             said = episode.step(FINISH if finished else bash_reply(line))

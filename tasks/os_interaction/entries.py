@@ -9,6 +9,7 @@ import ast
 import hashlib
 import io
 import json
+import re
 import tarfile
 import tomllib
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ppo.settings import ConfigError
+from lora_ppo.terminal import clean
 
 OWN = Path(__file__).resolve().parent.parent.parent / "data" / "os_interaction"
 REWARD = "/logs/verifier/reward.txt"  # where Harbor's tests leave their verdict
@@ -24,7 +26,10 @@ REWARD = "/logs/verifier/reward.txt"  # where Harbor's tests leave their verdict
 
 @dataclass(frozen=True)
 class Entry:
-    """One task. `start` and `truth` are bash scripts, `check` one that exits with 0 where the task is done."""
+    """One task. `start` and `truth` are bash scripts, `check` one that exits with 0 where the task is done.
+
+    `check` reads the archive `files["tests"]` on its standard input, `truth` `files["solution"]`, where there are any.
+    """
 
     name: str
     instruction: str
@@ -33,7 +38,7 @@ class Entry:
     truth: str
     skills: tuple[str, ...] = ()
     level: str = ""
-    files: dict[str, bytes] = field(default_factory=dict, hash=False)  # archives for the check and the truth: a folder
+    files: dict[str, bytes] = field(default_factory=dict, hash=False)
 
     @property
     def key(self) -> str:
@@ -71,12 +76,14 @@ def read_file(path: Path) -> list[Entry]:
     """The entries of one JSON or parquet file."""
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet
-
+            try:
+                import pyarrow.parquet
+            except ImportError:
+                raise ConfigError(f"{path}: parquet needs a package: pip install pyarrow") from None
             rows: Any = pyarrow.parquet.read_table(path).to_pylist()
         else:
             rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: can't be read: {' '.join(str(error).split())[:200]}") from None
     if isinstance(rows, dict):
         named: Iterable[tuple[str, Any]] = rows.items()
@@ -105,6 +112,8 @@ def from_row(row: Any, name: str, place: str) -> Entry:
             raise ConfigError(f"{place}: {key}: found the command {item['command_name']!r}, expected bash")
         if not isinstance(item.get("script"), str):  # a script that looks like a literal stays the script that it is
             raise ConfigError(f"{place}: {key}: found no script, expected text")
+        if unwritable := re.search("[\0\ud800-\udfff]", item["script"]):  # no program can be given these
+            raise ConfigError(f"{place}: {key}: found {unwritable[0]!a} in the script, expected text")
         return item["script"]
 
     instruction = row.get("instruction") if isinstance(row, dict) else None
@@ -117,9 +126,16 @@ def from_row(row: Any, name: str, place: str) -> Entry:
         script(row, "initialization_command_item"),
         script(information, "evaluation_command_item"),
         script(information, "ground_truth_command_item"),
-        tuple(part(row, "skill_list", list)),
+        texts(part(row, "skill_list", list), f"{place}: skill_list"),
         "" if level is None else str(level),
     )
+
+
+def texts(found: Any, place: str) -> tuple[str, ...]:
+    """A list of texts. Raises ConfigError."""
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ConfigError(f"{place}: found {clean(repr(found))[:100]}, expected a list of texts")
+    return tuple(found)
 
 
 def literal(value: Any) -> Any:
@@ -127,7 +143,7 @@ def literal(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return value
     return value
 
@@ -142,22 +158,26 @@ def harbor(folder: Path) -> Entry:
         raise ConfigError(f"{folder}: found no {', '.join(missing)}, which a Harbor task has")
     try:
         settings = tomllib.loads((folder / "task.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}/task.toml: {error}") from None
-    steps = image_steps(folder / "environment" / "Dockerfile")
-    if steps is None or settings.get("environment", {}).get("docker_image"):
+        instruction = (folder / "instruction.md").read_text(encoding="utf-8").strip()
+        steps = image_steps(folder / "environment" / "Dockerfile")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{folder}: can't be read: {' '.join(str(error).split())[:200]}") from None
+    environment, about = settings.get("environment", {}), settings.get("metadata", {})
+    for name, table in (("environment", environment), ("metadata", about)):
+        if not isinstance(table, dict):
+            raise ConfigError(f"{folder}/task.toml: {name}: found {type(table).__name__}, expected a table")
+    if steps is None or environment.get("docker_image"):
         raise ConfigError(f"{folder} needs an image of its own: leave it out, this sandbox has none")
-    about = settings.get("metadata", {})
     levels = {"easy": "1", "medium": "2", "hard": "3"}
     return Entry(
         folder.name,
-        (folder / "instruction.md").read_text(encoding="utf-8").strip(),
+        instruction,
         steps or "true",
-        f"mkdir -p /logs/verifier; bash /tests/test.sh; done=$?; [ -f {REWARD} ] || exit $done; "
-        f"awk '{{ exit !($1 >= 1) }}' {REWARD}",
-        "bash /solution/solve.sh",
-        tuple(about.get("tags", [])),
-        levels.get(about.get("difficulty", ""), ""),
+        "rm -rf /logs /tests && tar -x -C / && mkdir -p /logs/verifier || exit 1; "  # whatever the episode left there
+        f"bash /tests/test.sh </dev/null; done=$?; [ -f {REWARD} ] || exit $done; awk '{{ exit !($1 >= 1) }}' {REWARD}",
+        "tar -x -C / && bash /solution/solve.sh </dev/null",
+        texts(about.get("tags", []), f"{folder}/task.toml: tags"),
+        levels.get(str(about.get("difficulty", "")), ""),
         {name: packed(folder / name) for name in ("tests", "solution")},
     )
 

@@ -17,7 +17,7 @@ from lora_ppo.episodes import Outcome
 from lora_ppo.terminal import clean
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.sandbox import Ran, Sandbox, SandboxFailed, in_short
-from tasks.os_interaction.support import SETTING_UP, put_files
+from tasks.os_interaction.support import SETTING_UP, checked
 
 RULES = """\
 You work on a Linux system, as root. I give you a task; you do it with Bash commands.
@@ -39,13 +39,13 @@ checked."""
 REWARDS = {"correct": 1.0, "incorrect": -0.5, "unknown": 0.0}
 FINISH = "Act: finish"  # the reply that says that the task is done
 MOST = 100_000  # bytes of commands
-MARK = re.compile(r"^[ \t]*Act:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
-BLOCK = re.compile(r"^[ \t]*```[ \t]*bash[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"(`{3,})[ \t]*bash")
 
 
 def bash_reply(commands: str) -> str:
-    """The reply that runs commands: what `action` reads."""
-    return f"Act: bash\n```bash\n{commands}\n```"
+    """The reply that runs commands, whatever they are: its fence is longer than those in them."""
+    fence = max(["``", *re.findall("`+", commands)], key=len) + "`"
+    return f"Act: bash\n{fence}bash\n{commands}\n{fence}"
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,26 @@ class Rules:
 
 def action(reply: str) -> str | None:
     """The commands that a reply runs; None where it says that the task is done. Raises ValueError, saying why not."""
-    marks = MARK.findall(reply)
+    marks, blocks, fence = [], [], ""
+    for line in reply.replace("\r\n", "\n").split("\n"):
+        text = line.strip(" \t")
+        if fence:  # in a block, up to a fence as long as its own
+            fence = "" if text == fence else fence
+            blocks[-1] += f"{line}\n" if fence else ""
+        elif opening := FENCE.fullmatch(text):
+            fence = opening[1]
+            blocks.append("")
+        elif text.startswith("Act:"):
+            marks.append(text.removeprefix("Act:").strip(" \t"))
+            blocks.clear()  # the commands come after it
+    if fence:
+        blocks.pop()  # it was never closed
     if len(marks) != 1:
         raise ValueError(f"found {len(marks) or 'no'} actions, expected one")
     if marks[0] == "finish":
         return None
     if marks[0] != "bash":
         raise ValueError(f"found the action {marks[0][:20]!r}, expected bash or finish")
-    blocks = BLOCK.findall(reply[MARK.search(reply).end() :] + "\n")
     if len(blocks) != 1 or not blocks[0].strip():
         raise ValueError(f"found {len(blocks) or 'no'} blocks of commands after Act: bash, expected one")
     if "\0" in blocks[0]:
@@ -88,7 +100,7 @@ def action(reply: str) -> str | None:
 def observation(ran: Ran) -> str:
     """What the model is shown of a command: never control characters, and how much was left out."""
     text = clean(ran.output).strip("\n")
-    if not text.strip():
+    if not text.strip() and not ran.left_out:
         return "The output of the OS is empty."
     cut = f"\n[{ran.left_out} more characters left out]" if ran.left_out else ""
     return f"The output of the OS:\n{text}{cut}"
@@ -133,7 +145,7 @@ class ShellEpisode:
         self.rounds += 1
         said = self.answered(reply)
         self.shown.append({"reply": reply, "said": said})
-        if not self.reason and self.rounds >= self.rules.rounds:
+        if not self.reason and not self.broken and self.rounds >= self.rules.rounds:
             self.reason = "rounds"
         return None if self.reason or self.broken else said
 
@@ -178,14 +190,13 @@ class ShellEpisode:
         if self.rules.judge == "finished" and self.reason != "finished":
             return "incorrect", f"it did not finish: {self.reason}" + (f" ({self.note})" if self.note else "")
         try:
-            put_files(self.sandbox, self.entry, "tests")
-            checked = self.sandbox.check(self.entry.check, SETTING_UP)
+            found = checked(self.sandbox, self.entry)
         except SandboxFailed as failed:
             return "unknown", f"the check could not run: {failed}"
         how = f"{self.reason}: {self.note}" if self.note else self.reason
-        if checked.status == 0 and not checked.timed_out:
+        if found.status == 0 and not found.timed_out:
             return "correct", f"the check passes ({how})"
-        return "incorrect", f"the check fails, {in_short(checked)} ({how})"
+        return "incorrect", f"the check fails, {in_short(found)} ({how})"
 
     def close(self) -> None:
         if self.sandbox is not None:

@@ -1,13 +1,13 @@
 """What a sandbox may use: cgroups where one can be made, rlimits everywhere.
 
 With a cgroup, memory, processes and CPU are limited in total. Where none can be made (an ordinary user, outside
-`systemd-run --user --scope -p Delegate=yes`), rlimits stand alone: memory is limited by process, processes by user id.
+`systemd-run --user --scope -p Delegate=yes`), rlimits stand alone: processes are limited in total, memory by process,
+the CPU not at all.
 """
 
 import contextlib
 import itertools
 import os
-import resource
 import subprocess
 import time
 from dataclasses import dataclass
@@ -32,21 +32,6 @@ class Limits:
         """A command line's beginning that sets the rlimits; a process's memory is among them without a cgroup."""
         most = [f"--nproc={self.processes}", "--core=0", "--nofile=1024", "--memlock=65536", "--msgqueue=819200"]
         return ["prlimit", *most, *([] if in_cgroup else [f"--as={self.memory_mb << 20}"]), "--"]
-
-    def of_user(self, in_cgroup: bool) -> list[str]:
-        """A command line's beginning under which a user namespace is made: what all that lies in it may have.
-
-        The kernel counts a user's own processes and those of all their sandboxes against this.
-        """
-        if in_cgroup or os.geteuid() == 0:
-            return []
-        tasks = 0
-        for folder in Path("/proc").glob("[0-9]*/task"):
-            with contextlib.suppress(OSError):
-                tasks += len(list(folder.iterdir())) if folder.stat().st_uid == os.geteuid() else 0
-        most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-        wanted = tasks + 32 * self.processes
-        return ["prlimit", f"--nproc={wanted if most == resource.RLIM_INFINITY else min(wanted, most)}", "--"]
 
 
 # ----------------------------------------------------------------------------------------------------------- cgroups

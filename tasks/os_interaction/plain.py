@@ -63,8 +63,8 @@ class Docker:
             run_command(["docker", "exec", self.name, "sh", "-c", "kill -9 -1"], 10, 1000, b"")
         return ran
 
-    def check(self, script: str, seconds: float = 20) -> Ran:
-        return self.run(script, seconds)
+    def check(self, script: str, seconds: float = 20, stdin: bytes = b"") -> Ran:
+        return self.run(script, seconds, stdin=stdin)
 
 
 def remove_container(name: str, process: subprocess.Popen) -> None:
@@ -83,12 +83,12 @@ class Nothing:
         self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
-        if stdin:  # put_files removes a folder of the root first, and this root is the host's
+        if stdin:  # they are unpacked in the root, and this root is the host's
             raise SandboxFailed(
                 "sandbox=none takes no entry with files of its own: they would be laid into the host's /"
             )
         command = ["env", "--chdir", self.folder, f"HOME={self.folder}", "timeout", "--signal=KILL", str(seconds + 1)]
         return run_command([*command, "bash", "-c", script], seconds, most, stdin)
 
-    def check(self, script: str, seconds: float = 20) -> Ran:
-        return self.run(script, seconds)
+    def check(self, script: str, seconds: float = 20, stdin: bytes = b"") -> Ran:
+        return self.run(script, seconds, stdin=stdin)

@@ -34,7 +34,7 @@ def sandbox_maker(kind: str, image: str = "", understood: bool = False, limits: 
     if kind == "none":
         say(WARNING)
         if not understood:
-            raise ConfigError("sandbox=none needs i_understand=true (--i-understand): or set sandbox=namespaces")
+            raise ConfigError("sandbox=none needs i_understand=true: or set sandbox=namespaces")
         return Nothing
     if kind == "docker":
         if not image:
@@ -48,9 +48,11 @@ def sandbox_maker(kind: str, image: str = "", understood: bool = False, limits: 
     if kind + image not in TESTED:
         probe(make, kind, limits)
         TESTED.add(kind + image)
-        by = "a cgroup, in total" if cgroup_parents() else "rlimits; memory by process, not in total (no cgroup here)"
+        by = f"{limits.cpus:g} CPU, limited by a cgroup, in total"
+        if not cgroup_parents():
+            by = "limited by rlimits: memory by process, not in total, and the CPU not at all (no cgroup here)"
         if kind == "namespaces":
-            say(f"sandbox: {limits.memory_mb} MB, {limits.processes} processes, limited by {by}")
+            say(f"sandbox: {limits.memory_mb} MB, {limits.processes} processes, {by}")
     return make
 
 

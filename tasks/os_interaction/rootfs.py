@@ -11,10 +11,10 @@ from pathlib import Path
 
 # Of the host's /etc, what programs need and what tells nothing about the host.
 FROM_HOST = (
-    "adduser.conf bash.bashrc debconf.conf debian_version default/useradd deluser.conf environment gai.conf host.conf "
+    "adduser.conf bash.bashrc debconf.conf debian_version default/useradd deluser.conf gai.conf host.conf "
     "inputrc issue issue.net ld.so.conf ld.so.conf.d libaudit.conf locale.alias localtime login.defs logrotate.d "
     "magic magic.mime mime.types networks nsswitch.conf os-release pam.conf pam.d profile profile.d protocols "
-    "rpc security selinux services shells skel terminfo vim wgetrc"
+    "rpc security selinux services shells skel terminfo vim"
 ).split()
 FOLDERS = {
     "etc": "cron.d cron.daily cron.hourly cron.weekly cron.monthly default init.d opt sudoers.d systemd/system",

@@ -10,7 +10,8 @@ How it is built, and why so. It has to work for root without systemd and for an 
    descriptors alone, so that they go when it goes, however it ends.
 3. Each command is a bubblewrap of its own, started in that mount namespace: pivot_root into the tmpfs, and new
    pid, network, ipc and uts namespaces, few capabilities, no new privileges, a seccomp filter. When its bash ends, or
-   its time does, the kernel kills all that it left running. Nothing from inside is ever executed on the way in.
+   its time does, the kernel kills all that it left running. Nothing from inside is ever executed on the way in, and
+   nothing is looked up there: what is mounted lies beside the episode's root, where no command can put a link.
 4. The check sees the host's own /usr on top of what the episode changed there, and looks for programs there first.
 
 crun and podman do 1 to 3, too. They want a container that lives between commands, with a process that a crash leaves
@@ -50,13 +51,14 @@ PREPARE = f"""
 exec 2>&1; set -e; umask 022
 echo 0 >/proc/sys/user/max_user_namespaces
 mount -t tmpfs -o "size=$1,nr_inodes=$2,mode=755,nosuid,nodev" sandbox {STORE}
-cd {STORE}; mkdir system upper work shm sealed upper/bin upper/sbin upper/local upper/share
+cd {STORE}; mkdir system usr bin sbin etc upper work shm sealed upper/bin upper/sbin upper/local upper/share
 cd upper/local; mkdir bin sbin lib share etc include src games man; cd {STORE}
 chmod 1777 shm; tar -x -p --numeric-owner -C system
 for options in ,userxattr ''; do
-  mount -t overlay -o "lowerdir=/usr,upperdir={STORE}/upper,workdir={STORE}/work$options" usr system/usr && break
+  mount -t overlay -o "lowerdir=/usr,upperdir={STORE}/upper,workdir={STORE}/work$options" usr usr && break
 done
-mountpoint -q system/usr
+mountpoint -q usr
+mount --bind usr/bin bin; mount --bind usr/sbin sbin; mount --bind system/etc etc
 echo ready
 read -r _
 """
@@ -74,7 +76,7 @@ class Ran:
     output: str
     status: int
     timed_out: bool = False
-    left_out: int = 0  # characters of output beyond the limit
+    left_out: int = 0  # characters of output beyond the limit, without the newlines at its end
 
 
 @contextlib.contextmanager
@@ -92,7 +94,7 @@ class Sandbox(Protocol):
     def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
         """Runs `bash -c script`, with so many seconds and characters of output. Raises SandboxFailed."""
 
-    def check(self, script: str, seconds: float = 20) -> Ran:
+    def check(self, script: str, seconds: float = 20, stdin: bytes = b"") -> Ran:
         """The same, with programs that no earlier command could have changed."""
 
     def close(self) -> None:
@@ -124,10 +126,16 @@ class Namespaces:
 
     def make(self) -> None:
         """Makes the user and the mount namespace with all that lies in them, and keeps both by descriptors."""
-        limited = [*(self.cgroup.joined() if self.cgroup else []), *self.limits.of_user(self.cgroup is not None)]
-        with waiting([*limited, "unshare", "--user", "sh", "-c", "echo ready; read -r _"]) as pid:
+        unshare = ["unshare", "--user", "sh", "-c", "echo ready; read -r _"]
+        with waiting([*(self.cgroup.joined() if self.cgroup else []), *unshare]) as pid:
             map_ids(pid)
             self.keep(pid, "user")
+        if not self.cgroup:  # a user namespace's processes, of all ids, count as its maker's: the outer one's root
+            with waiting(self.inside(*unshare)) as pid:
+                script = f'for ids in uid gid; do echo "0 0 {IDS}" >/proc/{pid}/"$ids"_map || exit; done'
+                subprocess.run(self.inside("sh", "-c", script), stdin=subprocess.DEVNULL, capture_output=True)
+                os.close(self.descriptors.pop())
+                self.keep(pid, "user")
         sizes = [str(self.limits.disk_mb << 20), str(self.limits.inodes)]
         prepare = self.inside("unshare", "--mount", "sh", "-c", PREPARE, "sh", *sizes)
         with waiting(prepare, rootfs.archive()) as pid:
@@ -144,12 +152,11 @@ class Namespaces:
         return [*self.limited(), "nsenter", *enter, "-S", "0", "-G", "0", "--", *command]
 
     def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
-        usr = ["--bind", f"{STORE}/system/usr", "/usr"]
-        binaries = [x for name in ("bin", "sbin") for x in ("--bind", f"{STORE}/system/usr/{name}", f"/{name}")]
-        return self.start([*usr, *binaries], PATH, script, seconds, most, stdin)
+        usr = [word for name in ("usr", "bin", "sbin") for word in ("--bind", f"{STORE}/{name}", f"/{name}")]
+        return self.start(usr, PATH, script, seconds, most, stdin)
 
     @failing_with_the_host()
-    def check(self, script: str, seconds: float = 20) -> Ran:
+    def check(self, script: str, seconds: float = 20, stdin: bytes = b"") -> Ran:
         if not self.sealed:
             for options in (",userxattr", ""):
                 words = SEAL.replace("ro,", f"ro{options},").split()
@@ -161,14 +168,14 @@ class Namespaces:
             self.sealed = True
         usr = ["--ro-bind", f"{STORE}/sealed", "/usr"]
         binaries = [x for name in ("bin", "sbin") for x in ("--ro-bind", f"{STORE}/sealed/{name}", f"/{name}")]
-        return self.start([*usr, *binaries], CHECKS_PATH, script, seconds, 4000, b"")
+        return self.start([*usr, *binaries], CHECKS_PATH, script, seconds, 4000, stdin)
 
     @failing_with_the_host()
     def start(self, usr: list[str], path: str, script: str, seconds: float, most: int, stdin: bytes) -> Ran:
         """Runs bash in a bubblewrap of its own, whose /usr, /bin and /sbin are given. Raises SandboxFailed."""
         if not self.descriptors:
             raise SandboxFailed("the sandbox is closed")
-        filter_fd = memory_file(seccomp.program())
+        filter_fd = memory_file(seccomp.program(self.cgroup is not None))
         input_fd = memory_file(stdin) if stdin else os.open(os.devnull, os.O_RDONLY)
         status_reader, status_writer = os.pipe()
         command = ["bwrap", "--bind", f"{STORE}/system", "/", *usr]
@@ -178,7 +185,7 @@ class Namespaces:
                 command += [] if name == "libexec" else ["--ro-bind", f"/usr/{name}", f"/{name}"]
         # /etc is a mount point, so that nobody inside can put another in its place; what steers every program's start
         # lies in mounts of its own.
-        command += ["--bind", f"{STORE}/system/etc", "/etc", "--ro-bind", "/etc/alternatives", "/etc/alternatives"]
+        command += ["--bind", f"{STORE}/etc", "/etc", "--ro-bind", "/etc/alternatives", "/etc/alternatives"]
         command += ["--ro-bind", "/etc/ld.so.cache", "/etc/ld.so.cache", "--ro-bind", "/dev/null", "/etc/ld.so.preload"]
         command += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{STORE}/shm", "/dev/shm", "--remount-ro", "/dev"]
         command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
@@ -289,7 +296,8 @@ def collect(
     if max(len(os.fsencode(word)) for word in command) >= LONGEST:
         raise SandboxFailed(f"a script is longer than {LONGEST} bytes, which no command may be")
     until = time.monotonic() + seconds
-    decoder, kept, count, timed_out = codecs.getincrementaldecoder("utf-8")("replace"), "", 0, False
+    decoder, kept, timed_out = codecs.getincrementaldecoder("utf-8")("replace"), "", False
+    count, counted = 0, 0  # characters of output, with and without the newlines at its end
     with (
         subprocess.Popen(
             command,
@@ -315,6 +323,7 @@ def collect(
                     selector.unregister(process.stdout)
                 text = decoder.decode(chunk, final=not chunk)
                 kept += text[: most - len(kept)]
+                counted = count + len(said) if (said := text.rstrip("\n")) else counted
                 count += len(text)
             elif ready:
                 break
@@ -322,7 +331,7 @@ def collect(
             timed_out = True
             kill_group(process.pid)
         process.wait()
-    return Ran(kept, process.returncode, timed_out, count - len(kept))
+    return Ran(kept, process.returncode, timed_out, max(0, counted - len(kept)))
 
 
 def kill_group(leader: int) -> None:

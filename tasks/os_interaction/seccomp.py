@@ -23,6 +23,7 @@ REFUSED = (
     "fspick mount_setattr setns unshare open_by_handle_at name_to_handle_at quotactl acct swapon swapoff reboot syslog "
     "fanotify_init lookup_dcookie nfsservctl iopl ioperm modify_ldt settimeofday clock_settime adjtimex clock_adjtime"
 ).split()
+MEMORY = ("memfd_create", "memfd_secret", "shmget")  # memory that no limit of a process counts: a cgroup's does
 NEW_USER_NAMESPACE = 0x10000000
 TERMINAL_INPUT = 0x5412  # TIOCSTI: types into the terminal as if a person had
 
@@ -34,7 +35,7 @@ class Comparison(ctypes.Structure):
 
 
 @cache
-def program() -> bytes:
+def program(in_cgroup: bool) -> bytes:
     """The filter as bytes. Raises OSError where libseccomp is missing or refuses."""
     name = ctypes.util.find_library("seccomp")
     if not name:
@@ -63,7 +64,7 @@ def program() -> bytes:
             raise OSError(-failed, f"libseccomp takes no rule for {call}")
 
     try:
-        for call in REFUSED:
+        for call in (*REFUSED, *(() if in_cgroup else MEMORY)):
             refuse(call, errno.EPERM)
         refuse("clone", errno.EPERM, (0, MASKED, NEW_USER_NAMESPACE, NEW_USER_NAMESPACE))
         refuse("clone3", errno.ENOSYS)  # its flags can't be looked at; the C library then takes clone

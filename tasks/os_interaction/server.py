@@ -28,7 +28,7 @@ from lora_ppo.settings import ConfigError, Settings, help_text, parse, read_yaml
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean, program
 from tasks.os_interaction import PLAYED_BY, TaskSettings, pin, ready
-from tasks.os_interaction.client import token_file
+from tasks.os_interaction.client import LONGEST, token_file
 from tasks.os_interaction.episode import ShellEpisode
 
 
@@ -63,6 +63,7 @@ class Sessions:
     def __init__(self, config: Any, make: Callable[[str], ShellEpisode]):
         self.config, self.make_episode = config, make
         self.open: dict[str, Session] = {}
+        self.ending: set[asyncio.Task] = set()  # those that the reaper closes
         self.pool = ThreadPoolExecutor(max(4, config.most_sessions), thread_name_prefix="episode")
 
     async def call(self, function: Callable, *arguments: Any) -> Any:
@@ -77,7 +78,8 @@ class Sessions:
         key, now = uuid.uuid4().hex, time.monotonic()
         session = self.open[key] = Session(self.make_episode(name), now, now, asyncio.Lock())
         try:
-            return key, await self.call(session.episode.reset)
+            async with session.lock:
+                return key, await self.call(session.episode.reset)
         except BaseException:
             self.open.pop(key, None)
             raise
@@ -87,6 +89,8 @@ class Sessions:
         """The episode of a session, for one request at a time. Raises KeyError."""
         session = self.open[key]
         async with session.lock:
+            if self.open.get(key) is not session:  # it was closed while this request stood in line
+                raise KeyError(key)
             session.asked = time.monotonic()
             yield session.episode
             session.asked = time.monotonic()
@@ -101,21 +105,23 @@ class Sessions:
                 print(f"session {key} did not end well: {clean(repr(error))}", file=sys.stderr, flush=True)
 
     async def reap(self) -> None:
-        """Ends, for ever, the episodes that nobody asks for any more."""
+        """Ends, for ever, the episodes that nobody asks for any more. A busy one keeps none of the others waiting."""
         while True:
             await asyncio.sleep(min(5.0, self.config.idle_seconds / 4))
             now = time.monotonic()
             for key, one in list(self.open.items()):
                 idle = not one.lock.locked() and now - one.asked > self.config.idle_seconds
                 if idle or now - one.began > self.config.session_seconds:
-                    await self.close(key)
+                    self.ending.add(task := asyncio.create_task(self.close(key)))
+                    task.add_done_callback(self.ending.discard)
 
 
 def application(config: Any, entries: list, make: Callable, rules: Any, token: str):
     """The server as an ASGI application."""
     from fastapi import Depends, FastAPI, HTTPException, Request
     from fastapi.responses import JSONResponse
-    from pydantic import BaseModel
+    from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+    from pydantic import BaseModel, Field
 
     by_name = {entry.name: entry for entry in entries}
     sessions = Sessions(config, lambda name: ShellEpisode(by_name[name], make, rules))
@@ -126,10 +132,9 @@ def application(config: Any, entries: list, make: Callable, rules: Any, token: s
         reaper = asyncio.create_task(sessions.reap())
         yield
         reaper.cancel()
-        for key in list(sessions.open):
-            await sessions.close(key)
+        await asyncio.gather(*sessions.ending, *map(sessions.close, list(sessions.open)))
         sessions.pool.shutdown()
-        Path(config.token_file).unlink(missing_ok=True)  # here: what stopped the server ends the program after this
+        remove_token(Path(config.token_file), token)  # here: what stopped the server ends the program after this
 
     app = FastAPI(title="Shell tasks", lifespan=lifespan, version="1")
     app.state.sessions = sessions
@@ -157,8 +162,10 @@ def application(config: Any, entries: list, make: Callable, rules: Any, token: s
             ]
         return await go_on(request)
 
-    def authorized(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    bearer = Depends(HTTPBearer(auto_error=False, description="the token that the server wrote at its start"))
+
+    def authorized(credentials: HTTPAuthorizationCredentials | None = bearer) -> None:
+        given = credentials.credentials if credentials else ""
         if not hmac.compare_digest(given.encode(), token.encode()):
             raise HTTPException(401, f"the token is missing or wrong: it stands in {config.token_file}")
 
@@ -169,7 +176,7 @@ def application(config: Any, entries: list, make: Callable, rules: Any, token: s
         session: str
 
     class Step(One):
-        reply: str
+        reply: str = Field(max_length=LONGEST)
 
     @app.post("/api/ping", summary="Whether the server is there; no token needed")
     async def ping() -> dict[str, Any]:
@@ -177,12 +184,12 @@ def application(config: Any, entries: list, make: Callable, rules: Any, token: s
 
     @app.get("/api/samples", dependencies=[Depends(authorized)], summary="The entries, without their checks")
     async def samples() -> list[dict[str, Any]]:
-        rows = [(entry.name, entry.instruction, entry.skills, entry.level) for entry in entries]
-        return [dict(zip(("name", "instruction", "skills", "level"), row, strict=True)) for row in rows]
+        names = ("name", "instruction", "skills", "level", "key")
+        return [{name: getattr(entry, name) for name in names} for entry in entries]
 
     @app.get("/api/rules", dependencies=[Depends(authorized)], summary="The settings that decide an episode")
     async def rules_told() -> dict[str, Any]:
-        return {name: getattr(config, name) for name in PLAYED_BY}
+        return {name: getattr(config, name) for name in (*PLAYED_BY, "most_sessions")}
 
     @app.post("/api/reset", dependencies=[Depends(authorized)], summary="Begins an episode")
     async def reset(body: Reset) -> dict[str, Any]:
@@ -239,12 +246,18 @@ def serve(config: ServerConfig) -> int:
             raise ConfigError(f"{name}={getattr(config, name)} is out of range: expected at least 1")
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port={config.port} is out of range: expected 0 (a free one) to 65535")
+    if config.session_seconds < config.max_rounds * config.command_seconds:
+        raise ConfigError(
+            f"session_seconds={config.session_seconds} is less than max_rounds={config.max_rounds} times "
+            f"command_seconds={config.command_seconds:g}: an episode could outlast it, raise it"
+        )
     entries, make, rules = ready(config)
     pin(config, entries)
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(("127.0.0.1", config.port))
+        listening.listen()  # from here on, so that what connects after "serves" is told below waits its turn
     except OSError as error:
         raise ConfigError(f"port={config.port} can't be had ({error.strerror}): set another port") from None
     config.port = listening.getsockname()[1]  # with port=0, the one that was free
@@ -259,8 +272,15 @@ def serve(config: ServerConfig) -> int:
     try:
         uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listening])
     finally:
-        path.unlink(missing_ok=True)
+        remove_token(path, token)
     return 0
+
+
+def remove_token(path: Path, token: str) -> None:
+    """Removes a server's token, not that of its successor on the same port."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_text() == token:
+            path.unlink()
 
 
 USAGE = """usage: python -m tasks.os_interaction.server [--config FILE] [name=value ...] [-- name=value ...]
@@ -279,8 +299,11 @@ def settings_from(arguments: Sequence[str]) -> ServerConfig:
     names = {one.name for one in fields(ServerConfig)} - {*NOT_ITS_OWN}
     for word, after in zip(theirs, [*theirs, ""][1:], strict=True):
         name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_") if word.startswith("--") else name
+        if not equals:
+            value = after if after and "=" not in after and not after.startswith("--") else "true"
         if name in names and (equals or word.startswith("--")):
-            pairs.append((name, value if equals else after))
+            pairs.append((name, value))
     own = {name: value for name, value in (read_yaml(file) if file else {}).items() if name in names}
     words = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in own.items()]
     return parse(ServerConfig, words + [f"{name}={value}" for name, value in pairs])

@@ -3,13 +3,17 @@
     python tools/bench/shell.py cost                     milliseconds a sandbox and a command, beside a bare bash
     python tools/bench/shell.py server [--at-once 16]    episodes a second through a server process
     python tools/bench/shell.py kill [--times 20]        kill -9 of the server at random moments: what is left behind
+    python tools/bench/shell.py kill-trainer [--times 20]        the same of train.py, which then goes on to its end
 
-A server process of its own is started on a free port for `server` and `kill`.
+A server process of its own is started on a free port for `server` and `kill`; `kill-trainer` plays without one. No
+other episodes may be played on the machine meanwhile: theirs would be taken for what is left behind.
 """
 
 import argparse
 import json
+import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,6 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from lora_ppo.checkpoint import Damaged, verify_checkpoint  # noqa: E402
+from lora_ppo.settings import BUNDLED_MODEL  # noqa: E402
 from tasks.os_interaction.client import RemoteEntry, Server  # noqa: E402
 from tasks.os_interaction.entries import OWN, read_entries  # noqa: E402
 from tasks.os_interaction.episode import FINISH, bash_reply  # noqa: E402
@@ -99,7 +105,7 @@ def kills(times: int) -> None:
     for number in range(times):
         process, url = start()
         server = Server(url)
-        server.wait = lambda: (_ for _ in ()).throw(SystemExit)  # this one will not come back
+        server.wait = lambda abandoned: (_ for _ in ()).throw(SystemExit)  # this one will not come back
         entries = server.samples()
         mounts = Path("/proc/self/mountinfo").read_text()
         with ThreadPoolExecutor(8) as pool:
@@ -119,13 +125,76 @@ def kills(times: int) -> None:
     print(f"{times} kills, {len(left)} things left behind")
 
 
+EPOCHS = 6
+TINY = f"task=os_interaction model_name={BUNDLED_MODEL} device=cpu entry_levels=1 max_rounds=2 max_new_tokens=8 "
+TINY += f"num_epochs={EPOCHS} samples_per_epoch=4 batch_size=4 mini_batch_size=4 eval_samples=2"
+
+
+def whole(run: Path) -> set[str]:
+    """The epochs of a run whose checkpoints are there, every byte of them."""
+    found = set()
+    for folder in run.glob("epoch_*"):
+        try:
+            verify_checkpoint(folder)
+            found.add(folder.name)
+        except Damaged as error:
+            print(f"{folder.name}: {error}")
+    return found
+
+
+def trainer_kills(times: int) -> None:
+    """Kills runs so many times, from their folder's first moment on; each goes on to its end in the end."""
+    rng, hits, failures = random.Random(0), 0, []
+    mounts = Path("/proc/self/mountinfo").read_text()
+    while hits < times:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            run, finished, status = place / "run", set(), None
+            for name in ("tmp", "home"):
+                (place / name).mkdir()
+            # The entries are tried once; what a run leaves in the folders for temporary files is to be seen.
+            cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+            environment = os.environ | {"TMPDIR": f"{place}/tmp", "HOME": f"{place}/home", "XDG_CACHE_HOME": cache}
+            while status != 0:
+                going_on = ["resume_from=latest"] if any(run.glob("*_*/state.json")) else []
+                if not going_on:  # killed before its first checkpoint: it begins anew
+                    shutil.rmtree(run, ignore_errors=True)
+                command = [sys.executable, "train.py", *TINY.split(), f"output_dir={run}", *going_on]
+                with (place / "said").open("w") as said:
+                    process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env=environment)
+                while process.poll() is None and not run.exists():  # on a run that has not begun no kill is counted
+                    time.sleep(0.1)
+                try:
+                    status = process.wait(rng.uniform(0, 40) if hits < times else None)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    hits += 1
+                    time.sleep(2)
+                    found = left_behind(process.pid)
+                    found += [] if Path("/proc/self/mountinfo").read_text() == mounts else ["a mount"]
+                    print(f"kill {hits}: {sorted(finished)}; {found or 'nothing left'}", flush=True)
+                    failures += found
+                else:
+                    if status:
+                        raise SystemExit((place / "said").read_text())
+                there = whole(run)
+                failures += [f"{name} is lost" for name in sorted(finished - there)]
+                finished |= there
+            failures += [f"{name} is missing" for name in {f"epoch_{i + 1}" for i in range(EPOCHS)} - finished]
+            left = [*run.glob(".*_*"), *place.glob("tmp/lora_ppo*"), *place.glob("home/lora_ppo*")]  # not libraries'
+            failures += [f"{path.relative_to(place)} is left" for path in left]
+    print(f"{hits} kills of a trainer, {len(failures)} failures", *failures, sep="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["cost", "server", "kill"])
+    parser.add_argument("what", choices=["cost", "server", "kill", "kill-trainer"])
     parser.add_argument("--at-once", type=int, default=16)
     parser.add_argument("--times", type=int, default=20)
     words = parser.parse_args()
-    {"cost": cost, "server": lambda: through_server(words.at_once), "kill": lambda: kills(words.times)}[words.what]()
+    what = {"cost": cost, "server": lambda: through_server(words.at_once), "kill": lambda: kills(words.times)}
+    (what | {"kill-trainer": lambda: trainer_kills(words.times)})[words.what]()
 
 
 if __name__ == "__main__":
