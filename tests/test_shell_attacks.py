@@ -355,6 +355,28 @@ def test_the_check_runs_with_programs_of_its_own(sandbox, attack):
     assert sandbox.check("echo wrong right | awk '{ exit $2 == \"right\" ? 0 : 1 }'").status == 0
 
 
+@needs_python
+def test_a_check_in_python_runs_nothing_of_the_episode(sandbox):
+    where = (
+        "import sys, os; v = f'python3.{sys.version_info[1]}'; own = 'import os; os._exit(0)'\n"
+        "for place in (f'/usr/local/lib/{v}/dist-packages', f'/etc/{v}', f'/root/.local/lib/{v}/site-packages'):\n"
+        "    for name in ('sitecustomize.py', 'usercustomize.py', 'x.pth'):\n"
+        "        try:\n"
+        "            os.makedirs(place, exist_ok=True); open(f'{place}/{name}', 'w').write(own)\n"
+        "        except OSError: pass\n"
+    )
+    sandbox.run("python3 -", stdin=where.encode())
+    assert sandbox.run("ls /root/.local/lib/python3*/site-packages").output.split() == [
+        "sitecustomize.py",
+        "usercustomize.py",
+        "x.pth",
+    ]
+    assert sandbox.check("python3 -c 'import sys; sys.exit(3)'").status == 3
+    perl = "mkdir -p /etc/perl; echo 'exit 0' >/etc/perl/strict.pm; command -v perl"
+    if sandbox.run(perl).status == 0:
+        assert sandbox.check("perl -e 'use strict; exit 3'").status == 3
+
+
 def test_nothing_of_the_episode_runs_beside_the_check(sandbox):
     sandbox.run("echo wrong >/answer; (setsid sh -c 'sleep 0.5; echo right >/answer' &); sleep 0.1")
     assert sandbox.check("sleep 1; grep -q right /answer").status != 0

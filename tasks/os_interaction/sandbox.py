@@ -187,12 +187,16 @@ class Namespaces:
         # lies in mounts of its own.
         command += ["--bind", f"{STORE}/etc", "/etc", "--ro-bind", "/etc/alternatives", "/etc/alternatives"]
         command += ["--ro-bind", "/etc/ld.so.cache", "/etc/ld.so.cache", "--ro-bind", "/dev/null", "/etc/ld.so.preload"]
+        for place in (*Path("/etc").glob("python3*"), Path("/etc/perl"), *Path("/usr/local/lib").glob("python3*")):
+            if place.is_dir():  # an interpreter runs what lies there before the check's own program
+                command += ["--ro-bind", str(place), str(place)]
         command += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{STORE}/shm", "/dev/shm", "--remount-ro", "/dev"]
         command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
         command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
         command += [word for name in CAPABILITIES for word in ("--cap-add", f"CAP_{name}")]
         command += ["--seccomp", str(filter_fd), "--json-status-fd", str(status_writer), "--clearenv"]
-        for name, value in {"PATH": path, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "TERM": "dumb"}.items():
+        variables = {"PATH": path, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "TERM": "dumb"}
+        for name, value in (variables | {"PYTHONNOUSERSITE": "1"}).items():
             command += ["--setenv", name, value]
         command += ["--chdir", "/root", "--", "bash", "-c", script]
         try:
