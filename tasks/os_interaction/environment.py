@@ -4,7 +4,7 @@
     trainer = GRPOTrainer(model, args=..., train_dataset=Dataset.from_list(training_rows()),
                           environment_factory=environment_factory())
 
-    python -m tasks.os_interaction.environment [port=8001] [name=value ...]      an OpenEnv server (pip install openenv)
+    python -m tasks.os_interaction.environment [port=8001] [name=value ...]      an OpenEnv server (pip install openenv==0.10.0)
 
 TRL's trainer calls reset with a row's columns, offers the public methods to the model as tools, and asks for the
 reward at the end. OpenEnv's clients send an action (`commands`, or `finish`) and get an observation.
@@ -139,7 +139,7 @@ def openenv_application(entries: Sequence[Entry], make: Callable, rules: Any, mo
     try:
         from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
     except ImportError as error:
-        raise ConfigError(f"OpenEnv is not installed ({error}): pip install openenv") from None
+        raise ConfigError(f"OpenEnv is not installed ({error}): pip install openenv==0.10.0") from None
     by_name = {entry.name: entry for entry in entries}
 
     class ShellAction(Action):
