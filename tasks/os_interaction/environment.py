@@ -4,7 +4,7 @@
     trainer = GRPOTrainer(model, args=..., train_dataset=Dataset.from_list(training_rows()),
                           environment_factory=environment_factory())
 
-    python -m tasks.os_interaction.environment [port=8001] [name=value ...]      an OpenEnv server (pip install openenv==0.10.0)
+    python -m tasks.os_interaction.environment [port=8001] [name=value ...]      an OpenEnv server (the extra openenv)
 
 TRL's trainer calls reset with a row's columns, offers the public methods to the model as tools, and asks for the
 reward at the end. OpenEnv's clients send an action (`commands`, or `finish`) and get an observation.
