@@ -77,7 +77,7 @@ def one_pass(policy, compiled_one: bool, adapter: bool) -> tuple[torch.Tensor, t
 
 
 @pytest.mark.skipif(not compiled.compiler(), reason="there is no C++ compiler")
-@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-4), ("bfloat16", 3e-2)])
 def test_a_compiled_pass_says_what_the_model_says(dtype, near, tiny_folder, cache):
     policy, _ = load_policy(tiny_config(tiny_folder("llama"), dtype=dtype, learning_rate=0.03))
     randomize_adapter(policy)
