@@ -1,6 +1,7 @@
 """When a Ctrl-C takes effect, and how the program leaves when it is told to."""
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ def leave_on_signals(end_prompt: Callable[[], bool] = lambda: False) -> Iterator
     def leave(number: int, frame: Any) -> None:
         asked_to_leave.append(number)
         if len(asked_to_leave) == 1 and not end_prompt():
+            if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+                os._exit(0)  # its C++ code, being loaded, aborts at an exception; nothing has begun yet
             raise Leave
 
     asked_to_leave.clear()
