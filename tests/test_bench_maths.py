@@ -3,9 +3,9 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
+from support.bench import programs_here
 
 import evaluate
 import train
@@ -14,26 +14,15 @@ from lora_ppo.settings import ConfigError
 from tools.bench import maths as bench_maths
 from tools.bench import runs
 
+PROGRAMS = {"train.py": train, "evaluate.py": evaluate, "maths.py": bench_maths}
+
 
 @pytest.fixture
 def bench(llama, tmp_path, monkeypatch, capsys):
     """`bench(...)` runs it with two steps on a tiny model, all programs in this process; gives status and output."""
     calls = []
 
-    def call(command, folder=None, log=None):
-        calls.append(Path(command[1]).name + (f" {command[2]}" if command[2] == "--trl-run" else ""))
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", command[1:])
-            if command[2] == "--trl-run":
-                bench_maths.train_with_trl(command[3:])
-            else:
-                status = {"train.py": train, "evaluate.py": evaluate}[Path(command[1]).name].main()
-                if status:
-                    raise ConfigError(capsys.readouterr().err)
-        if folder:
-            (folder / "cost.json").write_text('{"wall_seconds": 1.0, "peak_mb": 2.0}')
-
-    monkeypatch.setattr(runs, "call", call)
+    monkeypatch.setattr(runs, "call", programs_here(monkeypatch, capsys, PROGRAMS, calls))
     monkeypatch.chdir(tmp_path)
 
     def bench(*arguments, **changes):
@@ -53,7 +42,7 @@ def bench(llama, tmp_path, monkeypatch, capsys):
 def test_every_arm_is_run_once_and_the_table_tells_what_is_there(bench, tmp_path):
     status, output, calls = bench("--arms", "grpo", "trl")
     assert status == 0, output
-    assert calls == ["train.py", "evaluate.py", "maths.py --trl-run", "evaluate.py"]
+    assert calls == ["train.py", "evaluate.py", "maths.py", "evaluate.py"]
     rows = [line for line in output.splitlines() if line.startswith(("| GRPO, 0", "| TRL"))]
     assert len(rows) == 2
     assert all(row.count("|") == len(bench_maths.HEADINGS) + 1 for row in rows)
@@ -118,10 +107,10 @@ def test_a_run_of_trl_that_was_killed_goes_on_as_if_it_had_not_been(bench, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(LineFile, "append", killed)
-        assert bench("--arms", "trl", **changes)[0] == 130
+        assert bench("--arms", "trl", **changes)[0] == 2  # its program ended with 130
     (tmp_path / "runs/trl_0/trainer/checkpoint-3").mkdir()  # and was begun
     status, output, calls = bench("--arms", "trl", **changes)
-    assert (status, calls) == (0, ["maths.py --trl-run", "evaluate.py"]), output
+    assert (status, calls) == (0, ["maths.py", "evaluate.py"]), output
     whole, resumed = (LineFile(tmp_path / root / "trl_0/train.log").read()[0] for root in ("whole", "runs"))
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
     for line in (*whole, *resumed):

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.bench import programs_here
 from test_shell_entries import row
 
 import evaluate
 import train
-from lora_ppo.settings import ConfigError
 from tasks.os_interaction import split
 from tasks.os_interaction.entries import read_entries
 from tools import warm_start
@@ -26,16 +26,7 @@ def bench(llama, tmp_path, monkeypatch, capsys, sandboxes):
     pytest.importorskip("fastapi")
     calls = []
 
-    def call(command, folder=None, log=None):
-        calls.append(Path(command[1]).name)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", command[1:])
-            if PROGRAMS[calls[-1]].main():
-                raise ConfigError(capsys.readouterr().err.strip())
-        if folder:
-            (folder / "cost.json").write_text('{"wall_seconds": 60.0, "peak_mb": 2.0}')
-
-    monkeypatch.setattr(runs, "call", call)
+    monkeypatch.setattr(runs, "call", programs_here(monkeypatch, capsys, PROGRAMS, calls))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     own = tmp_path / "own"
     own.mkdir()

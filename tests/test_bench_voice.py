@@ -2,13 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from support.bench import programs_here
 
 import evaluate
 import train
-from lora_ppo.settings import ConfigError
 from lora_ppo.watching import distinct
 from tools import train_reward_model
 from tools.bench import runs
@@ -23,17 +22,7 @@ def bench(llama, tmp_path, monkeypatch, capsys):
     """`bench(...)` runs it with two steps on a tiny model, all programs in this process; gives status and output."""
     calls = []
 
-    def call(command, folder=None, log=None):
-        name = Path(command[1]).name
-        calls.append(name)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", command[1:])
-            if PROGRAMS[name].main():
-                raise ConfigError(capsys.readouterr().err.strip())
-        if folder:
-            (folder / "cost.json").write_text('{"wall_seconds": 1.0, "peak_mb": 2.0}')
-
-    monkeypatch.setattr(runs, "call", call)
+    monkeypatch.setattr(runs, "call", programs_here(monkeypatch, capsys, PROGRAMS, calls))
     monkeypatch.chdir(tmp_path)
     small = tmp_path / "data"  # of each topic a few
     small.mkdir()

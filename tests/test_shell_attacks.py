@@ -359,14 +359,15 @@ def test_the_check_runs_with_programs_of_its_own(sandbox, attack):
 def test_a_check_in_python_runs_nothing_of_the_episode(sandbox):
     where = (
         "import sys, os; v = f'python3.{sys.version_info[1]}'; own = 'import os; os._exit(0)'\n"
-        "for place in (f'/usr/local/lib/{v}/dist-packages', f'/etc/{v}', f'/root/.local/lib/{v}/site-packages'):\n"
+        "own_site = os.path.expanduser(f'~/.local/lib/{v}/site-packages')\n"
+        "for place in (f'{sys.prefix}/local/lib/{v}/dist-packages', f'/etc/{v}', own_site):\n"
         "    for name in ('sitecustomize.py', 'usercustomize.py', 'x.pth'):\n"
         "        try:\n"
         "            os.makedirs(place, exist_ok=True); open(f'{place}/{name}', 'w').write(own)\n"
         "        except OSError: pass\n"
     )
     sandbox.run("python3 -", stdin=where.encode())
-    assert sandbox.run("ls /root/.local/lib/python3*/site-packages").output.split() == [
+    assert sandbox.run("ls ~/.local/lib/python3*/site-packages").output.split() == [
         "sitecustomize.py",
         "usercustomize.py",
         "x.pth",

@@ -214,3 +214,11 @@ def test_a_program_that_is_told_to_leave_while_it_loads_its_libraries_leaves(lla
         program.send_signal(signal.SIGTERM)
         _, errors = program.communicate(timeout=60)
     assert (program.returncode, errors) == (0, b"")
+
+
+def test_a_signal_while_torch_is_being_loaded_raises_nothing_into_its_code(tmp_path):
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nprint('went on')\n")
+    code = "from lora_ppo.signals import leave_on_signals\nwith leave_on_signals():\n    import torch"
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -155,7 +155,7 @@ def train(config: RewardSettings) -> dict[str, Any]:
     config = replace(config, device=device, model_name=name)
     torch.manual_seed(config.seed)  # of the head's first weights
     model, tokenizer = load_base(config, classifier=True)
-    rows, context = [], model.config.max_position_embeddings
+    rows, context = [], getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for pair in [*train_pairs, *held_out]:
         row = {f"{side}_ids": reply_ids(tokenizer, pair.messages, getattr(pair, side)) for side in SIDES}
         if (longest := max(map(len, row.values()))) > context:

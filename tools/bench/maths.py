@@ -32,7 +32,7 @@ from lora_ppo.settings import parse  # noqa: E402
 from lora_ppo.terminal import program  # noqa: E402
 from tasks.arithmetic import held_out, sums  # noqa: E402
 from tools.bench import runs  # noqa: E402
-from tools.bench.runs import difference, minutes  # noqa: E402
+from tools.bench.runs import cost_of, difference, minutes  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 GRPO = ["samples_per_epoch=224", "normalize_groups=true"]
@@ -209,7 +209,6 @@ def figures(folder: Path) -> dict[str, Any] | None:
     curve = {line["step"]: line["eval_accuracy"] for line in lines if "eval_accuracy" in line}
     late = [share for step, share in curve.items() if step > len(steps) * 2 / 3]
     flat = [line["equal_groups"] for line in steps if "equal_groups" in line]
-    cost = folder / "cost.json"
     base, adapter = record["models"]
     answers = [list(row.values())[1:] for row in record["answers"]]
     return {
@@ -220,7 +219,7 @@ def figures(folder: Path) -> dict[str, Any] | None:
         "seconds": sum(line["seconds"] for line in steps),
         "flat": fmean(flat) if flat else None,
         "worst_late": max(curve.values()) - min(late) if late else None,
-        "peak_mb": json.loads(cost.read_text())["peak_mb"] if cost.exists() else None,  # none where it was killed
+        **cost_of(folder),
     }
 
 
@@ -256,7 +255,7 @@ def table(root: Path, seeds: Sequence[int]) -> list[str]:
                 f"{percent(base['cut_off_share'])}, {percent(adapter['cut_off_share'])}",
                 str(found["answers"]),
                 f"{found['seconds']:.0f}",
-                "-" if found["peak_mb"] is None else f"{found['peak_mb']:.0f}",
+                f"{found['peak_mb']:.0f}",
                 "-" if found["flat"] is None else f"{found['flat']:.1f} of 8",
                 "-" if found["worst_late"] is None else f"{100 * found['worst_late']:.1f} points",
             ]

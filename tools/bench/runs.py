@@ -6,6 +6,7 @@ the models answered. What was stopped goes on from its last checkpoint, what is 
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -125,6 +126,12 @@ def say(log: Path, text: str) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def cost_of(folder: Path) -> dict[str, float]:
+    """Seconds and memory that `call` noted; nan where it was killed before it could."""
+    file = folder / "cost.json"
+    return json.loads(file.read_text()) if file.exists() else {"wall_seconds": math.nan, "peak_mb": math.nan}
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:

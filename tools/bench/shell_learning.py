@@ -17,7 +17,6 @@ the folder is `runs/shell_validation`: settings are never chosen on the held-out
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from lora_ppo.terminal import program  # noqa: E402
 from tasks.os_interaction import split  # noqa: E402
 from tasks.os_interaction.entries import OWN, read_entries  # noqa: E402
 from tools.bench import runs  # noqa: E402
-from tools.bench.runs import difference, minutes, say, state, steps_of  # noqa: E402
+from tools.bench.runs import cost_of, difference, minutes, say, state, steps_of  # noqa: E402
 from tools.bench.shell import start  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -123,7 +122,6 @@ def figures(folder: Path) -> dict[str, Any] | None:
     steps = steps_of(folder)
     answers = [list(row.values())[2:] for row in record["answers"]]  # question, base, warm start, adapter
     known = [[one["verdict"] for one in both] for both in answers]
-    cost = folder / "cost.json"
     return {
         "models": record["models"],
         "right": [(here == "correct", there == "correct") for there, here in known if "unknown" not in (there, here)],
@@ -131,9 +129,7 @@ def figures(folder: Path) -> dict[str, Any] | None:
         "episodes": sum(line["answers"] for line in steps),
         "seconds": sum(line["seconds"] for line in steps),
         "kl": fmean(line["kl"] for line in steps[-4:]),
-        "wall_seconds": math.nan,  # where the benchmark was killed and its program was not
-        "peak_mb": math.nan,
-        **(json.loads(cost.read_text()) if cost.exists() else {}),
+        **cost_of(folder),
     }
 
 

@@ -20,7 +20,6 @@ need a name of their own. Memory is measured by voice_memory.py.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from lora_ppo.watching import distinct  # noqa: E402
 from tasks.voice import DATA, load_topics  # noqa: E402
 from tasks.voice_rules import keeps  # noqa: E402
 from tools.bench import runs  # noqa: E402
-from tools.bench.runs import difference, minutes, newest, say, state  # noqa: E402
+from tools.bench.runs import cost_of, difference, minutes, newest, say, state  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 PRESET = ROOT / "configs/voice_smollm2.yaml"
@@ -128,9 +127,7 @@ def figures(folder: Path) -> dict[str, Any] | None:
         "seconds": sum(line["seconds"] for line in steps),
         "parameters": sum(tensor.numel() for tensor in tensors_in(file.parent, "adapter_model").values()),
         "bytes": file.stat().st_size,
-        "wall_seconds": math.nan,  # where the benchmark was killed and its program was not
-        "peak_mb": math.nan,
-        **(json.loads((folder / "cost.json").read_text()) if (folder / "cost.json").exists() else {}),
+        **cost_of(folder),
     }
 
 
