@@ -30,9 +30,9 @@ from lora_ppo.rewards import (
     load_reward_model,
     reply_ids,
 )
-from lora_ppo.settings import ConfigError
+from lora_ppo.settings import ConfigError, parse
 from tasks.pairs import harder, read_pairs
-from tools.train_reward_model import measure
+from tools.train_reward_model import RewardSettings, measure, own
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATS = [([{"role": "user", "content": f"What is {i}?"}], text) for i, text in enumerate(["Rome.", "It is 4" * 9, "?"])]
@@ -418,3 +418,25 @@ def test_an_encoder_is_a_reward_model(tmp_path):
     with torch.no_grad():
         wanted = [model(**{name: torch.tensor([ids]) for name, ids in row.items()}).logits.item() for row in rows]
     assert reward.score(chats) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_own_replies_are_the_base_s_under_the_role_of_the_policy(llama, tmp_path):
+    rows = pairs(4)
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("tutor: {system: Be brief., examples: []}", "utf-8")
+    words = [f"model_name={llama}", "device=cpu", "dtype=float32", f"prompts={prompts}", "temperature=0.001"]
+    config = parse(RewardSettings, [*words, "own_replies=2", "max_new_tokens=6"])
+    given = read_pairs("pairs", str(write_lines(tmp_path / "pairs", rows)))
+    found = own(config, [*given, *harder(given, ["crossed"])])
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    wanted = []
+    for row in rows:
+        said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["prompt"]}]
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        made = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
+        wanted += 2 * [(row["chosen"], tokenizer.decode(made, skip_special_tokens=True).strip())]
+    assert [(pair.chosen, pair.rejected) for pair in found] == [pair for pair in wanted if pair[1]]
+    assert wanted[0][1]
+    at_random = own(replace(config, temperature=1.5), given)
+    assert len({pair.rejected for pair in at_random}) > 4

@@ -23,7 +23,7 @@ from lora_ppo.evaluation import write_json
 from lora_ppo.files import utf8_path
 from lora_ppo.loading import base_name, load_base, silence_libraries, weight_files
 from lora_ppo.rewards import REWARD_FILE, RewardModel, pad_id, reply_ids
-from lora_ppo.settings import BUNDLED_MODEL, ConfigError, Settings, from_command_line, setting
+from lora_ppo.settings import BUNDLED_MODEL, ConfigError, Settings, from_command_line, parse, setting
 from lora_ppo.statistics import wilson_interval
 from lora_ppo.step import out_of_memory
 from lora_ppo.stored import fingerprint
@@ -31,6 +31,7 @@ from lora_ppo.streams import run_program
 from lora_ppo.terminal import program
 from tasks.pairs import MADE, Pair, apart, harder, read_pairs
 
+AT_ONCE = 32  # of the base's own replies
 BINS = 10  # of the margins' histogram
 SIDES = ("chosen", "rejected")
 
@@ -44,6 +45,12 @@ class RewardSettings(Settings):
         "pairs made of them, to train on, too: mismatched (the worse side is the chosen reply to another prompt), "
         "crossed (it begins as the chosen reply and ends as the rejected one)",
     )
+    own_replies: int = setting(
+        0, "replies of the base itself to each prompt, as the worse sides of more pairs: what a policy begins with"
+    )
+    prompts: str = setting("", "YAML file of prompts with the role under which it replies (tutor), as the policy's")
+    temperature: float = setting(0.7, "sampling temperature of its replies")
+    max_new_tokens: int = setting(56, "longest of its replies, in tokens")
     test_share: float = setting(0.2, "share of the topics that are held out; without topics, of the pairs")
     output_dir: str = setting("runs/reward", "where the reward adapter is written")
     model_name: str = setting("auto", "the base, as the policy names it; auto: the bundled model", "the model")
@@ -73,9 +80,11 @@ def load(config: RewardSettings) -> tuple[list[Pair], list[Pair]]:
         raise ConfigError("pairs=FILE is missing: JSON lines with prompt, chosen and rejected")
     if not 0 < config.test_share < 1:
         raise ConfigError(f"test_share={config.test_share:g} is out of range: expected above 0 and below 1")
-    for name, least in {"num_epochs": 1, "center": 0}.items():
+    for name, least in {"num_epochs": 1, "center": 0, "own_replies": 0, "max_new_tokens": 1}.items():
         if getattr(config, name) < least:
             raise ConfigError(f"{name}={getattr(config, name):g} is out of range: expected at least {least}")
+    if not config.temperature > 0:
+        raise ConfigError(f"temperature={config.temperature:g} is out of range: expected above 0")
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed={config.seed} is out of range: expected 0 to {2**32 - 1}, for NumPy")
     if unknown := set(config.more_pairs) - set(MADE):
@@ -103,6 +112,37 @@ def split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
     if len(tests) == len(groups):
         raise ConfigError(f"pairs holds {len(groups)} topics, and test_share={share:g} leaves none to train on")
     return [p for p in pairs if group(p) not in tests], [p for p in pairs if group(p) in tests]
+
+
+def own(config: RewardSettings, pairs: Sequence[Pair]) -> list[Pair]:
+    """The chosen reply of each pair beside each of the base's own replies to its prompt, under the tutor's role.
+
+    Replies without text are left out, and those that are the chosen one. Raises ConfigError.
+    """
+    import torch
+
+    from lora_ppo.chat import encode_chat
+    from lora_ppo.generate import Request, replies
+    from lora_ppo.loading import load_policy
+    from train import TrainConfig
+
+    names = "model_name device load_in_4bit dtype prompts max_new_tokens seed".split()
+    values = {name: getattr(config, name) for name in names} | {"top_p": 1.0}
+    policy, _ = load_policy(parse(TrainConfig, [], values))
+    role, tokenizer, made = policy.prompts.tutor, policy.tokenizer, []
+    torch.manual_seed(config.seed)
+    once = {pair.line: pair for pair in pairs}.values()
+    for pair in [pair for pair in once for _ in range(config.own_replies)]:
+        *before, last = pair.messages
+        asked = pair.messages if before else role.messages(last["content"])
+        made.append((pair, Request(encode_chat(tokenizer, list(asked)), config.temperature)))
+    found = []
+    for start in range(0, len(made), AT_ONCE):
+        some = made[start : start + AT_ONCE]
+        for (pair, _), ids in zip(some, replies(policy, [request for _, request in some]), strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            found += [replace(pair, rejected=text)] if text not in ("", pair.chosen) else []
+    return found
 
 
 def measure(reward: RewardModel, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -153,6 +193,8 @@ def train(config: RewardSettings) -> dict[str, Any]:
     device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
     name = str(BUNDLED_MODEL) if config.model_name == "auto" else config.model_name
     config = replace(config, device=device, model_name=name)
+    if config.own_replies:
+        train_pairs += own(config, train_pairs)
     torch.manual_seed(config.seed)  # of the head's first weights
     model, tokenizer = load_base(config, classifier=True)
     rows, context = [], getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

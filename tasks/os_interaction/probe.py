@@ -135,6 +135,9 @@ def advice() -> str:
     switch = Path("/proc/sys/kernel/unprivileged_userns_clone")
     if switch.exists() and switch.read_text().strip() == "0":
         return "; sudo sysctl kernel.unprivileged_userns_clone=1 allows user namespaces"
+    kinds = Path("/proc/filesystems")
+    if kinds.exists() and "overlay" not in kinds.read_text().split():
+        return "; this kernel has no overlay file system: sudo modprobe overlay loads it, where there is one"
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
         return "; in a container: give it --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
     return ""

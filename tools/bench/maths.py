@@ -46,7 +46,9 @@ COMMON = [  # 28 steps of 64 answers
     *("model_name=smollm2", "device=cpu", "learning_rate=0.0002", "eval_samples=240", "eval_every=7"),
     "target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
 ]
-TESTED = "task problems test_share model_name device load_in_4bit dtype temperature top_p max_new_tokens".split()
+TESTED = (
+    "task problems test_share model_name device load_in_4bit dtype prompts temperature top_p max_new_tokens"
+).split()
 PASSES = 4  # that make one step of TRL's: in one, the activations of 64 answers take more than 16 GB
 EVALUATION = ["levels=1,2,3", "seed=0"]  # the same for every run, whatever it was trained on
 

@@ -40,7 +40,7 @@ from train import TrainConfig  # noqa: E402
 PRESET = ROOT / "configs/os_smollm2.yaml"
 ARMS = {  # what the table calls it, its own settings
     "ppo": ("PPO, value head", []),
-    "grpo": ("GRPO", ["algorithm=grpo", "group_size=8"]),
+    "grpo": ("GRPO", ["algorithm=grpo", "group_size=8", "samples_per_epoch=28"]),
     "control": ("PPO, random rewards", ["control=random"]),
 }
 ALIKE = (

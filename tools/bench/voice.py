@@ -52,8 +52,8 @@ ARMS = {  # what the table calls it, its own settings
     "all": ("rank 1 on all linear layers", [f"target_modules={ATTENTION},{MLP}"]),
 }
 TESTED = (
-    "task model_name device load_in_4bit dtype temperature top_p max_new_tokens reward_model topics topic_order "
-    "steps_per_topic score_clip test_share"
+    "task model_name device load_in_4bit dtype prompts temperature top_p max_new_tokens "
+    "reward_model topics topic_order steps_per_topic score_clip test_share"
 ).split()
 LAST_TOPICS = 5  # of those to train on, to measure on with --validation
 
