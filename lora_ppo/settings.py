@@ -33,9 +33,9 @@ BUNDLED_LEARNING_RATE = 8e-5
 
 # Settings that name files or folders, or may.
 PATHS = (
-    "model_name prompts checkpoint_dir log_dir resume questions output_dir resume_from adapter merged_model_path "
-    "output_file baseline functions problems pairs held_out reward_model topics entries opening record_dir warm_dir "
-    "server_token token_file"
+    "model_name prompts better_prompts checkpoint_dir log_dir resume questions output_dir resume_from adapter "
+    "merged_model_path output_file baseline functions problems pairs held_out reward_model topics entries opening "
+    "record_dir warm_dir server_token token_file"
 ).split()
 
 

@@ -38,6 +38,7 @@ def bench(llama, tmp_path, monkeypatch, capsys, sandboxes):
         words = ["--folder", str(tmp_path / "runs"), "--seeds", "0", "--samples", "3", *arguments]
         words += ["--warm-set", *(f"{name}={value}" for name, value in tiny.items()), "warm_epochs=1", "lora_r=4"]
         tiny |= {"lora_r": 4, "samples_per_epoch": 8, "batch_size": 8, "mini_batch_size": 8, "num_epochs": 1}
+        tiny["gradient_accumulation_steps"] = 1
         words += ["--set", *(f"{name}={value}" for name, value in (tiny | {"eval_samples": 2} | changes).items())]
         monkeypatch.setattr(sys, "argv", ["shell_learning.py", *words])
         calls.clear()

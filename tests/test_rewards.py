@@ -306,6 +306,9 @@ def test_a_kind_of_harder_pairs_that_is_unknown_is_refused(tmp_path, capsys):
     [
         (["target_modules=foo_proj"], "error: model_name="),
         (["seed=4294967296"], "error: seed=4294967296 is out of range"),
+        (["better_prompts=prompts/voice/tutor.yaml"], "error: better_prompts is for replies of the base itself"),
+        (["own_replies=1", "better_prompts=nowhere.yaml"], "error: better_prompts=nowhere.yaml: No such"),
+        (["own_replies=-1"], "error: own_replies=-1 is out of range"),
     ],
 )
 def test_a_setting_that_can_t_be_trained_with_is_one_line(words, told, llama, tmp_path, capsys):
@@ -420,23 +423,32 @@ def test_an_encoder_is_a_reward_model(tmp_path):
     assert reward.score(chats) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_own_replies_are_the_base_s_under_the_role_of_the_policy(llama, tmp_path):
-    rows = pairs(4)
-    prompts = tmp_path / "prompts.yaml"
-    prompts.write_text("tutor: {system: Be brief., examples: []}", "utf-8")
-    words = [f"model_name={llama}", "device=cpu", "dtype=float32", f"prompts={prompts}", "temperature=0.001"]
+def test_own_replies_are_the_base_s_under_a_role_and_the_better_ones_under_another(llama, tmp_path):
+    rows, files = pairs(4), [tmp_path / "worse.yaml", tmp_path / "better.yaml"]
+    for file, words in zip(files, ("Be brief.", "Be kind."), strict=True):
+        file.write_text(f"tutor: {{system: {words}, examples: [{{user: 'So?', assistant: Yes.}}]}}", "utf-8")
+    words = [f"model_name={llama}", "device=cpu", "dtype=float32", f"prompts={files[0]}", "temperature=0.001"]
     config = parse(RewardSettings, [*words, "own_replies=2", "max_new_tokens=6"])
+    rows[0]["prompt"] = [{"role": "system", "content": "Shout."}, {"role": "user", "content": "What is 0?"}]
     given = read_pairs("pairs", str(write_lines(tmp_path / "pairs", rows)))
-    found = own(config, [*given, *harder(given, ["crossed"])])
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    wanted = []
-    for row in rows:
-        said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["prompt"]}]
+
+    def greedy(number, words):
+        said = [{"role": "system", "content": words}, {"role": "user", "content": "So?"}]
+        said += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": f"What is {number}?"}]
         ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         made = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
-        wanted += 2 * [(row["chosen"], tokenizer.decode(made, skip_special_tokens=True).strip())]
-    assert [(pair.chosen, pair.rejected) for pair in found] == [pair for pair in wanted if pair[1]]
-    assert wanted[0][1]
+        return tokenizer.decode(made, skip_special_tokens=True).strip()
+
+    worse, better = ([greedy(i, words) for i in range(4) for _ in range(2)] for words in ("Be brief.", "Be kind."))
+    assert all(worse)
+    found = own(config, [*given, *harder(given, ["crossed"])])  # each prompt once
+    assert [pair.rejected for pair in found] == worse
+    assert [pair.chosen for pair in found] == [row["chosen"] for row in rows for _ in range(2)]
+    found = own(replace(config, better_prompts=str(files[1])), given)
+    sides = [(a, b) for a, b in zip(better, worse, strict=True) if a and a != b]
+    assert len(sides) > 2
+    assert [(pair.chosen, pair.rejected) for pair in found] == sides
     at_random = own(replace(config, temperature=1.5), given)
     assert len({pair.rejected for pair in at_random}) > 4

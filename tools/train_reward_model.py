@@ -19,11 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lora_ppo.chat import Message, encode_chat
 from lora_ppo.evaluation import write_json
 from lora_ppo.files import utf8_path
 from lora_ppo.loading import base_name, load_base, silence_libraries, weight_files
+from lora_ppo.policy import Policy
+from lora_ppo.prompts import Role, load_prompts
 from lora_ppo.rewards import REWARD_FILE, RewardModel, pad_id, reply_ids
-from lora_ppo.settings import BUNDLED_MODEL, ConfigError, Settings, from_command_line, parse, setting
+from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, ConfigError, Settings, from_command_line, parse, setting
 from lora_ppo.statistics import wilson_interval
 from lora_ppo.step import out_of_memory
 from lora_ppo.stored import fingerprint
@@ -49,6 +52,11 @@ class RewardSettings(Settings):
         0, "replies of the base itself to each prompt, as the worse sides of more pairs: what a policy begins with"
     )
     prompts: str = setting("", "YAML file of prompts with the role under which it replies (tutor), as the policy's")
+    better_prompts: str = setting(
+        "",
+        "YAML file with a role under which it replies better: such replies are then the other sides (contrast "
+        "distillation, arXiv 2307.12950); empty: the chosen replies are",
+    )
     temperature: float = setting(0.7, "sampling temperature of its replies")
     max_new_tokens: int = setting(56, "longest of its replies, in tokens")
     test_share: float = setting(0.2, "share of the topics that are held out; without topics, of the pairs")
@@ -89,6 +97,13 @@ def load(config: RewardSettings) -> tuple[list[Pair], list[Pair]]:
         raise ConfigError(f"seed={config.seed} is out of range: expected 0 to {2**32 - 1}, for NumPy")
     if unknown := set(config.more_pairs) - set(MADE):
         raise ConfigError(f"more_pairs={','.join(sorted(unknown))} is unknown: expected some of {', '.join(MADE)}")
+    if config.better_prompts and not config.own_replies:
+        raise ConfigError("better_prompts is for replies of the base itself: set own_replies to 1 or more")
+    for name in ("prompts", "better_prompts"):
+        try:
+            load_prompts(*filter(None, [getattr(config, name)]), DEFAULT_PROMPTS)
+        except ConfigError as error:
+            raise ConfigError(f"{name}={str(error).removeprefix('prompts=')}") from None
     if Path(config.output_dir).exists() and any(Path(config.output_dir).iterdir()):
         raise ConfigError(f"output_dir={config.output_dir} is not empty: name another folder")
     train = read_pairs("pairs", config.pairs)
@@ -115,34 +130,40 @@ def split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
 
 
 def own(config: RewardSettings, pairs: Sequence[Pair]) -> list[Pair]:
-    """The chosen reply of each pair beside each of the base's own replies to its prompt, under the tutor's role.
+    """Pairs with the base's own replies to the prompts of `pairs`, under the tutor's role, as the worse sides.
 
-    Replies without text are left out, and those that are the chosen one. Raises ConfigError.
+    The better ones are the chosen replies, or with better_prompts more of the base's, under that file's role. Pairs
+    with an empty side or equal ones are left out. Raises ConfigError.
     """
     import torch
 
-    from lora_ppo.chat import encode_chat
-    from lora_ppo.generate import Request, replies
     from lora_ppo.loading import load_policy
     from train import TrainConfig
 
     names = "model_name device load_in_4bit dtype prompts max_new_tokens seed".split()
     values = {name: getattr(config, name) for name in names} | {"top_p": 1.0}
     policy, _ = load_policy(parse(TrainConfig, [], values))
-    role, tokenizer, made = policy.prompts.tutor, policy.tokenizer, []
+    roles = {"rejected": policy.prompts.tutor}
+    if config.better_prompts:
+        roles["chosen"] = load_prompts(config.better_prompts, DEFAULT_PROMPTS).tutor
     torch.manual_seed(config.seed)
-    once = {pair.line: pair for pair in pairs}.values()
-    for pair in [pair for pair in once for _ in range(config.own_replies)]:
-        *before, last = pair.messages
-        asked = pair.messages if before else role.messages(last["content"])
-        made.append((pair, Request(encode_chat(tokenizer, list(asked)), config.temperature)))
-    found = []
-    for start in range(0, len(made), AT_ONCE):
-        some = made[start : start + AT_ONCE]
-        for (pair, _), ids in zip(some, replies(policy, [request for _, request in some]), strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            found += [replace(pair, rejected=text)] if text not in ("", pair.chosen) else []
-    return found
+    made = [pair for pair in {pair.line: pair for pair in pairs}.values() for _ in range(config.own_replies)]
+    for side, role in roles.items():
+        said = replies_under(role, policy, [pair.messages for pair in made], config.temperature)
+        made = [replace(pair, **{side: text}) for pair, text in zip(made, said, strict=True)]
+    return [pair for pair in made if pair.chosen and pair.rejected and pair.chosen != pair.rejected]
+
+
+def replies_under(role: Role, policy: Policy, chats: Sequence[Sequence[Message]], temperature: float) -> list[str]:
+    """A policy's replies to chats, whose system texts a role's system text and examples take the place of."""
+    from lora_ppo.generate import Request, replies
+
+    opening, said = role.messages("")[:-1], []
+    asked = [[*opening, *(message for message in chat if message["role"] != "system")] for chat in chats]
+    requests = [Request(encode_chat(policy.tokenizer, messages), temperature) for messages in asked]
+    for start in range(0, len(requests), AT_ONCE):
+        said += replies(policy, requests[start : start + AT_ONCE])
+    return [policy.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
 
 
 def measure(reward: RewardModel, pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class WarmConfig(TrainConfig):
     """Training's settings, so that one file serves both, and those of the warm start."""
 
     warm_dir: str = setting("runs/os_warm", "folder of the checkpoint that is written", group="the warm start")
-    warm_epochs: int = setting(8, "passes over the training entries")
+    warm_epochs: int = setting(3, "passes over the training entries")
     warm_learning_rate: float = setting(2e-4, "learning rate of the warm start")
     warm_batch_size: int = setting(8, "entries in one step")
 
