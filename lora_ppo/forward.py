@@ -25,6 +25,14 @@ class Batch:
         """How many real tokens stand before each (B, P + T); 0 on the padding at the left."""
         return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
+    def rows(self, rows: Sequence[int]) -> "Batch":
+        """The batch of some rows, without the columns that are padding in all of them."""
+        ids, real, mask = (x[rows] for x in (self.input_ids, self.attention_mask, self.response_mask))
+        prompt, response = real.any(0).split([real.shape[1] - mask.shape[1], mask.shape[1]])
+        first, t = len(prompt) - int(prompt.sum()), max(int(response.sum()), 1)
+        end = len(prompt) + t
+        return Batch(ids[:, first:end], real[:, first:end], mask[:, :t])
+
 
 def collate(
     prompts: Sequence[Sequence[int]],

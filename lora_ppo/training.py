@@ -55,12 +55,10 @@ class Experience:
     def rows(self, rows: Sequence[int]) -> "Experience":
         if self.first:
             return self
-        mine = [getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("batch", "first", "logits")]
-        return Experience(batch_rows(self.batch, rows), *mine)
-
-
-def batch_rows(batch: Batch, rows: Sequence[int]) -> Batch:
-    return Batch(batch.input_ids[rows], batch.attention_mask[rows], batch.response_mask[rows])
+        batch = self.batch.rows(rows)
+        t, names = batch.response_mask.shape[1], (f.name for f in fields(self))
+        mine = [getattr(self, name)[rows, :t] for name in names if name not in ("batch", "first", "logits")]
+        return Experience(batch, *mine)
 
 
 def chunks(items: Sequence, size: int) -> list[Sequence]:
@@ -209,6 +207,7 @@ def observe(policy: Policy, accelerator: "Accelerator", config: Settings, batch:
     here. In the first update it is the current policy's, and the ratio is 1 up to rounding.
     """
     import torch
+    from torch.nn.functional import pad
 
     from lora_ppo import ppo
 
@@ -216,15 +215,17 @@ def observe(policy: Policy, accelerator: "Accelerator", config: Settings, batch:
     whole = in_one_pass(config, accelerator, count)
     fits = batch.response_mask.numel() * policy.head.weight.shape[0] <= KEPT_LOGITS
     for rows in chunks(range(count), rows_per_pass(config, accelerator)):
-        part = batch_rows(batch, rows)
+        part = batch.rows(rows)
         with torch.set_grad_enabled(whole):
             forward = token_logprobs_and_values(policy, part)
         logprobs, values, logits = (x.detach() for x in forward)
         with torch.no_grad():
             ref_logprobs, _, ref_logits = token_logprobs_and_values(policy, part, adapter=False)
-        seen.append((logprobs, ref_logprobs, values, ppo.exact_kl(logits, ref_logits, config.temperature)))
+        missing = batch.response_mask.shape[1] - logprobs.shape[1]
+        kl = ppo.exact_kl(logits, ref_logits, config.temperature)
+        seen.append(tuple(pad(x, (0, missing)) for x in (logprobs, ref_logprobs, values, kl)))
         if fits and config.target_kl:
-            kept.append(logits)
+            kept.append(pad(logits, (0, 0, 0, missing)))
     joined = [torch.cat(parts) for parts in zip(*seen, strict=True)]
     return *joined, torch.cat(kept) if kept else None, forward if whole else None
 
@@ -240,7 +241,8 @@ def gradients(
 
     def passes() -> dict[str, float]:
         sums = dict.fromkeys(LOSSES, 0.0)
-        for rows in chunks(range(len(experience.logprobs)), rows_per_pass(config, accelerator)):
+        shortest_first = experience.batch.attention_mask.sum(1).argsort().tolist()  # rows of a pass are padded alike
+        for rows in chunks(shortest_first, rows_per_pass(config, accelerator)):
             piece = experience.rows(rows)
             share = piece.batch.response_mask.sum().item() / tokens
             with gradient_dropout(policy), recomputing(policy):
@@ -297,7 +299,7 @@ def moved(
 
     def logits_before(part: Batch, rows: Sequence[int], after: Snapshot) -> "Tensor":
         if experience.logits is not None:
-            return experience.logits[rows]
+            return experience.logits[rows, : part.response_mask.shape[1]]
         policy.restore(before)
         with torch.no_grad():
             _, _, logits = token_logprobs_and_values(policy, part)
@@ -307,7 +309,7 @@ def moved(
     def distance() -> float:
         after, nats = policy.snapshot(), 0.0
         for rows in chunks(range(len(batch.input_ids)), rows_per_pass(config, accelerator)):
-            part = batch_rows(batch, rows)
+            part = batch.rows(rows)
             step_kl = trust_region(policy, part, logits_before(part, rows, after), 0.0)["step_kl"]
             tokens = part.response_mask.sum().item()
             nats += step_kl * tokens if tokens else 0.0
