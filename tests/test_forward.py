@@ -29,6 +29,20 @@ def test_collate_takes_every_response_token_for_chosen_without_a_mask():
     assert batch.response_mask.tolist() == [[True, True], [True, False]]
 
 
+def test_some_rows_are_padded_to_the_longest_of_themselves():
+    prompts, responses = [[5], [6, 7], [8, 9, 10]], [[1, 2, 3, 4], [5, 6], [7]]
+    chosen = [[True] * 4, [False, True], [True]]
+
+    def made(rows):
+        given = ([items[i] for i in rows] for items in (prompts, responses))
+        return collate(*given, PAD, torch.device("cpu"), [chosen[i] for i in rows])
+
+    whole = made(range(3))
+    for rows in ([2, 1], [0], [2], [1, 0], [0, 1, 2]):
+        for tensor, wanted in zip(vars(whole.rows(rows)).values(), vars(made(rows)).values(), strict=True):
+            assert torch.equal(tensor, wanted)
+
+
 @pytest.mark.parametrize("adapter", [True, False])
 def test_a_padded_batch_gives_what_its_rows_give_alone(adapter):
     policy, batch = make_policy(), make_batch()

@@ -48,6 +48,26 @@ def test_minibatches_and_accumulation_sum_to_the_gradient_of_the_batch(llama, ac
     assert any(g.abs().max() > 1e-3 for g in whole.values())
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_step_is_the_same_in_passes_of_any_size(llama, accelerator, monkeypatch, kept):
+    if not kept:
+        monkeypatch.setattr(training, "KEPT_LOGITS", 0)
+    wanted, widths = None, []
+    for size in (4, 2, 1):
+        policy, config = loaded(llama, mini_batch_size=size, gradient_accumulation_steps=4 // size, ppo_epochs=2)
+        trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
+        assert len({len(one.prompt) + len(one.response) for one in trajectories}) > 2
+        read = policy.read
+        policy.read = lambda read=read, **given: widths.append(given["input_ids"].shape[1]) or read(**given)
+        metrics = training.learn(policy, accelerator, config, trajectories)
+        names = [name for name, value in metrics.items() if isinstance(value, float)]
+        wanted = wanted or metrics
+        assert {"kl", "step_kl", "value", "loss", "grad_norm", "entropy"} <= set(names)
+        for name in names:
+            assert metrics[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), (size, name)
+    assert len(set(widths)) > 1  # none is padded to what the others need
+
+
 def test_minibatches_make_several_optimizer_steps(llama, accelerator):
     policy, config = loaded(llama, mini_batch_size=2, ppo_epochs=3)
     metrics = training.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
