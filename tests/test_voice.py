@@ -27,9 +27,10 @@ from lora_ppo.checkpoint import verify_checkpoint
 from lora_ppo.episodes import Outcome, play
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.loading import load_policy
+from lora_ppo.prompts import load_prompts
 from lora_ppo.report import by_level, write_report
 from lora_ppo.rewards import HEAD, RewardModel
-from lora_ppo.settings import ConfigError
+from lora_ppo.settings import DEFAULT_PROMPTS, ConfigError
 from lora_ppo.trainer import Training
 from lora_ppo.watching import bands, distinct, out_of_band, watch
 from tasks.voice import Sample, by_turns, course, load_topics
@@ -428,3 +429,12 @@ def test_the_divergence_settles_at_its_target_from_below_and_from_above(llama, a
         kl.append(training.learn(policy, accelerator, config, trajectories)["kl"])
     assert fmean(kl[:10]) > 3.0 if start else fmean(kl[:10]) < 1.0
     assert fmean(kl[-40:]) == pytest.approx(2.0, rel=0.2)
+
+
+def test_the_role_that_asks_for_the_voice_shows_it_and_gives_no_prompt_of_the_data_away():
+    role = load_prompts(ROOT / "prompts/voice/tutor.yaml", DEFAULT_PROMPTS).tutor
+    prompts = {row["prompt"] for rows in ROWS.values() for row in rows}
+    assert len(role.examples) == 4
+    for asked, reply in role.examples:
+        assert in_voice(reply), reply
+        assert asked not in prompts

@@ -42,6 +42,8 @@ from tools.bench.runs import cost_of, difference, minutes, newest, say, state  #
 from train import TrainConfig  # noqa: E402
 
 PRESET = ROOT / "configs/voice_smollm2.yaml"
+ROLE = f"prompts={ROOT / 'prompts/voice/tutor.yaml'}"
+REWARD = ["model_name=smollm2", "own_replies=2", ROLE, "num_epochs=1"]
 ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
 ARMS = {  # what the table calls it, its own settings
     "rank1": ("rank 1 on o, v, up, down", []),
@@ -93,7 +95,7 @@ def train_reward(root: Path, topics: Path, words: Sequence[str], log: Path) -> N
     say(log, "reward model: begins")
     trainer = [sys.executable, str(ROOT / "tools/train_reward_model.py")]
     pairs = [f"pairs={topics / 'train.jsonl'}", f"held_out={topics / 'test.jsonl'}"]
-    runs.call([*trainer, *pairs, "model_name=smollm2", f"output_dir={root / 'reward'}", *words], log=log)
+    runs.call([*trainer, *pairs, *REWARD, f"output_dir={root / 'reward'}", *words], log=log)
     say(log, "reward model: finished")
 
 
