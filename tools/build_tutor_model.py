@@ -294,7 +294,7 @@ def train(args) -> None:
     steps = int(args.tokens) // (ROW_TOKENS * ROWS)
 
     def loss_of(batch):
-        with torch.autocast(device.type, torch.bfloat16):
+        with in_bfloat16(device.type):
             logits = reply_logits(model, batch)
         losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
         return (losses * batch["weights"]).sum() / batch["weights"].sum()
@@ -342,6 +342,15 @@ def train(args) -> None:
     write_model(model, tokenizer, Path(args.output))
 
 
+def in_bfloat16(device: str):
+    """Products in bfloat16, where the device has instructions for them: elsewhere they are far slower."""
+    import torch
+
+    from lora_ppo.loading import multiplies_bfloat16
+
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or multiplies_bfloat16())
+
+
 def held_out_batches(tokenizer, seed: int = 1, facts: int = 256):
     """Fixed conversations in held-out phrasings, by role, for the curve in the log."""
     from lora_ppo.quiz import learner_text, quiz_json
@@ -378,7 +387,7 @@ def probe_figures(model, tokenizer, batches) -> dict:
     import torch
 
     figures = {}
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+    with torch.no_grad(), in_bfloat16(model.device.type):
         for role, batch in batches.items():
             batch = {k: v.to(model.device) for k, v in batch.items()}
             logits = reply_logits(model, batch)
