@@ -20,7 +20,7 @@ from tasks.os_interaction import AtOnce, ShellTask
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.episode import Rules, ShellEpisode, action, bash_reply, observation
 from tasks.os_interaction.plain import Docker, Nothing
-from tasks.os_interaction.probe import probe, running, sandbox_maker
+from tasks.os_interaction.probe import advice, probe, running, sandbox_maker
 from tasks.os_interaction.sandbox import Namespaces, Ran, SandboxFailed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -362,3 +362,12 @@ def test_what_can_not_be_played_is_one_line(tmp_path):
         assert told in done.stderr
         assert done.stderr.count("\n") == 1
     assert "mkdir-1 1 Make a directory called /srv/photos." in " ".join(program("--list").stdout.split())
+
+
+def test_a_kernel_without_overlay_is_named_where_that_is_what_failed(tmp_path):
+    failed, kinds = "mount: /mnt/usr: wrong fs type, bad option", tmp_path / "filesystems"
+    kinds.write_text("nodev\tsysfs\nnodev\toverlay\n\text4\n")
+    assert "overlay" not in advice(failed, kinds)
+    kinds.write_text("nodev\tsysfs\n\text4\n")
+    assert "this kernel has no overlay file system: sudo modprobe overlay" in advice(failed, kinds)
+    assert "overlay" not in advice("bwrap is not here", kinds)

@@ -69,7 +69,7 @@ def probe(make: Callable[[], Sandbox], kind: str, limits: Limits) -> None:
         sandbox = make()
     except SandboxFailed as failed:
         file.close()
-        raise ConfigError(f"sandbox={kind} does not work here: {failed}{advice()}") from None
+        raise ConfigError(f"sandbox={kind} does not work here: {failed}{advice(str(failed))}") from None
     try:
         with file as secret:
             name = secret.name
@@ -107,7 +107,7 @@ def probe(make: Callable[[], Sandbox], kind: str, limits: Limits) -> None:
             if kind == "namespaces" and running(marker):
                 raise ConfigError("sandbox=namespaces does not hold here: processes outlive their command")
     except SandboxFailed as failed:
-        raise ConfigError(f"sandbox={kind} does not work here: {failed}{advice()}") from None
+        raise ConfigError(f"sandbox={kind} does not work here: {failed}{advice(str(failed))}") from None
     finally:
         sandbox.close()
 
@@ -124,8 +124,10 @@ def running(marker: str) -> list[int]:
     return found
 
 
-def advice() -> str:
-    """What usually stands in the way, on this machine."""
+def advice(failed: str = "", kinds: Path = Path("/proc/filesystems")) -> str:
+    """What usually stands in the way, on this machine; `failed` is what was said, `kinds` lists its file systems."""
+    if "wrong fs type" in failed and kinds.exists() and "overlay" not in kinds.read_text().split():
+        return "; this kernel has no overlay file system: sudo modprobe overlay loads it, where there is one"
     restricted = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
     if restricted.exists() and restricted.read_text().strip() == "1":
         return (
@@ -135,9 +137,6 @@ def advice() -> str:
     switch = Path("/proc/sys/kernel/unprivileged_userns_clone")
     if switch.exists() and switch.read_text().strip() == "0":
         return "; sudo sysctl kernel.unprivileged_userns_clone=1 allows user namespaces"
-    kinds = Path("/proc/filesystems")
-    if kinds.exists() and "overlay" not in kinds.read_text().split():
-        return "; this kernel has no overlay file system: sudo modprobe overlay loads it, where there is one"
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
         return "; in a container: give it --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
     return ""
