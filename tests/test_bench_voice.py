@@ -34,10 +34,12 @@ def bench(llama, tmp_path, monkeypatch, capsys):
     def bench(*arguments, **changes):
         tiny = {"model_name": llama, "dtype": "float32", "samples_per_epoch": 8, "batch_size": 4, "device": "cpu"}
         tiny |= {"mini_batch_size": 4, "max_new_tokens": 4, "eval_samples": 6, "eval_every": 1}
-        tiny |= {"prompts": bench_voice.ROOT / "prompts/voice/tutor.yaml"} | changes
+        role = bench_voice.ROOT / "prompts/voice/tutor.yaml"
+        tiny |= {"prompts": role} | changes
         words = ["--folder", str(tmp_path / "runs"), "--seeds", "0", "--samples", "10", *arguments]
         words += ["--set", *(f"{name}={value}" for name, value in tiny.items())]
         words += ["--reward-set", f"model_name={llama}", "device=cpu", "dtype=float32", "lora_r=1", "max_new_tokens=2"]
+        words += [f"prompts={role}"]
         monkeypatch.setattr(sys, "argv", ["voice.py", *words])
         calls.clear()
         status = bench_voice.main()

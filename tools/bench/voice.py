@@ -42,8 +42,7 @@ from tools.bench.runs import cost_of, difference, minutes, newest, say, state  #
 from train import TrainConfig  # noqa: E402
 
 PRESET = ROOT / "configs/voice_smollm2.yaml"
-ROLE = f"prompts={ROOT / 'prompts/voice/tutor.yaml'}"
-REWARD = ["model_name=smollm2", "own_replies=2", ROLE, "num_epochs=1"]
+REWARD = ["model_name=smollm2", "own_replies=2", "prompts=prompts/voice/tutor.yaml", "num_epochs=1"]
 ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
 ARMS = {  # what the table calls it, its own settings
     "rank1": ("rank 1 on o, v, up, down", []),
@@ -89,7 +88,7 @@ def train_reward(root: Path, topics: Path, words: Sequence[str], log: Path) -> N
     Raises ConfigError where the program fails, and where the adapter that is there has other settings or pairs.
     """
     digests = {f"{split} pairs": sha256(topics / f"{split}.jsonl") for split in ("train", "test")}
-    runs.same_settings(root, {"reward_set": list(words), **digests})
+    runs.same_settings(root, {"reward_set": [*REWARD, *words], **digests})
     if (root / "reward" / "evaluation.json").exists():
         return
     say(log, "reward model: begins")
