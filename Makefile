@@ -10,7 +10,7 @@ run: $(VENV)/.run
 	@$(BIN)/python lora_ppo_demo.py $(ARGS)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n auto $(ARGS)
 
 smollm2: $(VENV)/.run
 	@$(BIN)/python tools/fetch_smollm2.py
