@@ -44,10 +44,10 @@ class Config(Settings):
     temperature: float = setting(
         0.3, "sampling temperature of answers; PPO's policy is the distribution at it", group="generation"
     )
-    quiz_temperature: float = setting(0.2, "sampling temperature of quizzes")
+    quiz_temperature: float = setting(0.2, "sampling temperature of whole quizzes, the bundled model's way")
     top_p: float = setting(0.9, "nucleus sampling: the smallest set of tokens with this probability")
     max_new_tokens: int = setting(256, "longest answer, and longest quiz, in tokens")
-    quiz_tries: int = setting(3, "quizzes made before a turn goes without one")
+    quiz_tries: int = setting(3, "quizzes made, or wrong options asked for, before a turn goes without one")
     learning_rate: float | None = setting(
         None,
         "AdamW's; auto: by the model's size, 2e-4 for 0.1 B parameters, 6e-5 for 0.5 B, 1e-5 from 4 B on; "
@@ -77,7 +77,7 @@ class Config(Settings):
         "", "who learns: each name has adapters, journal and log of its own, over one base model", "session"
     )
     pretest: bool = setting(
-        False, "quiz before the answer, too: a reward only where the answer turned a wrong choice into a right one"
+        False, "quiz before the answer, too: what you knew before earns nothing"
     )
     reward_right: float = setting(1.0, "reward of an answer after which the choice is right")
     reward_wrong: float = setting(-1.0, "reward of an answer after which the choice is wrong")

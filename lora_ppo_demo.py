@@ -7,7 +7,7 @@ The loop, numbered as in `take_turn` below:
 
     1. You ask a question.
     2. The policy, a language model with LoRA adapters, answers it.
-    3. The base model, its adapters off, writes a quiz from the question alone, and must confirm its own key.
+    3. The base model, its adapters off, writes a quiz from the question alone, and must be sure of its key.
     4. You choose one of four options. (With `pretest=true` also before the answer: what you knew earns nothing.)
     5. Right is a reward of +1, wrong of -1 (`reward_right`, `reward_wrong`).
     6. One PPO step on that one answer trains the adapters and the value head.
@@ -16,7 +16,7 @@ The loop, numbered as in `take_turn` below:
 
 Where to read on: lora_ppo/step.py is the PPO step, from top to bottom; lora_ppo/ppo.py holds its equations. config.py
 has every setting. Left out on purpose: a reward model (the quiz is the reward), a second copy of the model (the
-reference policy is the same model with its adapters off), and training without a person (train.py).
+reference policy is the same model with its adapters off), and training in batches (train.py).
 """
 
 import math
@@ -101,7 +101,7 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
         terminal.end_stream("" if answer.strip() else "(no answer)")
 
         # 3. The quiz knows the question, never the answer, and is written by the base model: the policy can't learn to
-        #    make it easy. Its key must be what the base model says again and again, blind to the options.
+        #    make it easy. It must be sure of its key, as sure as was measured to be enough on this model.
         if not config.pretest:
             with terminal.busy("making a quiz"):
                 quiz = make_quiz(policy, question, written, why=run.no_quiz)
@@ -122,7 +122,7 @@ def take_turn(question: str, policy: Policy, run: Run, terminal: Terminal) -> No
             terminal.say("Skipped: no reward, no step.")
             return
 
-        # 5. The reward. The key is compared here and stays here: it is in no prompt, log or checkpoint.
+        # 5. The reward. The key is compared here and stays here: the policy never reads it, and it is not stored.
         right = choice == quiz.key
         if knew and right:
             terminal.say("Right, and you knew it before: the answer taught you nothing, so no reward and no step.")

@@ -27,7 +27,8 @@ COMMANDS = """\
   /undo        undo the last step, exactly
   /save        write a checkpoint now
   /config      every setting as it is in force
-  /quit        save and leave (so do Ctrl-D and Ctrl-C); also at the quiz"""
+  /quit        save and leave, also at the quiz (so does Ctrl-D); Ctrl-C leaves
+               where a question is asked for, and else drops the turn"""
 BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 BYTE_ORDER_MARK = "\ufeff"
 INPUT_CLOSED = sys.stdin is None  # as the program was started
