@@ -76,9 +76,7 @@ class Config(Settings):
     user: str = setting(
         "", "who learns: each name has adapters, journal and log of its own, over one base model", "session"
     )
-    pretest: bool = setting(
-        False, "quiz before the answer, too: what you knew before earns nothing"
-    )
+    pretest: bool = setting(False, "quiz before the answer, too: what you knew before earns nothing")
     reward_right: float = setting(1.0, "reward of an answer after which the choice is right")
     reward_wrong: float = setting(-1.0, "reward of an answer after which the choice is wrong")
     checkpoint_dir: str = setting("checkpoints", "where checkpoints and the journal are kept")

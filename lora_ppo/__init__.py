@@ -24,6 +24,6 @@ A room is one module. Read step and ppo first: one PPO update, and its equations
     trainer, evaluation, report unattended runs, held-out samples, plots
     rewards, watching           reward models on the same base; what tells whether a run learns, and what is meant
 
-Imports go one way, to rooms above in the list of tests/test_house.py. Importing this package imports nothing else: a room brings
-in torch, transformers and peft where it needs them.
+Imports go one way, to rooms above in the list of tests/test_house.py. Importing this package imports nothing else: a
+room brings in torch, transformers and peft where it needs them.
 """

@@ -250,8 +250,9 @@ class Training:
         config, policy = self.config, self.policy
         every = config.eval_every or self.steps_per_epoch
         if not self.lines:  # the start of this run, be it the base model or a checkpoint of another
-            self.write({"timestamp": now(), "step": policy.step} | self.evaluate())
+            first = {"timestamp": now(), "step": policy.step} | self.evaluate()
             self.save(self.checkpoint_name())  # from here on resume_from=latest finds something
+            self.write(first)
         stop = bool(self.ended)
         while policy.step < self.last and not stop:
             line = self.step()

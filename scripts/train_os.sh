@@ -11,5 +11,5 @@ GIVEN=() RESUME=()
 [ -z "${4:-}" ] || GIVEN+=("samples_per_epoch=$4")
 shift $(($# < 4 ? $# : 4))
 start_server "$CONFIG" "$@"
-[ ! -e "$OUTPUT/train.log" ] || RESUME=(resume_from=latest)
+! compgen -G "$OUTPUT/*_*/state.json" >/dev/null || RESUME=(resume_from=latest)
 run "$PYTHON" train.py --config "$CONFIG" "server=$SERVER" "output_dir=$OUTPUT" "${GIVEN[@]}" "$@" "${RESUME[@]}"

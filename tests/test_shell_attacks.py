@@ -1,6 +1,7 @@
 """Attacks on the sandbox: none gets out, none reaches the host, the network, the check, or the next command."""
 
 import os
+import platform
 import socket
 import subprocess
 import threading
@@ -12,7 +13,7 @@ from support.shell import SMALL
 
 from tasks.os_interaction.limits import cgroup_parents
 from tasks.os_interaction.probe import running
-from tasks.os_interaction.sandbox import Namespaces
+from tasks.os_interaction.sandbox import Namespaces, wait_for_end
 
 PYTHON = "/usr/bin/python3"
 needs_python = pytest.mark.skipif(not Path(PYTHON).exists(), reason="no python3 in /usr/bin")
@@ -217,6 +218,35 @@ def test_no_process_is_traced(sandbox):
     assert sandbox.run(python(code)).output == "held\n"
 
 
+@needs_python
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the attack is machine code")
+def test_a_first_process_that_was_taught_to_stay_is_killed(sandbox):
+    """Bubblewrap's own process inside is of the same user: its code can be written over through /proc."""
+    marker = f"lora_ppo_stays_{os.getpid()}"
+    code = (
+        "place = int(open('/proc/1/syscall').read().split()[-1], 16)\n"  # where it waits for its children
+        # prctl(PR_SET_PDEATHSIG, 0), then pause() for ever
+        "stay = bytes.fromhex('bf0100000031f6b89d0000000f05b8220000000f05ebf7')\n"
+        "with open('/proc/1/mem', 'r+b', buffering=0) as memory:\n"
+        "    memory.seek(place)\n"
+        "    memory.write(stay)\n"
+        "print('written')\n"
+    )
+    ran = sandbox.run(python(code) + f"\n(sleep 0.1 &)\nsleep 0.5; exec -a {marker} sleep 60", seconds=2)
+    assert ran.output.startswith("written"), ran.output
+    assert ran.timed_out
+    assert running(marker) == []
+    assert sandbox.run("ls /proc | grep -c '^[0-9]'").output.strip() < "9"
+    assert sandbox.check("true").status == 0
+
+
+def test_a_process_that_only_got_the_number_is_left_alone(sandbox):
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        wait_for_end(stranger.pid, sandbox.descriptors[0])
+        assert stranger.poll() is None
+        stranger.kill()
+
+
 @pytest.mark.parametrize("way", ["sleep 60 &", "(setsid sleep 60 &)", "nohup sleep 60 >/dev/null 2>&1 & disown"])
 def test_no_process_outlives_its_command(sandbox, way):
     marker = f"lora_ppo_left_{os.getpid()}"
@@ -341,6 +371,10 @@ def test_huge_output_is_cut_and_counted(sandbox):
         "rm -f /usr/bin/grep; printf '#!/bin/sh\\nexit 0\\n' >/usr/bin/grep; chmod +x /usr/bin/grep",
         "printf '#!/bin/sh\\nexit 0\\n' >/usr/local/bin/grep; chmod +x /usr/local/bin/grep",
         "rm -f /bin/bash; ln -s /bin/true /bin/bash",
+        *(
+            f"for name in bash grep awk test sh; do cp /bin/true {place}/$name; done"
+            for place in ("/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/local/bin", "/usr/games", "/usr/local/games")
+        ),
         "echo '/tmp/evil.so' >/etc/ld.so.preload; mv /etc /e; mkdir /etc; echo /tmp/evil.so >/etc/ld.so.preload",
         "mv /lib64 /l; mkdir /lib64; mv /usr /u; mkdir -p /usr/bin; cp /bin/true /usr/bin/grep",
         "echo 'exit 0' >~/.bashrc; echo 'exit 0' >/etc/profile; echo 'exit 0' >/etc/bash.bashrc",
@@ -373,9 +407,24 @@ def test_a_check_in_python_runs_nothing_of_the_episode(sandbox):
         "x.pth",
     ]
     assert sandbox.check("python3 -c 'import sys; sys.exit(3)'").status == 3
-    perl = "mkdir -p /etc/perl; echo 'exit 0' >/etc/perl/strict.pm; command -v perl"
-    if sandbox.run(perl).status == 0:
-        assert sandbox.check("perl -e 'use strict; exit 3'").status == 3
+    for place in ("/root", "/tmp"):  # where Python and its script are started
+        sandbox.run(f"echo 'import os; os._exit(0)' | tee {place}/json.py {place}/random.py")
+        sandbox.run(f"echo 'import json, random, sys; sys.exit(3)' >{place}/a_check.py")
+        for script in ("-c 'import json, random, sys; sys.exit(3)'", "a_check.py", "- <a_check.py"):
+            assert sandbox.check(f"cd {place}; python3 {script}").status == 3
+
+
+def test_a_check_in_perl_runs_nothing_of_the_episode(sandbox):
+    if not Path("/usr/bin/perl").exists():
+        pytest.skip("no perl")
+    places = sandbox.run("perl -e 'print qq($_\\n) for @INC'").output.split()
+    assert len(places) > 3
+    for place in places:
+        sandbox.run(
+            f"mkdir -p {place}/File; cd {place}; echo 'exit 0; 1' | tee strict.pm File/Temp.pm sitecustomize.pl"
+        )
+    assert sandbox.run("perl -e 'use strict; exit 3'").status == 0  # the attack works where it may
+    assert sandbox.check("perl -e 'use strict; use File::Temp; exit 3'").status == 3
 
 
 def test_nothing_of_the_episode_runs_beside_the_check(sandbox):

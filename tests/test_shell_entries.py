@@ -10,11 +10,12 @@ import pytest
 from support.shell import SMALL
 
 from lora_ppo.settings import ConfigError
-from tasks.os_interaction import split
+from tasks.os_interaction import split, supported
+from tasks.os_interaction.commands import SandboxFailed
 from tasks.os_interaction.entries import OWN, Entry, read_entries
 from tasks.os_interaction.episode import Rules, ShellEpisode, bash_reply
 from tasks.os_interaction.plain import Nothing
-from tasks.os_interaction.sandbox import Namespaces, SandboxFailed
+from tasks.os_interaction.sandbox import Namespaces
 from tasks.os_interaction.support import left_out, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,8 +73,11 @@ def test_all_forms_of_an_entry_give_the_same(tmp_path, form):
         (json.dumps([row() | {"initialization_command_item": {"command_name": "bash"}}]), ["no script"]),
         (json.dumps([row() | {"skill_list": "{[1]: 2}"}]), ["skill_list", "found str"]),
         (json.dumps([row() | {"skill_list": [["a"], None]}]), ["skill_list", "[['a'], None]", "a list of texts"]),
-        (json.dumps([row(start="echo \0")]), ["entry 0", r"found '\x00' in the script"]),
-        (json.dumps([row(check="echo \ud800")]), ["entry 0", r"found '\ud800' in the script"]),
+        (json.dumps([row(start="echo \0")]), ["entry 0", "a zero byte in the script"]),
+        (json.dumps([row(check="echo \ud800")]), ["entry 0", r"found '\ud800', half a character"]),
+        (json.dumps([row(instruction="\udfff")]), ["entry 0", r"found '\udfff', half a character"]),
+        (json.dumps([row(skill_list=["\ud801"])]), ["entry 0", r"found '\ud801', half a character"]),
+        (json.dumps({"\ud802": row()}), [r"found '\ud802', half a character"]),
         ("[" * 200_000, ["a.json", "can't be read"]),
         (json.dumps([row(sample_index=4), row(sample_index=4)]), ["4 stands twice"]),
     ],
@@ -164,9 +168,13 @@ def test_a_task_folder_of_harbor_that_lacks_something_is_named(tmp_path, file, c
 
 
 @pytest.mark.parametrize("dockerfile", ["FROM python:3.12\n", "FROM ubuntu:24.04\nRUN apt-get install -y gcc\n"])
-def test_a_harbor_task_with_an_image_of_its_own_is_refused(tmp_path, dockerfile):
-    with pytest.raises(ConfigError, match="image of its own"):
-        read_entries(harbor(tmp_path / "own", dockerfile))
+def test_a_harbor_task_with_an_image_of_its_own_is_left_out_and_the_others_are_not(tmp_path, dockerfile):
+    harbor(tmp_path / "tasks" / "own", dockerfile)
+    harbor(tmp_path / "tasks" / "plain")
+    told = []
+    kept = supported(read_entries(tmp_path / "tasks"), lambda: Namespaces(SMALL), "test", told.append)
+    assert [entry.name for entry in kept] == ["plain"]
+    assert told == ["1 of 2 entries are supported", "left out: own: it needs an image of its own"]
 
 
 @pytest.mark.parametrize(

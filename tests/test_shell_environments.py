@@ -128,6 +128,31 @@ def test_without_a_sandbox_openenv_is_not_served(monkeypatch, tmp_path):
     assert not ran.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["port=70000"], "port=70000 is out of range: expected 1 to 65535"),
+        (["server=http://127.0.0.1:8000"], "server is a setting of train.py and evaluate.py"),
+        (["entry_levels=7"], "entry_levels=7: there is no entry of these levels"),
+        (["entries_digest=0123"], "entries_digest=0123, and the 2 entries here have"),
+    ],
+)
+def test_no_setting_is_passed_over(tmp_path, monkeypatch, sandboxes, capsys, words, told):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "e.json").write_text(json.dumps({level: row(level=level) for level in "12"}))
+    monkeypatch.setattr(sys, "argv", ["environment", f"entries={tmp_path}/e.json", *words])
+    assert main() == 2
+    assert told in capsys.readouterr().err
+    environment = environment_factory(entries=f"{tmp_path}/e.json", entry_levels=["2"])()
+    assert list(environment._episodes) == ["2"]
+
+
+def test_its_help_lists_every_setting(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["environment", "--help"])
+    assert main() == 0
+    assert "most_sessions" in capsys.readouterr().out
+
+
 def test_openenvs_client_plays_several_sessions(entries_file):
     pytest.importorskip("openenv", reason="OpenEnv is not here: pip install openenv")
     uvicorn = pytest.importorskip("uvicorn")

@@ -17,11 +17,12 @@ import tasks.os_interaction as shell
 from lora_ppo.chat import encode_chat
 from lora_ppo.settings import ConfigError
 from tasks.os_interaction import AtOnce, ShellTask
+from tasks.os_interaction.commands import Ran, SandboxFailed
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.episode import Rules, ShellEpisode, action, bash_reply, observation
 from tasks.os_interaction.plain import Docker, Nothing
 from tasks.os_interaction.probe import advice, probe, running, sandbox_maker
-from tasks.os_interaction.sandbox import Namespaces, Ran, SandboxFailed
+from tasks.os_interaction.sandbox import Namespaces
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = Entry("x", "Create /x.", "echo hello >/greeting", "test -f /x", "touch /x", ("touch",), "1")

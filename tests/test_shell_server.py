@@ -318,9 +318,17 @@ def test_no_episode_is_longer_than_session_seconds(tmp_path, sandboxes):
         running.stop()
 
 
-def test_sessions_are_counted_and_idle_ones_end(tmp_path, sandboxes):
+def test_sessions_are_counted_and_idle_ones_end(tmp_path, sandboxes, capfd):
     running = Running(tmp_path, "most_sessions=2", "idle_seconds=2")
     try:
+        server = client(running)
+        idle = [server.episode(server.samples()[0]) for _ in range(2)]
+        for episode in idle:
+            episode.reset()
+        time.sleep(4)
+        assert idle[0].step(FINISH) is None
+        assert [episode.outcome().verdict for episode in idle] == ["unknown", "unknown"]
+        assert capfd.readouterr().err.count("an episode is lost, the server says 404") == 1  # said once
         first, second, third = (running.ask("/api/reset", {"name": "e0"}) for _ in range(3))
         assert (first.status_code, second.status_code, third.status_code) == (200, 200, 429)
         until = time.monotonic() + 20

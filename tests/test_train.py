@@ -106,6 +106,25 @@ def test_a_second_ctrl_c_ends_at_once_and_saves_nothing_half_done(train_py, monk
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_run_that_ends_at_its_logs_first_line_goes_on(train_py, monkeypatch):
+    """What has a log has a checkpoint: there is nothing to remove by hand."""
+    train_py(output_dir="whole")
+
+    def ended(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "write", ended)
+        assert train_py(output_dir="out")[0] == 130
+    assert train_py(output_dir="out", resume_from="latest")[0] == 0
+    assert same(weights("out/epoch_1"), weights("whole/epoch_1"))
+    steps = [
+        [json.loads(line)["step"] for line in Path(f"{name}/train.log").read_text().splitlines()]
+        for name in ("out", "whole")
+    ]
+    assert steps[0] == steps[1]
+
+
 def test_a_window_that_closes_stops_a_run_after_its_step(train_py, monkeypatch):
     """It sends SIGHUP, and so does its shell."""
     real = lora_ppo.trainer.learn

@@ -25,11 +25,11 @@ from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError, Settings, setting
 from lora_ppo.terminal import clean
 from tasks.os_interaction.client import RemoteEpisode, Server
-from tasks.os_interaction.entries import OWN, Entry, read_entries
+from tasks.os_interaction.commands import SandboxFailed
+from tasks.os_interaction.entries import OWN, Entry, read_entries, require_text
 from tasks.os_interaction.episode import Rules, ShellEpisode
 from tasks.os_interaction.limits import Limits
 from tasks.os_interaction.probe import sandbox_maker
-from tasks.os_interaction.sandbox import SandboxFailed
 from tasks.os_interaction.support import left_out
 
 AT_ONCE = 16  # episodes whose commands run at the same time
@@ -133,6 +133,8 @@ def read_opening(path: Path) -> tuple[Message, ...]:
         rows = list(rows["value"].values()) if isinstance(rows, dict) else rows
         roles = {"user": "user", "agent": "assistant", "assistant": "assistant"}
         found = tuple({"role": roles[row["role"]], "content": str(row["content"])} for row in rows)
+        for message in found:
+            require_text(message["content"], f"opening={path}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"opening={path}: {error!r}; expected a list of messages, each with role and content"

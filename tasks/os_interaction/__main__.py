@@ -53,7 +53,7 @@ def replay(file: str) -> None:
             show_reply(one["reply"])
             show(one["said"])
         show(f"{record['verdict']}: {record['why']}", record["verdict"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file}: {error!r}; expected a file that --record or record_dir wrote") from None
 
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from lora_ppo.settings import ConfigError
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean, program
+from tasks.os_interaction.commands import SandboxFailed
 from tasks.os_interaction.entries import read_entries
 from tasks.os_interaction.probe import KINDS, sandbox_maker
-from tasks.os_interaction.sandbox import SandboxFailed
 from tasks.os_interaction.support import left_out
 
 

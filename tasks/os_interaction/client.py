@@ -63,7 +63,7 @@ class Server:
         if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"server={url} is no URL: expected http://127.0.0.1:8000")
         self.token_path = token_file(port, token)
-        self.lock, self.told_full = threading.Lock(), False
+        self.lock, self.told = threading.Lock(), set()
         # What the server plays by and with; its token, which every start of a server makes anew.
         self.settings: dict[str, Any] = {}
         self.entries: list[RemoteEntry] | None = None
@@ -88,7 +88,7 @@ class Server:
         try:
             headers = {"Authorization": f"Bearer {self.token_path.read_text()}"}
             answer = self.http.request(method, path, json=body, headers=headers, **options)
-        except (OSError, self.httpx.HTTPError) as error:
+        except (OSError, UnicodeError, self.httpx.HTTPError) as error:
             raise Unreachable(f"the server is gone ({type(error).__name__})") from None
         if answer.status_code != 200:
             try:
@@ -143,13 +143,14 @@ class Server:
         with self.lock:
             try:
                 token = self.token_path.read_text()
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 raise Unreachable(f"the server is gone ({type(error).__name__})") from None
             if token != self.token:
                 self.rules()
                 if self.entries is not None and self.told_entries() != self.entries:
                     raise ConfigError(f"server={self.url} is back with other entries: start it with those of before")
-                self.token, self.told_full = token, False
+                self.token = token
+                self.told.clear()
 
     def wait(self, abandoned: threading.Event) -> None:
         """Waits until the server answers, and says so, or until the episode that waits is abandoned."""
@@ -162,12 +163,12 @@ class Server:
                     return
             print(f"server={self.url} is back", file=sys.stderr, flush=True)
 
-    def tell_full(self, why: str) -> None:
-        """Says once that there is no room."""
+    def tell_once(self, text: str) -> None:
+        """Says something of this server, once while it stays up."""
         with self.lock:
-            if not self.told_full:
-                print(clean(f"server={self.url}: {why}; waiting"), file=sys.stderr, flush=True)
-            self.told_full = True
+            if text not in self.told:
+                print(clean(f"server={self.url}: {text}"), file=sys.stderr, flush=True)
+            self.told.add(text)
 
     def episode(self, entry: RemoteEntry) -> "RemoteEpisode":
         return RemoteEpisode(self, entry)
@@ -189,7 +190,7 @@ class RemoteEpisode:
                 self.server.recognize()
                 begun = self.server.ask("POST", "/api/reset", {"name": self.entry.name})
             except Full as error:
-                self.server.tell_full(str(error))
+                self.server.tell_once(f"{error}; waiting")
                 self.abandoned.wait(WAIT)
             except Refused as error:
                 raise ConfigError(f"server={self.server.url}: {clean(str(error))}") from None
@@ -206,7 +207,7 @@ class RemoteEpisode:
             body = {"session": self.session, "reply": reply[:LONGEST]}
             return self.server.ask("POST", "/api/step", body)["message"]
         except Unreachable as error:
-            self.lost = str(error)
+            self.lose(error)
             return None
 
     def outcome(self) -> Outcome:
@@ -216,9 +217,15 @@ class RemoteEpisode:
                 self.session = ""  # the server has ended it
                 return Outcome(**told)
             except Unreachable as error:
-                self.lost = str(error)
+                self.lose(error)
         details = {"reason": "unknown", "rounds": 0, "skills": list(self.entry.skills)}
         return Outcome("unknown", 0.0, self.lost, details | ({"level": self.entry.level} if self.entry.level else {}))
+
+    def lose(self, error: Unreachable) -> None:
+        """Notes why it is unknown; a server that is up and does not know it any more is told of."""
+        self.lost = str(error)
+        if isinstance(error, Refused):
+            self.server.tell_once(f"an episode is lost, {error}")
 
     def close(self) -> None:
         """Ends one that was not judged: the server has room for another."""

@@ -29,6 +29,7 @@ class Entry:
     """One task. `start` and `truth` are bash scripts, `check` one that exits with 0 where the task is done.
 
     `check` reads the archive `files["tests"]` on its standard input, `truth` `files["solution"]`, where there are any.
+    `unsupported` says why no sandbox can hold it.
     """
 
     name: str
@@ -39,11 +40,13 @@ class Entry:
     skills: tuple[str, ...] = ()
     level: str = ""
     files: dict[str, bytes] = field(default_factory=dict, hash=False)
+    unsupported: str = ""
 
     @property
     def key(self) -> str:
         """A fingerprint of all that decides how it runs."""
-        parts = (self.start, self.check, self.truth, *(f"{k}{v.hex()}" for k, v in sorted(self.files.items())))
+        files = (f"{name}{content.hex()}" for name, content in sorted(self.files.items()))
+        parts = (self.start, self.check, self.truth, self.unsupported, *files)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -112,15 +115,15 @@ def from_row(row: Any, name: str, place: str) -> Entry:
             raise ConfigError(f"{place}: {key}: found the command {item['command_name']!r}, expected bash")
         if not isinstance(item.get("script"), str):  # a script that looks like a literal stays the script that it is
             raise ConfigError(f"{place}: {key}: found no script, expected text")
-        if unwritable := re.search("[\0\ud800-\udfff]", item["script"]):  # no program can be given these
-            raise ConfigError(f"{place}: {key}: found {unwritable[0]!a} in the script, expected text")
+        if "\0" in item["script"]:  # no program can be given it
+            raise ConfigError(f"{place}: {key}: found a zero byte in the script, expected text")
         return item["script"]
 
     instruction = row.get("instruction") if isinstance(row, dict) else None
     if not isinstance(instruction, str) or not instruction.strip():
         raise ConfigError(f"{place}: found no instruction, expected text")
     information, level = part(row, "evaluation_info", dict), row.get("level")
-    return Entry(
+    entry = Entry(
         name,
         instruction,
         script(row, "initialization_command_item"),
@@ -129,6 +132,15 @@ def from_row(row: Any, name: str, place: str) -> Entry:
         texts(part(row, "skill_list", list), f"{place}: skill_list"),
         "" if level is None else str(level),
     )
+    for told in (name, instruction, entry.start, entry.check, entry.truth, *entry.skills, entry.level):
+        require_text(told, place)
+    return entry
+
+
+def require_text(found: str, place: str) -> None:
+    """Raises ConfigError for half a character, which JSON can say and no file can hold."""
+    if half := re.search("[\ud800-\udfff]", found):
+        raise ConfigError(f"{clean(place)}: found {half[0]!a}, half a character, expected text")
 
 
 def texts(found: Any, place: str) -> tuple[str, ...]:
@@ -152,7 +164,7 @@ def literal(value: Any) -> Any:
 
 
 def harbor(folder: Path) -> Entry:
-    """A Harbor task folder. Raises ConfigError where it needs an image of its own, or lacks a file."""
+    """A Harbor task folder; one that needs an image of its own is unsupported. Raises ConfigError."""
     needed = ("instruction.md", "task.toml", "tests/test.sh", "solution/solve.sh")
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise ConfigError(f"{folder}: found no {', '.join(missing)}, which a Harbor task has")
@@ -166,8 +178,6 @@ def harbor(folder: Path) -> Entry:
     for name, table in (("environment", environment), ("metadata", about)):
         if not isinstance(table, dict):
             raise ConfigError(f"{folder}/task.toml: {name}: found {type(table).__name__}, expected a table")
-    if steps is None or environment.get("docker_image"):
-        raise ConfigError(f"{folder} needs an image of its own: leave it out, this sandbox has none")
     levels = {"easy": "1", "medium": "2", "hard": "3"}
     return Entry(
         folder.name,
@@ -179,6 +189,7 @@ def harbor(folder: Path) -> Entry:
         texts(about.get("tags", []), f"{folder}/task.toml: tags"),
         levels.get(str(about.get("difficulty", "")), ""),
         {name: packed(folder / name) for name in ("tests", "solution")},
+        "it needs an image of its own" if steps is None or environment.get("docker_image") else "",
     )
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lora_ppo.settings import ConfigError, Settings, parse, setting
+from lora_ppo.settings import ConfigError, Settings, help_text, parse, setting
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import program
-from tasks.os_interaction import TaskSettings, ready, split
+from tasks.os_interaction import TaskSettings, pin, ready, split
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.episode import FINISH, ShellEpisode, bash_reply
 from tasks.os_interaction.plain import Nothing
@@ -33,17 +33,30 @@ def settings(**changes: Any) -> TaskSettings:
         raise ConfigError(str(error).partition(") ")[2]) from None
 
 
+def played_here(config: TaskSettings) -> tuple[list[Entry], Callable, Any]:
+    """The entries of the levels that are wanted, what makes sandboxes, and the rules. Raises ConfigError."""
+    for name in ("server", "server_token"):
+        if getattr(config, name):
+            raise ConfigError(f"{name} is a setting of train.py and evaluate.py: leave it out here")
+    entries, make, rules = ready(config)
+    pin(config, entries)
+    wanted = [entry for entry in entries if not entry.level or entry.level in config.entry_levels]
+    if not wanted:
+        raise ConfigError(f"entry_levels={','.join(config.entry_levels)}: there is no entry of these levels")
+    return wanted, make, rules
+
+
 def training_rows(test_share: float = 0.2, **changes: Any) -> list[dict[str, Any]]:
     """A row for each training entry: the opening messages, and the entry's name, which `reset` is called with."""
-    entries = ready(settings(**changes))[0]
-    train = split(entries, test_share, settings(**changes).entry_levels)["train"]
+    config = settings(**changes)
+    train = split(played_here(config)[0], test_share, config.entry_levels)["train"]
     told = "You work on a Linux system, as root. Use the tools to do the task, then finish. The task: "
     return [{"prompt": [{"role": "user", "content": told}], "name": entry.name} for entry in train]
 
 
 def environment_factory(**changes: Any) -> Callable[[], "ShellEnvironment"]:
     """What TRL's `environment_factory` takes; `changes` are settings of the task. Raises ConfigError."""
-    entries, make, rules = ready(settings(**changes))
+    entries, make, rules = played_here(settings(**changes))
     return partial(ShellEnvironment, {entry.name: lambda e=entry: ShellEpisode(e, make, rules) for entry in entries})
 
 
@@ -196,10 +209,15 @@ def openenv_application(entries: Sequence[Entry], make: Callable, rules: Any, mo
 @program
 def main() -> int:
     """The OpenEnv server. Exit status: 0; 2 for bad settings or no sandbox; 130 after Ctrl-C."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(help_text(OpenEnvConfig, "usage: python -m tasks.os_interaction.environment [name=value ...]\n"))
+        return 0
     config = parse(OpenEnvConfig, sys.argv[1:])
     if config.sandbox == "none":
         raise ConfigError(NO_TOKEN)  # before any entry is tried
-    entries, make, rules = ready(config)
+    if not 1 <= config.port <= 65535:
+        raise ConfigError(f"port={config.port} is out of range: expected 1 to 65535")
+    entries, make, rules = played_here(config)
     app = openenv_application(entries, make, rules, config.most_sessions)
     import uvicorn
 

@@ -15,8 +15,9 @@ from typing import Any
 from lora_ppo.chat import Message
 from lora_ppo.episodes import Outcome
 from lora_ppo.terminal import clean
+from tasks.os_interaction.commands import Ran, SandboxFailed, in_short
 from tasks.os_interaction.entries import Entry
-from tasks.os_interaction.sandbox import Ran, Sandbox, SandboxFailed, in_short
+from tasks.os_interaction.sandbox import Sandbox
 from tasks.os_interaction.support import SETTING_UP, checked
 
 RULES = """\

@@ -10,8 +10,8 @@ import tempfile
 import uuid
 import weakref
 
+from tasks.os_interaction.commands import Ran, SandboxFailed, collect, failing_with_the_host, memory_file
 from tasks.os_interaction.limits import Limits
-from tasks.os_interaction.sandbox import Ran, SandboxFailed, collect, failing_with_the_host, memory_file
 
 
 @failing_with_the_host()
@@ -55,12 +55,13 @@ class Docker:
             said.append(line)
 
     def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
-        if self.process.poll() is not None:
-            raise SandboxFailed("the container is gone")
+        if (status := self.process.poll()) is not None:
+            if status == 125:  # Docker itself failed
+                raise SandboxFailed("the container is gone")
+            return Ran("", status)  # what ran in it has ended it
         command = ["docker", "exec", "--interactive", "--workdir", "/root", self.name, "bash", "-c", script]
         ran = run_command(command, seconds, most, stdin)
-        if ran.timed_out:  # docker exec's own end leaves the command running
-            run_command(["docker", "exec", self.name, "sh", "-c", "kill -9 -1"], 10, 1000, b"")
+        run_command(["docker", "exec", self.name, "sh", "-c", "kill -9 -1"], 10, 1000, b"")  # what it left running
         return ran
 
     def check(self, script: str, seconds: float = 20, stdin: bytes = b"") -> Ran:

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from lora_ppo.settings import ConfigError
+from tasks.os_interaction.commands import SandboxFailed
 from tasks.os_interaction.limits import Limits, cgroup_parents
 from tasks.os_interaction.plain import Docker, Nothing
-from tasks.os_interaction.sandbox import Namespaces, Sandbox, SandboxFailed, require_tools
+from tasks.os_interaction.sandbox import Namespaces, Sandbox, require_tools
 
 KINDS = ("namespaces", "docker", "none")
 WARNING = (

@@ -12,38 +12,37 @@ How it is built, and why so. It has to work for root without systemd and for an 
    pid, network, ipc and uts namespaces, few capabilities, no new privileges, a seccomp filter. When its bash ends, or
    its time does, the kernel kills all that it left running. Nothing from inside is ever executed on the way in, and
    nothing is looked up there: what is mounted lies beside the episode's root, where no command can put a link.
-4. The check sees the host's own /usr on top of what the episode changed there, and looks for programs there first.
+4. The check sees the host's own /usr on top of what the episode changed there. First it looks for programs, and Python
+   and Perl for their modules, in a second view of the host's /usr, which has nothing of the episode's.
 
 crun and podman do 1 to 3, too. They want a container that lives between commands, with a process that a crash leaves
 behind, and crun makes no root on tmpfs and no cgroup where version 1 and 2 are mounted side by side; bubblewrap's own
 --unshare-user maps one id, with which most of the data's scripts fail.
 """
 
-import codecs
 import contextlib
-import fcntl
 import json
 import os
 import selectors
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 from lora_ppo.settings import ConfigError
 from tasks.os_interaction import rootfs, seccomp
+from tasks.os_interaction.commands import Ran, SandboxFailed, collect, failing_with_the_host, memory_file, waiting
 from tasks.os_interaction.limits import Cgroup, Limits, cgroup_parents
 
 PACKAGES = "apt-get install bubblewrap uidmap"
 IDS, ROOTS_FIRST_ID = 65536, 0x7001_0000  # above all that systemd and useradd hand out
 CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL NET_BIND_SERVICE SETFCAP SETGID SETPCAP SETUID SYS_CHROOT".split()
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-CHECKS_PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
-LONGEST = 128 * 1024  # bytes of an argument, the kernel's own limit
+HOSTS = "/dev/usr"  # where the check finds the host's /usr as it is
+CHECKS_PATH = ":".join(f"{usr}/{name}" for usr in (HOSTS, "/usr") for name in "sbin bin local/sbin local/bin".split())
 STORE = "/mnt"  # where the files lie, in a mount namespace of their own
 FIXED = "lib lib64 lib32 libx32 libexec".split()  # of /usr: what runs every program is never the episode's
 
@@ -63,29 +62,6 @@ echo ready
 read -r _
 """
 SEAL = f"mount -t overlay -o ro,lowerdir=/usr:{STORE}/upper usr {STORE}/sealed"
-
-
-class SandboxFailed(RuntimeError):
-    """The sandbox, not what ran in it, failed: nothing can be said about the episode."""
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command did: its output (standard error with it), cut to a limit, and its exit status."""
-
-    output: str
-    status: int
-    timed_out: bool = False
-    left_out: int = 0  # characters of output beyond the limit, without the newlines at its end
-
-
-@contextlib.contextmanager
-def failing_with_the_host() -> Iterator[None]:
-    """In here what the host refuses, a process or a descriptor more, is SandboxFailed: no command has caused it."""
-    try:
-        yield
-    except OSError as error:
-        raise SandboxFailed(f"the host refuses: {error}") from None
 
 
 class Sandbox(Protocol):
@@ -153,7 +129,7 @@ class Namespaces:
 
     def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
         usr = [word for name in ("usr", "bin", "sbin") for word in ("--bind", f"{STORE}/{name}", f"/{name}")]
-        return self.start(usr, PATH, script, seconds, most, stdin)
+        return self.start(usr, [], {"PATH": PATH}, script, seconds, most, stdin)
 
     @failing_with_the_host()
     def check(self, script: str, seconds: float = 20, stdin: bytes = b"") -> Ran:
@@ -168,11 +144,24 @@ class Namespaces:
             self.sealed = True
         usr = ["--ro-bind", f"{STORE}/sealed", "/usr"]
         binaries = [x for name in ("bin", "sbin") for x in ("--ro-bind", f"{STORE}/sealed/{name}", f"/{name}")]
-        return self.start([*usr, *binaries], CHECKS_PATH, script, seconds, 4000, stdin)
+        variables = {"PATH": CHECKS_PATH, "PYTHONSAFEPATH": "1", "PERL5LIB": perl_modules()}
+        return self.start([*usr, *binaries], ["--ro-bind", "/usr", HOSTS], variables, script, seconds, 4000, stdin)
 
     @failing_with_the_host()
-    def start(self, usr: list[str], path: str, script: str, seconds: float, most: int, stdin: bytes) -> Ran:
-        """Runs bash in a bubblewrap of its own, whose /usr, /bin and /sbin are given. Raises SandboxFailed."""
+    def start(
+        self,
+        usr: list[str],
+        more: list[str],
+        variables: dict[str, str],
+        script: str,
+        seconds: float,
+        most: int,
+        stdin: bytes,
+    ) -> Ran:
+        """Runs bash in a bubblewrap of its own, whose /usr, /bin and /sbin are given, and `more` mounts under /dev.
+
+        Raises SandboxFailed.
+        """
         if not self.descriptors:
             raise SandboxFailed("the sandbox is closed")
         filter_fd = memory_file(seccomp.program(self.cgroup is not None))
@@ -190,13 +179,14 @@ class Namespaces:
         for place in (*Path("/etc").glob("python3*"), Path("/etc/perl"), *Path("/usr/local/lib").glob("python3*")):
             if place.is_dir():  # an interpreter runs what lies there before the check's own program
                 command += ["--ro-bind", str(place), str(place)]
-        command += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{STORE}/shm", "/dev/shm", "--remount-ro", "/dev"]
+        command += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{STORE}/shm", "/dev/shm", *more]
+        command += ["--remount-ro", "/dev"]
         command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
         command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
         command += [word for name in CAPABILITIES for word in ("--cap-add", f"CAP_{name}")]
         command += ["--seccomp", str(filter_fd), "--json-status-fd", str(status_writer), "--clearenv"]
-        variables = {"PATH": path, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "TERM": "dumb"}
-        for name, value in (variables | {"PYTHONNOUSERSITE": "1"}).items():
+        common = {"HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "TERM": "dumb", "PYTHONNOUSERSITE": "1"}
+        for name, value in (common | variables).items():
             command += ["--setenv", name, value]
         command += ["--chdir", "/root", "--", "bash", "-c", script]
         try:
@@ -211,7 +201,7 @@ class Namespaces:
         records = [json.loads(line) for line in told.splitlines() if line.endswith("}")]
         # From "child-pid" on whatever goes wrong is the command's doing, its own end by the memory limit included.
         if pid := next((record["child-pid"] for record in records if "child-pid" in record), None):
-            wait_for_end(pid)
+            wait_for_end(pid, self.descriptors[0])
         elif not ran.timed_out:
             raise SandboxFailed(ran.output.strip() or f"bubblewrap ended with status {ran.status}")
         status = next((record["exit-code"] for record in records if "exit-code" in record), ran.status)
@@ -226,26 +216,6 @@ class Namespaces:
     def __del__(self):  # of an episode that was never judged
         with contextlib.suppress(Exception):  # at the program's end there may be no modules left
             self.close()
-
-
-@contextlib.contextmanager
-def waiting(command: list[str], stdin: bytes = b"") -> Iterator[int]:
-    """A program that has said "ready" and waits, with its process id; then it is ended. Raises SandboxFailed."""
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    ) as process:
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(stdin)
-                process.stdin.flush()
-            said = []
-            while (line := process.stdout.readline().decode(errors="replace").strip()) != "ready":
-                if not line:
-                    raise SandboxFailed(" ".join(said) or f"{command[-1]} ended without a word")
-                said.append(line)
-            yield process.pid
-        finally:
-            process.kill()
 
 
 def map_ids(pid: int) -> None:
@@ -264,7 +234,10 @@ def first_id(file: str) -> int:
     """The first of the 65,536 ids that /etc/subuid or /etc/subgid gives this user. Raises SandboxFailed."""
     import pwd
 
-    user = pwd.getpwuid(os.getuid()).pw_name
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = str(os.getuid())
     with contextlib.suppress(OSError):
         for line in Path(file).read_text().splitlines():
             owner, first, count = [*line.split(":"), "", ""][:3]
@@ -274,99 +247,39 @@ def first_id(file: str) -> int:
                         f"--add-subgids 100000-165535 {user}")  # fmt: skip
 
 
-def memory_file(content: bytes) -> int:
-    """A descriptor of a file in memory that nobody can change, at its start."""
-    number = os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(os.dup(number), "wb") as file:
-        file.write(content)
-    os.lseek(number, 0, os.SEEK_SET)
-    fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-    return number
-
-
-def collect(
-    command: list[str],
-    stdin: int,
-    keep: list[int],
-    seconds: float,
-    most: int,
-    environment: dict[str, str] | None = None,
-) -> Ran:
-    """Runs a program and reads what it says, `most` characters of it; what takes too long is killed.
-
-    It starts with the `environment` given, else with nothing of this program's but the PATH: /proc shows what each
-    process began with. Raises SandboxFailed for a script that is too long.
-    """
-    if max(len(os.fsencode(word)) for word in command) >= LONGEST:
-        raise SandboxFailed(f"a script is longer than {LONGEST} bytes, which no command may be")
-    until = time.monotonic() + seconds
-    decoder, kept, timed_out = codecs.getincrementaldecoder("utf-8")("replace"), "", False
-    count, counted = 0, 0  # characters of output, with and without the newlines at its end
-    with (
-        subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=keep,
-            start_new_session=True,
-            env=environment or {"PATH": os.environ.get("PATH", os.defpath)},
-        ) as process,
-        open(os.pidfd_open(process.pid)) as end,
-        selectors.DefaultSelector() as selector,
-    ):
-        selector.register(process.stdout, selectors.EVENT_READ)
-        selector.register(end, selectors.EVENT_READ)
-        while (left := until - time.monotonic()) > 0:
-            ready = {key.fileobj for key, _ in selector.select(left)}
-            if end in ready:
-                kill_group(process.pid)  # what it left running may keep its output open
-            if process.stdout in ready:
-                chunk = os.read(process.stdout.fileno(), 1 << 16)
-                if not chunk:  # it may close its output and go on
-                    selector.unregister(process.stdout)
-                text = decoder.decode(chunk, final=not chunk)
-                kept += text[: most - len(kept)]
-                counted = count + len(said) if (said := text.rstrip("\n")) else counted
-                count += len(text)
-            elif ready:
-                break
-        else:
-            timed_out = True
-            kill_group(process.pid)
-        process.wait()
-    return Ran(kept, process.returncode, timed_out, max(0, counted - len(kept)))
-
-
-def kill_group(leader: int) -> None:
-    """Kills a process that leads a group and has not been waited for, and all of the group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
-
-
-def in_short(ran: Ran) -> str:
-    """How a script ended, in a few words."""
-    if ran.timed_out:
-        return "it ran out of time"
-    last = ran.output.strip().splitlines()[-1:] or [""]
-    return f"exit status {ran.status}" + (f": {last[0][:160]}" if last[0] else "")
-
-
-def wait_for_end(pid: int) -> None:
+def wait_for_end(pid: int, namespace: int) -> None:
     """Waits until the first process of a sandbox's process namespace is gone, and so, by the kernel's rule, all others.
 
-    It is killed when the bubblewrap outside ends, and that takes a moment, in which they could still write.
+    It is killed when the bubblewrap outside ends, and that takes a moment, in which they could still write. One that
+    the episode taught not to mind is killed here. Nothing is done to a process that is not of the user `namespace`: it
+    got the number of one that is gone. Raises SandboxFailed.
     """
     try:
         number = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    with selectors.DefaultSelector() as selector:
-        selector.register(number, selectors.EVENT_READ)
-        ended = selector.select(10)
-    os.close(number)
-    if not ended:
-        raise SandboxFailed(f"process {pid} outlives its command")
+    with open(number) as process, selectors.DefaultSelector() as selector:
+        selector.register(process, selectors.EVENT_READ)
+        if selector.select(1):
+            return
+        with contextlib.suppress(OSError):  # it ended just now
+            if os.stat(f"/proc/{pid}/ns/user").st_ino != os.fstat(namespace).st_ino:
+                return
+            signal.pidfd_send_signal(number, signal.SIGKILL)
+        if not selector.select(10):
+            raise SandboxFailed(f"process {pid} outlives its command")
+
+
+@cache
+def perl_modules() -> str:
+    """The host's own folders of Perl's modules, as the check sees them, in Perl's order; empty without Perl."""
+    try:
+        command = ["perl", "-e", "print join ':', @INC"]
+        listed = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.defpath}).stdout
+    except OSError:
+        return ""
+    places = [place for place in listed.split(":") if place.startswith("/usr/") and Path(place).is_dir()]
+    return ":".join(HOSTS + place.removeprefix("/usr") for place in places)
 
 
 def missing_tools() -> list[str]:

@@ -37,8 +37,8 @@ class ServerSettings(Settings):
     port: int = setting(8000, "port on 127.0.0.1", group="the server")
     token_file: str = setting("", "where the token is written; empty: in the cache folder")
     most_sessions: int = setting(64, "episodes at the same time")
-    idle_seconds: int = setting(600, "an episode that nobody asked for so long is ended")
-    session_seconds: int = setting(3600, "no episode lasts longer")
+    idle_seconds: int = setting(1800, "an episode that nobody asked for so long is ended")
+    session_seconds: int = setting(7200, "no episode lasts longer")
     body_bytes: int = setting(1_000_000, "largest request")
 
 
@@ -207,7 +207,7 @@ def application(config: Any, entries: list, make: Callable, rules: Any, token: s
             async with sessions.at(key) as episode:
                 yield episode
         except KeyError:
-            raise HTTPException(404, "there is no such session: it was closed, or reaped") from None
+            raise HTTPException(404, "there is no such session: closed, or ended by idle_seconds") from None
 
     @app.post("/api/step", dependencies=[Depends(authorized)], summary="A reply; the next message, null at the end")
     async def step(body: Step) -> dict[str, Any]:

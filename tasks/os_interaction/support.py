@@ -13,10 +13,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from lora_ppo.files import cache_folder, replace_file
+from tasks.os_interaction.commands import Ran, SandboxFailed, in_short
 from tasks.os_interaction.entries import Entry
-from tasks.os_interaction.sandbox import Ran, Sandbox, SandboxFailed, in_short
+from tasks.os_interaction.sandbox import Sandbox
 
-VERSION = "2"  # raised where the sandbox changes what entries can do
+VERSION = "3"  # raised where the sandbox changes what entries can do
 SETTING_UP = 60.0  # seconds that a start script, a truth and a check may take here
 
 
@@ -27,6 +28,8 @@ def checked(sandbox: Sandbox, entry: Entry) -> Ran:
 
 def why_not(entry: Entry, make: Callable[[], Sandbox]) -> str:
     """Why an entry isn't supported; empty where it is."""
+    if entry.unsupported:
+        return entry.unsupported
     try:
         for solved in (False, True):
             sandbox = make()

@@ -5,8 +5,9 @@ from functools import cache
 
 import pytest
 
+from tasks.os_interaction.commands import SandboxFailed
 from tasks.os_interaction.limits import Limits
-from tasks.os_interaction.sandbox import PACKAGES, Namespaces, SandboxFailed, missing_tools
+from tasks.os_interaction.sandbox import PACKAGES, Namespaces, missing_tools
 
 SMALL = Limits(memory_mb=96, disk_mb=24, processes=40, inodes=5000)
 

@@ -45,7 +45,7 @@ ARMS = {  # what the table calls it, its own settings
 }
 ALIKE = (
     "task model_name device load_in_4bit dtype temperature top_p max_new_tokens test_share entries entry_levels server "
-    "max_rounds output_length command_seconds judge"
+    "max_rounds output_length command_seconds judge sandbox image opening record_dir"
 ).split()
 
 
