@@ -142,7 +142,9 @@ def write_report(
     plots.mkdir(parents=True, exist_ok=True)
     images = []
     watched = any(line.get("eval_kl") is not None for line in lines)
-    for name, (title, _, key, eval_key) in (PLOTS | (MORE_PLOTS if watched else {})).items():
+    moving = len({line["kl_coef"] for line in lines if "kl_coef" in line}) > 1
+    more = MORE_PLOTS if watched else {"kl_coef": MORE_PLOTS["kl_coef"]} if moving else {}
+    for name, (title, _, key, eval_key) in (PLOTS | more).items():
         if not any(line.get(key or eval_key) is not None for line in lines):
             continue  # with GRPO there is no value loss
         if name == "reward" and any("score" in line for line in lines):

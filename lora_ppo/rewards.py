@@ -22,6 +22,7 @@ from lora_ppo.files import utf8_path
 from lora_ppo.policy import AdapterGate, Policy, gated_forward
 from lora_ppo.processes import total
 from lora_ppo.settings import ConfigError
+from lora_ppo.stored import fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -60,17 +61,19 @@ def pad_id(tokenizer) -> int:
 class RewardModel:
     """Scores replies. `model` is a classifier with one output, as transformers has them; `tokenizer` its own.
 
-    `identity` tells its scores from those of others: a digest of the adapter, or the classifier's name.
+    `identity` tells its scores from those of others: a digest of the weights, or a classifier's name on the hub.
     """
 
     def __init__(self, model: Any, tokenizer: Any, device: "torch.device | str" = "cpu", identity: str = ""):
         self.model, self.tokenizer, self.device, self.identity = model, tokenizer, device, identity
 
     def score(self, chats: Sequence[Chat]) -> list[float]:
-        """A score for each chat and reply, in float32."""
+        """A score for each chat and reply, in float32; NaN for what is longer than the model's context."""
         import torch
 
         rows = [reply_ids(self.tokenizer, *chat) for chat in chats]
+        long = [len(row) > self.context for row in rows]
+        rows = [row[:1] if too_long else row for row, too_long in zip(rows, long, strict=True)]
         scores: list[float] = []
         for part in (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)):
             width, pad = max(map(len, part)), pad_id(self.tokenizer)
@@ -78,7 +81,12 @@ class RewardModel:
             real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=self.device)
             with torch.no_grad():
                 scores += self.forward(ids, real).float().tolist()
-        return scores
+        return [math.nan if too_long else score for score, too_long in zip(scores, long, strict=True)]
+
+    @property
+    def context(self) -> float:
+        """Tokens that the model can read; infinite where its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     def forward(self, ids: "Tensor", real: "Tensor") -> "Tensor":
         """Scores (B,) of padded rows (B, T); `real` is 1 on what is no padding."""
@@ -231,7 +239,8 @@ def load_classifier(name: str, device: "torch.device | str" = "cpu") -> RewardMo
     text = model.config.get_text_config()
     tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(text, "max_position_embeddings", math.inf))
     text.use_cache, text.pad_token_id = False, pad_id(tokenizer)  # the score is read off the last other token
-    return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, device, name)
+    identity = fingerprint(sorted(Path(name).glob("*.safetensors"))) or name
+    return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, device, identity)
 
 
 def normalize(

@@ -129,6 +129,15 @@ def check(config: Settings) -> Settings:
     for name in ("model_name", "device", "checkpoint_dir", "log_dir", "resume"):
         if not getattr(config, name, True):
             raise ConfigError(f"{name} is empty: give it a value, or leave it out for its default")
+    if getattr(config, "adaptive_kl", False):
+        if not config.kl_coef:
+            raise ConfigError("adaptive_kl=true with kl_coef=0: 0 stays 0, whatever it is multiplied by; raise kl_coef")
+        if config.kl_horizon <= config.batch_size / 5:  # a step changes it by up to 20 % x batch_size / kl_horizon
+            least = config.batch_size // 5 + 1
+            raise ConfigError(
+                f"kl_horizon={config.kl_horizon} with batch_size={config.batch_size}: one step could take kl_coef "
+                f"below 0; set kl_horizon to {least} at least, and to some ten steps' answers for a steady one"
+            )
     modules = getattr(config, "target_modules", ["q_proj"])
     if not modules or not all(isinstance(name, str) for name in modules):
         raise ConfigError(f"target_modules={modules}: name at least one linear layer, such as q_proj")

@@ -74,6 +74,9 @@ class Training:
         except Damaged as error:
             raise ConfigError(f"resume_from={folder}: {error}") from None
         self.policy.configure(self.policy.config)
+        before = state["config"]
+        if not before.get("adaptive_kl") or before.get("kl_coef") != self.config.kl_coef:
+            self.policy.kl_coef = self.config.kl_coef  # it was not steered, or another beginning is wanted
         self.shelf.kept["resumed"] = self.root / f"step_{state['step']}"
         if folder.resolve().parent == self.root.resolve():
             there, damaged = self.log.read()

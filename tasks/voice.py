@@ -203,18 +203,26 @@ def read_topics(name: str, path: Path) -> list[Sample]:
 
     expected = "expected `topic:` and below it a list of prompts"
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        node = yaml.compose(content, yaml.SafeLoader)
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        loaded = yaml.safe_load(content)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"topics={name}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"topics={name}: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(loaded, dict) or not loaded:
         raise ConfigError(f"topics={name}: found {str(loaded)[:40]!r}, {expected}")
+    if twice := [str(key) for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"topics={name}: the topic {twice[0]} stands twice, expected its prompts in one place")
     found = []
     for topic, prompts in loaded.items():
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise ConfigError(f"topics={name}: found {str(prompts)[:40]!r} under {topic}, {expected}")
-        found += [Sample(str(topic), prompt.strip()) for prompt in prompts]
+        try:
+            found += [Sample(text(str(topic), "topic"), text(prompt, "prompt")) for prompt in prompts]
+        except ValueError as error:
+            raise ConfigError(f"topics={name}: {error}") from None
     return found
 
 

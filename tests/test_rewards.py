@@ -1,6 +1,7 @@
 """Reward models: trained, saved with their head, and put beside the policy on one base."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -196,6 +197,16 @@ def test_a_classifier_of_its_own_is_a_reward_model(llama, reward_folder, tmp_pat
     assert load_reward_model(policy, str(tmp_path / "whole")).score(CHATS) == reward.score(CHATS)
     with pytest.raises(ConfigError, match=r"has no score.weight: its head was never trained"):
         load_classifier(str(llama))
+    # It is known by its weights, wherever it lies; what is longer than its context has no score.
+    (tmp_path / "whole").rename(tmp_path / "elsewhere")
+    moved = load_reward_model(policy, str(tmp_path / "elsewhere"))
+    assert moved.identity == reward.identity != ""
+    model.score.weight.data.mul_(2)
+    model.save_pretrained(tmp_path / "elsewhere")
+    assert load_reward_model(policy, str(tmp_path / "elsewhere")).identity != reward.identity
+    moved.model.config.max_position_embeddings = len(reply_ids(moved.tokenizer, *CHATS[0]))
+    first, second = moved.score([CHATS[0], (CHATS[0][0], CHATS[0][1] + " and more")])
+    assert (first, math.isnan(second)) == (pytest.approx(reward.score(CHATS)[0], abs=1e-5), True)
 
 
 def test_a_lost_head_is_refused(reward_folder, llama, tmp_path):
@@ -264,6 +275,12 @@ def test_a_pair_in_both_files_is_refused(tmp_path, capsys):
     files = [write_lines(tmp_path / "a", pairs(3)), write_lines(tmp_path / "b", [*pairs(2, 9), turned])]
     assert run_reward(f"pairs={files[0]}", f"held_out={files[1]}", f"output_dir={tmp_path / 'out'}") == 2
     assert "line 3 of held_out is line 1 of pairs, too" in capsys.readouterr().err
+    made = harder(read_pairs("pairs", str(files[0])), ["mismatched"])[0]  # a pair that more_pairs makes is one, too
+    files[1] = write_lines(tmp_path / "b", [{"prompt": made.messages[0]["content"], "chosen": made.chosen,
+                                             "rejected": made.rejected}])  # fmt: skip
+    more = [f"pairs={files[0]}", f"held_out={files[1]}", "more_pairs=mismatched", f"output_dir={tmp_path / 'out'}"]
+    assert run_reward(*more) == 2
+    assert f"line 1 of held_out is line {made.line} of pairs, too" in capsys.readouterr().err
 
 
 def test_conversations_and_texts_are_the_same_pairs(tmp_path):
@@ -307,6 +324,7 @@ def test_a_kind_of_harder_pairs_that_is_unknown_is_refused(tmp_path, capsys):
         (["target_modules=foo_proj"], "error: model_name="),
         (["seed=4294967296"], "error: seed=4294967296 is out of range"),
         (["better_prompts=prompts/voice/tutor.yaml"], "error: better_prompts is for replies of the base itself"),
+        (["prompts=prompts/voice/tutor.yaml"], "error: prompts is for replies of the base itself"),
         (["own_replies=1", "better_prompts=nowhere.yaml"], "error: better_prompts=nowhere.yaml: No such"),
         (["own_replies=-1"], "error: own_replies=-1 is out of range"),
     ],
@@ -322,8 +340,11 @@ def test_a_setting_that_can_t_be_trained_with_is_one_line(words, told, llama, tm
 
 def test_a_pair_that_outgrows_the_context_is_named(llama, tmp_path, capsys):
     file = write_lines(tmp_path / "pairs", [*pairs(9), GOOD | {"chosen": "It is. " * 9000}])
-    assert run_reward(f"pairs={file}", f"output_dir={tmp_path / 'out'}", f"model_name={llama}", "device=cpu") == 2
-    assert "line 10 of the pairs has " in capsys.readouterr().err
+    words = [f"output_dir={tmp_path / 'out'}", f"model_name={llama}", "device=cpu"]
+    assert run_reward(f"pairs={file}", *words) == 2
+    assert "line 10 of pairs has " in capsys.readouterr().err
+    assert run_reward(f"pairs={write_lines(tmp_path / 'short', pairs(5, 20))}", f"held_out={file}", *words) == 2
+    assert "line 10 of held_out has " in capsys.readouterr().err
 
 
 def test_scores_that_are_not_finite_are_no_measurement(tmp_path):

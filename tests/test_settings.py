@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from config import Config
+from lora_ppo.ppo import adapted_kl_coef
 from lora_ppo.settings import (
     CHOICES,
     RANGES,
@@ -284,6 +285,18 @@ def test_no_target_modules_are_refused():
 
 def test_a_simulated_learner_without_questions_is_refused():
     assert refusal("learner=simulated").startswith("learner=simulated needs questions=FILE")
+
+
+def test_a_coefficient_that_could_not_be_steered_or_would_change_its_sign_is_refused():
+    """One step multiplies it by 1 - 0.2 x batch_size / kl_horizon at the least."""
+    assert refusal("adaptive_kl=true", "kl_coef=0").startswith("adaptive_kl=true with kl_coef=0: 0 stays 0")
+    for horizon in (10, 12):
+        told = refusal("adaptive_kl=true", "batch_size=64", f"kl_horizon={horizon}")
+        assert told.startswith(f"kl_horizon={horizon} with batch_size=64")
+        assert "to 13 at least" in told
+    config = parse(Config, "adaptive_kl=true batch_size=64 kl_horizon=13".split())
+    assert adapted_kl_coef(0.1, 0.0, 6.0, config.kl_horizon, config.batch_size) > 0
+    parse(Config, "kl_coef=0 batch_size=64 kl_horizon=1".split())  # not steered
 
 
 def test_what_is_no_setting_at_all_is_refused():

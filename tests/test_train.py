@@ -87,9 +87,22 @@ def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(train_py, monkeypatch, ch
         status, output = train_py(output_dir="out", resume_from="latest", **changes)
     assert status == 0
     assert log("out") == log("whole")
+    assert Path("whole/plots/kl_coef.png").exists()  # it moves
     for epoch in (1, 2):
         assert same(weights(f"out/epoch_{epoch}"), weights(f"whole/epoch_{epoch}"))
     assert Path("out/report.html").read_text() == Path("whole/report.html").read_text()
+
+
+def test_another_price_of_divergence_counts_from_where_it_is_set(train_py):
+    """A coefficient that is steered goes on as it was, unless another beginning is asked for."""
+    steered = {"adaptive_kl": True, "kl_horizon": 20, "samples_per_epoch": 12}
+    train_py(output_dir="out", kl_coef=0.2, **steered)
+    last = log("out")[-1]["kl_coef"]
+    assert last != 0.2
+    train_py(output_dir="out", kl_coef=0.2, num_epochs=2, resume_from="latest", **steered)
+    assert log("out")[4]["kl_coef"] < last  # a step logs the price that it was taken at
+    train_py(output_dir="out", kl_coef=0.7, num_epochs=3, resume_from="latest", **steered)
+    assert log("out")[7]["kl_coef"] == 0.7
 
 
 def test_a_second_ctrl_c_ends_at_once_and_saves_nothing_half_done(train_py, monkeypatch):

@@ -186,6 +186,10 @@ def test_topics_of_a_file_of_ones_own(tmp_path):
         ("tea: 4\n", "found '4' under tea"),
         ("- x\n", "expected `topic:`"),
         ("tea: [x]\n", "no topic to"),
+        ("tea: [x]\nrain: [y]\ntea: [z]\n", "the topic tea stands twice"),
+        ("tea: [x]\nrain: [2024-02-30]\n", "day is out of range"),
+        ('tea: [x]\nrain: ["\\ud83d"]\n', "half a character"),
+        ("[" * 5000, "topics="),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=told):

@@ -97,8 +97,9 @@ def load(config: RewardSettings) -> tuple[list[Pair], list[Pair]]:
         raise ConfigError(f"seed={config.seed} is out of range: expected 0 to {2**32 - 1}, for NumPy")
     if unknown := set(config.more_pairs) - set(MADE):
         raise ConfigError(f"more_pairs={','.join(sorted(unknown))} is unknown: expected some of {', '.join(MADE)}")
-    if config.better_prompts and not config.own_replies:
-        raise ConfigError("better_prompts is for replies of the base itself: set own_replies to 1 or more")
+    for name in ("prompts", "better_prompts"):
+        if getattr(config, name) and not config.own_replies:
+            raise ConfigError(f"{name} is for replies of the base itself: set own_replies to 1 or more")
     for name in ("prompts", "better_prompts"):
         try:
             load_prompts(*filter(None, [getattr(config, name)]), DEFAULT_PROMPTS)
@@ -111,8 +112,9 @@ def load(config: RewardSettings) -> tuple[list[Pair], list[Pair]]:
         held_out = read_pairs("held_out", config.held_out)
     else:
         train, held_out = split(train, config.test_share)
+    train += harder(train, config.more_pairs)
     apart(train, held_out)
-    return train + harder(train, config.more_pairs), held_out
+    return train, held_out
 
 
 def split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
@@ -141,7 +143,10 @@ def own(config: RewardSettings, pairs: Sequence[Pair]) -> list[Pair]:
     from train import TrainConfig
 
     names = "model_name device load_in_4bit dtype prompts max_new_tokens seed".split()
-    values = {name: getattr(config, name) for name in names} | {"top_p": 1.0}
+    values = {name: getattr(config, name) for name in names} | {
+        "top_p": 1.0,
+        "task": "voice",
+    }  # it asks the tutor alone
     policy, _ = load_policy(parse(TrainConfig, [], values))
     roles = {"rejected": policy.prompts.tutor}
     if config.better_prompts:
@@ -219,10 +224,11 @@ def train(config: RewardSettings) -> dict[str, Any]:
     torch.manual_seed(config.seed)  # of the head's first weights
     model, tokenizer = load_base(config, classifier=True)
     rows, context = [], getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    for pair in [*train_pairs, *held_out]:
+    for number, pair in enumerate([*train_pairs, *held_out]):
         row = {f"{side}_ids": reply_ids(tokenizer, pair.messages, getattr(pair, side)) for side in SIDES}
         if (longest := max(map(len, row.values()))) > context:
-            raise ConfigError(f"line {pair.line} of the pairs has {longest} tokens, the context {context}: shorten it")
+            file = "held_out" if config.held_out and number >= len(train_pairs) else "pairs"
+            raise ConfigError(f"line {pair.line} of {file} has {longest} tokens, the context {context}: shorten it")
         rows.append(row)
     data = Dataset.from_list(rows[: len(train_pairs)])
     new = folder.with_name(f".{folder.name}.new")
@@ -261,12 +267,7 @@ def train(config: RewardSettings) -> dict[str, Any]:
         )
     except ValueError as error:  # PEFT, of layers that the model does not have
         raise ConfigError(f"model_name={name}, target_modules: {' '.join(str(error).split())[:200]}") from None
-    try:
-        trainer.train()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ConfigError(f"memory ran out: lower batch_size={config.batch_size}, or take a smaller model") from None
+    trainer.train()
     reward = RewardModel(trainer.model.eval(), tokenizer, trainer.model.device)
     found = measure(reward, held_out) | {"trained_on": len(train_pairs), "log": trainer.state.log_history}
     new.mkdir(parents=True, exist_ok=True)
@@ -318,6 +319,10 @@ def main() -> int:
         show(train(config))
     except OSError as error:
         raise ConfigError(f"output_dir={config.output_dir}: {error.strerror or error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(f"memory ran out: lower batch_size={config.batch_size}, or take a smaller model") from None
     print(f"wrote {config.output_dir}")
     return 0
 

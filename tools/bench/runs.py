@@ -45,7 +45,7 @@ def run(
     # 1. What is there.
     config = parse(TrainConfig, [*words, *([f"resume_from={start}"] if start else [])])
     folder = Path(config.output_dir)
-    same_settings(folder, asdict(config))
+    same_settings(folder, asdict(config) | {"asked": list(asked)})
     if (folder / "evaluation.json").exists():
         return
     if log:
@@ -89,8 +89,8 @@ def same_settings(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / "settings.json"
     before = json.loads(file.read_text()) if file.exists() else settings
     for name in settings:
-        if name not in ("output_dir", "server") and before.get(name) != settings[name]:
-            was = f"{name}={before.get(name)}"
+        if name not in ("output_dir", "server") and before.get(name, settings[name]) != settings[name]:
+            was = f"{name}={before[name]}"
             raise ConfigError(f"{folder} was made with {was}, now it is {settings[name]}: name another --folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)

@@ -20,6 +20,7 @@ need a name of their own. Memory is measured by voice_memory.py.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -254,6 +255,7 @@ def check(root: Path, seed: int) -> list[str]:
     from lora_ppo.loading import load_policy, source
     from lora_ppo.rewards import RewardModel, load_reward_model
 
+    os.chdir(ROOT)  # the preset's paths are seen from there
     words = settings_of("rank1", root / f"rank1_{seed}", seed, DATA, ["dtype=float32", "device=cpu"])
     policy, config = load_policy(parse(TrainConfig, words))
     folder = newest(Path(config.output_dir))
