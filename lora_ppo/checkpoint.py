@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -238,6 +238,8 @@ def load_checkpoint(folder: Path, policy: Policy, notice: Callable[[str], None] 
     for name, tensor in own.items():
         tensor.copy_(slots[name])
     policy.step, policy.kl_coef = state["step"], state["kl_coef"]
+    steering = {name: state["config"][name] for name in ("kl_coef", "adaptive_kl") if name in state["config"]}
+    policy.config = replace(policy.config, **steering)  # what brought kl_coef there, until `configure` says otherwise
     if state.get("base_reading", "") not in ("", policy.reading):
         model = base_name(policy.config)
         notice(f"{folder} was trained with another config.json or tokenizer than model_name={model} has now.")

@@ -111,15 +111,15 @@ class Policy:
         """Goes on under other settings; the weights stay."""
         import torch
 
-        self.config = config
+        before, self.config = self.config, config
         for layer in self.layers:
             if "default" in layer.lora_dropout:
                 dropout = torch.nn.Dropout(config.lora_dropout).eval() if config.lora_dropout else torch.nn.Identity()
                 layer.lora_dropout["default"] = dropout
         self.use_adapter()
         self.optimizer.param_groups[0]["lr"] = config.learning_rate
-        if not config.adaptive_kl:
-            self.kl_coef = config.kl_coef
+        if not (config.adaptive_kl and before.adaptive_kl and before.kl_coef == config.kl_coef):
+            self.kl_coef = config.kl_coef  # it is not steered, or from another beginning
 
     @property
     def dropouts(self) -> list:

@@ -16,10 +16,10 @@ PLOTS = {
     "length": ("Response length", "tokens per answer", "length", "eval_length"),
     "entropy": ("Entropy", "nats per token", "entropy", None),
     "value_loss": ("Value loss", "half the squared error", "value_loss", None),
-}
-# The same, of runs that have them: a coefficient that moves, and what a task is watched for that a model rewards.
-MORE_PLOTS = {
     "kl_coef": ("Price of KL", "kl_coef", "kl_coef", None),
+}
+# The same, of runs that are watched, because a model rewards them.
+MORE_PLOTS = {
     "score": ("Score of the reward model", "mean score of a step", "score", "eval_reward"),
     "distinct_2": ("Different pairs of words", "share of all", None, "eval_distinct_2"),
     "facts": ("Facts kept", "share of replies", "states_fact", "eval_states_fact"),
@@ -142,11 +142,11 @@ def write_report(
     plots.mkdir(parents=True, exist_ok=True)
     images = []
     watched = any(line.get("eval_kl") is not None for line in lines)
-    moving = len({line["kl_coef"] for line in lines if "kl_coef" in line}) > 1
-    more = MORE_PLOTS if watched else {"kl_coef": MORE_PLOTS["kl_coef"]} if moving else {}
-    for name, (title, _, key, eval_key) in (PLOTS | more).items():
+    for name, (title, _, key, eval_key) in (PLOTS | (MORE_PLOTS if watched else {})).items():
         if not any(line.get(key or eval_key) is not None for line in lines):
             continue  # with GRPO there is no value loss
+        if name == "kl_coef" and len({line.get(key) for line in lines} - {None}) == 1:
+            continue  # it is not steered
         if name == "reward" and any("score" in line for line in lines):
             continue  # of steps it is in other units than of evaluations: the score is drawn
         if name == "frontier":

@@ -71,9 +71,9 @@ class RewardModel:
         """A score for each chat and reply, in float32; NaN for what is longer than the model's context."""
         import torch
 
-        rows = [reply_ids(self.tokenizer, *chat) for chat in chats]
-        long = [len(row) > self.context for row in rows]
-        rows = [row[:1] if too_long else row for row, too_long in zip(rows, long, strict=True)]
+        rows, most = [reply_ids(self.tokenizer, *chat) for chat in chats], self.context
+        fit = [len(row) <= most for row in rows]
+        rows = [row if fits else row[:1] for row, fits in zip(rows, fit, strict=True)]
         scores: list[float] = []
         for part in (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)):
             width, pad = max(map(len, part)), pad_id(self.tokenizer)
@@ -81,7 +81,7 @@ class RewardModel:
             real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=self.device)
             with torch.no_grad():
                 scores += self.forward(ids, real).float().tolist()
-        return [math.nan if too_long else score for score, too_long in zip(scores, long, strict=True)]
+        return [score if fits else math.nan for score, fits in zip(scores, fit, strict=True)]
 
     @property
     def context(self) -> float:

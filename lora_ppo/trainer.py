@@ -73,10 +73,7 @@ class Training:
                 self.scale.load(state["scale"])
         except Damaged as error:
             raise ConfigError(f"resume_from={folder}: {error}") from None
-        self.policy.configure(self.policy.config)
-        before = state["config"]
-        if not before.get("adaptive_kl") or before.get("kl_coef") != self.config.kl_coef:
-            self.policy.kl_coef = self.config.kl_coef  # it was not steered, or another beginning is wanted
+        self.policy.configure(self.config)
         self.shelf.kept["resumed"] = self.root / f"step_{state['step']}"
         if folder.resolve().parent == self.root.resolve():
             there, damaged = self.log.read()
@@ -172,14 +169,18 @@ class Training:
         told = shares(self.accelerator, trajectories) | watched
         return found | {f"eval_{name}": figure for name, figure in told.items()}
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Adds a line to the log and to the trackers; a disk that refuses costs a message, not the run."""
+    def note(self, line: dict[str, Any]) -> None:
+        """Takes in a line that `write_log` adds to the log, and adds it to the trackers."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.lines.append(line)
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
         if self.accelerator.is_main_process:
+            self.log.add(line)
+
+    def write_log(self) -> None:
+        """Writes the lines that were noted; a disk that refuses costs a message, not the run."""
+        if self.accelerator.is_main_process:
             try:
-                self.log.add(line)
                 self.shelf.write(self.log.flush)
             except OSError as error:
                 self.say(f"Could not write the log ({error}). The run goes on.")
@@ -253,16 +254,17 @@ class Training:
         config, policy = self.config, self.policy
         every = config.eval_every or self.steps_per_epoch
         if not self.lines:  # the start of this run, be it the base model or a checkpoint of another
-            first = {"timestamp": now(), "step": policy.step} | self.evaluate()
-            self.save(self.checkpoint_name())  # from here on resume_from=latest finds something
-            self.write(first)
+            self.note({"timestamp": now(), "step": policy.step} | self.evaluate())
+            self.save(self.checkpoint_name())  # before the log is there: what has a log can be gone on with
+            self.write_log()
         stop = bool(self.ended)
         while policy.step < self.last and not stop:
             line = self.step()
             stop = total(self.accelerator, float(bool(asked)))[0] > 0
             if policy.step % every == 0 or policy.step == self.last:
                 line |= self.evaluate()
-            self.write(line)
+            self.note(line)
+            self.write_log()
             show(line)
             if advice := without_contrast(self.lines, config.prompts_per_step):
                 self.say(advice)

@@ -122,7 +122,7 @@ def test_a_run_of_trl_that_was_killed_goes_on_as_if_it_had_not_been(bench, tmp_p
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(bench, tmp_path):
     (tmp_path / "runs/grpo_0").mkdir(parents=True)
-    (tmp_path / "runs/grpo_0/train.log").write_text('{"step": 0, "eval_accuracy": 0.0}\n')
+    (tmp_path / "runs/grpo_0/effective_config.yaml").write_text("seed: 0\n")
     status, output, calls = bench("--arms", "grpo")
     assert (status, calls) == (0, ["train.py", "evaluate.py"]), output
     assert LineFile(tmp_path / "runs/grpo_0/train.log").read()[0][0].keys() > {"timestamp", "eval_accuracy"}

@@ -134,6 +134,21 @@ def test_settings_may_change_between_sessions_and_the_journal_still_replays(play
     assert same(weights(run), wanted)
 
 
+def test_a_price_that_is_steered_goes_on_and_another_one_counts_from_where_it_is_set(play):
+    """Whether from a checkpoint or from the journal behind it."""
+    steered = {"adaptive_kl": True, "kl_horizon": 10, "save_every": 2}
+    _, _, run = play(turns(3), kl_coef=0.2, **steered)
+    moved = run.policy.kl_coef
+    assert moved != 0.2
+    assert play([], kl_coef=0.2, **steered)[2].policy.kl_coef == moved
+    assert play([], kl_coef=0.7, **steered)[2].policy.kl_coef == 0.7
+    _, _, run = play(turns(1), kl_coef=0.7, **steered)
+    again = run.policy.kl_coef
+    assert again not in (0.7, moved)
+    assert play([], kl_coef=0.7, **steered)[2].policy.kl_coef == again
+    assert play([], kl_coef=0.7, **steered | {"adaptive_kl": False})[2].policy.kl_coef == 0.7
+
+
 def test_steps_behind_a_checkpoint_are_taken_again_under_the_settings_of_then(play):
     _, _, run = play(turns(5))  # save_every=3
     wanted = weights(run)

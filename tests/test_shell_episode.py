@@ -22,7 +22,7 @@ from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.episode import Rules, ShellEpisode, action, bash_reply, observation
 from tasks.os_interaction.plain import Docker, Nothing
 from tasks.os_interaction.probe import advice, probe, running, sandbox_maker
-from tasks.os_interaction.sandbox import Namespaces
+from tasks.os_interaction.sandbox import Namespaces, first_id
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = Entry("x", "Create /x.", "echo hello >/greeting", "test -f /x", "touch /x", ("touch",), "1")
@@ -289,6 +289,34 @@ def test_a_forgotten_container_goes(tmp_path, monkeypatch):
     assert process.returncode is not None
 
 
+@pytest.mark.parametrize(("status", "verdict"), [(137, "incorrect"), (125, "unknown")])
+def test_a_container_that_its_episode_ended_is_judged_and_one_that_docker_lost_is_not(
+    tmp_path, monkeypatch, status, verdict
+):
+    """An engine of the test's own, whose container ends at the first command of the episode."""
+    (tmp_path / "docker").write_text(
+        f"""#!/bin/bash
+        case $1 in
+          run) echo $$ >{tmp_path}/run; trap 'exit {status}' TERM; echo ready; while :; do read -r -t 0.1 _; done;;
+          exec) echo "${{@:2}}" >>{tmp_path}/said; case $* in *end*) kill $(cat {tmp_path}/run); sleep 0.5;; esac;;
+        esac"""
+    )
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    episode = ShellEpisode(ENTRY, lambda: Docker("image", SMALL), Rules())
+    episode.reset()
+    assert "kill -9 -1" in (tmp_path / "said").read_text().splitlines()[-1]  # nothing runs on behind a command
+    episode.step(bash_reply("end it"))
+    episode.step("Act: finish")
+    assert episode.outcome().verdict == verdict, episode.outcome().why
+
+
+def test_a_user_without_a_name_is_looked_for_by_number(monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
+    with pytest.raises(SandboxFailed, match=r"/etc/subuid gives 4000000 no 65536 ids"):
+        first_id("/etc/subuid")
+
+
 def test_a_home_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setenv("HOME", "/nonexistent")
     with pytest.raises(ConfigError, match=r"home folder .*No such file.*set HOME"):
@@ -357,7 +385,13 @@ def test_a_recording_stays_in_its_folder_whatever_the_entry_is_called(sandboxes,
 
 def test_what_can_not_be_played_is_one_line(tmp_path):
     (tmp_path / "x.json").write_text("[]")
-    for words, told in ((["no-such"], "'no-such'"), (["--replay", str(tmp_path / "x.json")], "expected a file that")):
+    other = tmp_path / "y.json"
+    other.write_text('{"name": "x", "instruction": "?", "rounds": [{"reply": 1, "said": ""}]}')
+    for words, told in (
+        (["no-such"], "'no-such'"),
+        (["--replay", str(tmp_path / "x.json")], "expected a file that"),
+        (["--replay", str(other)], "expected a file that"),
+    ):
         done = program(*words)
         assert done.returncode == 2
         assert told in done.stderr

@@ -127,8 +127,9 @@ def test_a_run_that_ends_at_its_logs_first_line_goes_on(train_py, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Training, "write", ended)
+        patched.setattr(Training, "write_log", ended)
         assert train_py(output_dir="out")[0] == 130
+    assert "Held-out accuracy" in Path("out/step_0/README.md").read_text(encoding="utf-8")
     assert train_py(output_dir="out", resume_from="latest")[0] == 0
     assert same(weights("out/epoch_1"), weights("whole/epoch_1"))
     steps = [

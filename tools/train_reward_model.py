@@ -143,10 +143,8 @@ def own(config: RewardSettings, pairs: Sequence[Pair]) -> list[Pair]:
     from train import TrainConfig
 
     names = "model_name device load_in_4bit dtype prompts max_new_tokens seed".split()
-    values = {name: getattr(config, name) for name in names} | {
-        "top_p": 1.0,
-        "task": "voice",
-    }  # it asks the tutor alone
+    values = {name: getattr(config, name) for name in names}
+    values |= {"top_p": 1.0, "task": "voice"}  # a task that asks the tutor's role alone
     policy, _ = load_policy(parse(TrainConfig, [], values))
     roles = {"rejected": policy.prompts.tutor}
     if config.better_prompts:

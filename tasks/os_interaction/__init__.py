@@ -79,7 +79,6 @@ def prepare(config: Any) -> Callable[[Policy], Task]:
         splits = split(remote, config.test_share, config.entry_levels)
         return lambda policy: ShellTask(splits, server.episode)
     entries, make, rules = ready(config)
-    pin(config, entries)
     splits = split(entries, config.test_share, config.entry_levels)
     return lambda policy: ShellTask(splits, lambda entry: ShellEpisode(entry, make, rules))
 
@@ -100,12 +99,14 @@ def pin(config: Any, entries: Sequence[Any]) -> None:
 
 
 def ready(config: Any, say: Callable[[str], None] | None = None) -> tuple[list[Entry], Callable, Rules]:
-    """The entries that the sandbox supports, what makes sandboxes, and the rules. Raises ConfigError."""
+    """The entries that the sandbox supports (`pin`), what makes sandboxes, and the rules. Raises ConfigError."""
     say = say or tell
     rules = rules_of(config)
     entries = read_entries(Path(config.entries).expanduser())
     make = sandbox_maker(config.sandbox, config.image, config.i_understand, Limits(), say)
-    return supported(entries, make, config.sandbox + config.image, say), make, rules
+    entries = supported(entries, make, config.sandbox + config.image, say)
+    pin(config, entries)
+    return entries, make, rules
 
 
 def tell(text: str) -> None:

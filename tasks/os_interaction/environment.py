@@ -19,7 +19,7 @@ from typing import Any
 from lora_ppo.settings import ConfigError, Settings, help_text, parse, setting
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import program
-from tasks.os_interaction import TaskSettings, pin, ready, split
+from tasks.os_interaction import TaskSettings, ready, split
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.episode import FINISH, ShellEpisode, bash_reply
 from tasks.os_interaction.plain import Nothing
@@ -39,7 +39,6 @@ def played_here(config: TaskSettings) -> tuple[list[Entry], Callable, Any]:
         if getattr(config, name):
             raise ConfigError(f"{name} is a setting of train.py and evaluate.py: leave it out here")
     entries, make, rules = ready(config)
-    pin(config, entries)
     wanted = [entry for entry in entries if not entry.level or entry.level in config.entry_levels]
     if not wanted:
         raise ConfigError(f"entry_levels={','.join(config.entry_levels)}: there is no entry of these levels")

@@ -129,7 +129,7 @@ class Namespaces:
 
     def run(self, script: str, seconds: float = 20, most: int = 4000, stdin: bytes = b"") -> Ran:
         usr = [word for name in ("usr", "bin", "sbin") for word in ("--bind", f"{STORE}/{name}", f"/{name}")]
-        return self.start(usr, [], {"PATH": PATH}, script, seconds, most, stdin)
+        return self.start(usr, {"PATH": PATH}, script, seconds, most, stdin)
 
     @failing_with_the_host()
     def check(self, script: str, seconds: float = 20, stdin: bytes = b"") -> Ran:
@@ -142,32 +142,23 @@ class Namespaces:
             else:
                 raise SandboxFailed(f"the check's programs can't be made: {done.stderr.strip()}")
             self.sealed = True
-        usr = ["--ro-bind", f"{STORE}/sealed", "/usr"]
+        usr = ["--ro-bind", "/usr", HOSTS, "--ro-bind", f"{STORE}/sealed", "/usr"]
         binaries = [x for name in ("bin", "sbin") for x in ("--ro-bind", f"{STORE}/sealed/{name}", f"/{name}")]
         variables = {"PATH": CHECKS_PATH, "PYTHONSAFEPATH": "1", "PERL5LIB": perl_modules()}
-        return self.start([*usr, *binaries], ["--ro-bind", "/usr", HOSTS], variables, script, seconds, 4000, stdin)
+        return self.start([*usr, *binaries], variables, script, seconds, 4000, stdin)
 
     @failing_with_the_host()
     def start(
-        self,
-        usr: list[str],
-        more: list[str],
-        variables: dict[str, str],
-        script: str,
-        seconds: float,
-        most: int,
-        stdin: bytes,
+        self, usr: list[str], variables: dict[str, str], script: str, seconds: float, most: int, stdin: bytes
     ) -> Ran:
-        """Runs bash in a bubblewrap of its own, whose /usr, /bin and /sbin are given, and `more` mounts under /dev.
-
-        Raises SandboxFailed.
-        """
+        """Runs bash in a bubblewrap of its own, whose /usr, /bin and /sbin are given. Raises SandboxFailed."""
         if not self.descriptors:
             raise SandboxFailed("the sandbox is closed")
         filter_fd = memory_file(seccomp.program(self.cgroup is not None))
         input_fd = memory_file(stdin) if stdin else os.open(os.devnull, os.O_RDONLY)
         status_reader, status_writer = os.pipe()
-        command = ["bwrap", "--bind", f"{STORE}/system", "/", *usr]
+        command = ["bwrap", "--bind", f"{STORE}/system", "/", "--proc", "/proc", "--dev", "/dev"]
+        command += ["--bind", f"{STORE}/shm", "/dev/shm", *usr]
         for name in FIXED:
             if Path(f"/usr/{name}").is_dir():
                 command += ["--ro-bind", f"/usr/{name}", f"/usr/{name}"]
@@ -179,7 +170,6 @@ class Namespaces:
         for place in (*Path("/etc").glob("python3*"), Path("/etc/perl"), *Path("/usr/local/lib").glob("python3*")):
             if place.is_dir():  # an interpreter runs what lies there before the check's own program
                 command += ["--ro-bind", str(place), str(place)]
-        command += ["--proc", "/proc", "--dev", "/dev", "--bind", f"{STORE}/shm", "/dev/shm", *more]
         command += ["--remount-ro", "/dev"]
         command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
         command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]

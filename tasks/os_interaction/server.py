@@ -27,7 +27,7 @@ from typing import Any
 from lora_ppo.settings import ConfigError, Settings, help_text, parse, read_yaml, setting, split_arguments
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean, program
-from tasks.os_interaction import PLAYED_BY, TaskSettings, pin, ready
+from tasks.os_interaction import PLAYED_BY, TaskSettings, ready
 from tasks.os_interaction.client import LONGEST, token_file
 from tasks.os_interaction.episode import ShellEpisode
 
@@ -252,7 +252,6 @@ def serve(config: ServerConfig) -> int:
             f"command_seconds={config.command_seconds:g}: an episode could outlast it, raise it"
         )
     entries, make, rules = ready(config)
-    pin(config, entries)
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -72,7 +72,6 @@ def to_go_on(folder: Path, start: str = "") -> list[str]:
     """What train.py needs to be told to go on in `folder`: `start` where it was stopped before its first checkpoint."""
     if all_checkpoints(folder):
         return ["resume_from=latest"]
-    (folder / "train.log").unlink(missing_ok=True)
     return [f"resume_from={start}"] if start else []
 
 

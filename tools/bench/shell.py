@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -108,6 +107,7 @@ def left_behind(pid: int) -> list[str]:
 
 def kills(times: int) -> None:
     rng, left, place = random.Random(0), [], Path(tempfile.gettempdir())
+    there = set(place.glob("lora_ppo*"))
     for number in range(times):
         process, url = start()
         server = Server(url)
@@ -123,7 +123,7 @@ def kills(times: int) -> None:
             for one in plays:
                 one.exception()
         time.sleep(2)
-        found = left_behind(process.pid) + [str(path) for path in place.glob("lora_ppo*")]
+        found = left_behind(process.pid) + [str(path) for path in {*place.glob("lora_ppo*")} - there]
         left += found
         print(f"kill {number + 1}: {found or 'nothing left'}", flush=True)
     print(f"{times} kills, {len(left)} things left behind")
@@ -160,8 +160,6 @@ def trainer_kills(times: int) -> None:
             environment = os.environ | {"TMPDIR": f"{place}/tmp", "HOME": f"{place}/home", "XDG_CACHE_HOME": cache}
             while status != 0:
                 going_on = ["resume_from=latest"] if any(run.glob("*_*/state.json")) else []
-                if not going_on:  # killed before its first checkpoint: it begins anew
-                    shutil.rmtree(run, ignore_errors=True)
                 command = [sys.executable, "train.py", *TINY.split(), f"output_dir={run}", *going_on]
                 with (place / "said").open("w") as said:
                     process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env=environment)
