@@ -43,7 +43,8 @@ from tools.bench.runs import cost_of, difference, minutes, newest, say, state  #
 from train import TrainConfig  # noqa: E402
 
 PRESET = ROOT / "configs/voice_smollm2.yaml"
-REWARD = ["model_name=smollm2", "own_replies=2", "prompts=prompts/voice/tutor.yaml", "num_epochs=1"]
+REWARD = ["model_name=smollm2", "own_replies=4", "better_prompts=prompts/voice/tutor.yaml"]
+REWARD += ["more_pairs=mismatched", "num_epochs=1"]
 ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
 ARMS = {  # what the table calls it, its own settings
     "rank1": ("rank 1 on o, v, up, down", []),
