@@ -96,7 +96,7 @@ class TrainSettings(Settings):
     max_new_tokens: int = shared("max_new_tokens")
     quiz_tries: int = shared("quiz_tries")
     learning_rate: float | None = shared("learning_rate", "the update")
-    lr_schedule: str = setting("constant", "constant, or linear: down to 0 at the run's last step")
+    lr_schedule: str = setting("constant", "constant, or linear: down to 0 behind the run's last step")
     optimizer: str = setting("adamw", "adamw; on CUDA also adamw_8bit, paged_adamw_8bit (bitsandbytes)")
     batch_size: int = setting(16, "answers per step, on all processes together")
     mini_batch_size: int = setting(16, "answers in one forward and backward pass, on all processes together")

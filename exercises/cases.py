@@ -70,11 +70,8 @@ def mask_of(rows: tuple[str, ...]) -> Tensor:
 def each_mask() -> list[tuple[Numbers, Tensor, bool]]:
     """Random numbers, a mask, whether NaN stands where it is False: every mask without, and those with gaps with."""
     found = [(Numbers(seed), mask_of(rows), False) for seed, rows in enumerate((*MASKS, *MASKS[3:]))]
-    return found + [(Numbers(seed), mask_of(rows), True) for seed, rows in enumerate(MASKS[2:])]
-
-
-def each_mask_and_one_left_out() -> list[tuple[Numbers, Tensor, bool]]:
-    return [*each_mask(), (Numbers(20), mask_of(LEFT_OUT), False), (Numbers(21), mask_of(LEFT_OUT), True)]
+    found += [(Numbers(seed), mask_of(rows), True) for seed, rows in enumerate(MASKS[2:])]
+    return [*found, (Numbers(20), mask_of(LEFT_OUT), False), (Numbers(21), mask_of(LEFT_OUT), True)]
 
 
 def hidden(x: Tensor, mask: Tensor, nan: bool) -> Tensor:
@@ -134,7 +131,7 @@ def entropy_cases() -> list[dict[str, Any]]:
 
 def compute_rewards_cases() -> list[dict[str, Any]]:
     cases = []
-    for numbers, mask, nan in each_mask_and_one_left_out():
+    for numbers, mask, nan in each_mask():
         ref = numbers.between(-4, -0.5, *mask.shape)
         new = ref + numbers.between(-1, 1, *mask.shape)
         scores = torch.where(numbers.between(0, 1, len(mask)) < 0.5, -1.0, 1.0) * mask.any(-1)
@@ -146,7 +143,7 @@ def compute_rewards_cases() -> list[dict[str, Any]]:
 def gae_cases() -> list[dict[str, Any]]:
     cases = []
     constants = ((0.9, 0.8), (0.9, 0.8), (0.9, 0.8), (1.0, 1.0), (0.5, 1.0), (1.0, 0.0))
-    for place, (numbers, mask, nan) in enumerate(each_mask_and_one_left_out()):
+    for place, (numbers, mask, nan) in enumerate(each_mask()):
         gamma, lam = constants[place % len(constants)] if place >= len(MASKS) else (0.9, 0.8)
         values, rewards = (numbers.between(-2, 2, *mask.shape) for _ in range(2))
         rewards = torch.where(mask, rewards, 0.0)
@@ -169,7 +166,10 @@ def ppo_losses_cases() -> list[dict[str, Any]]:
 
 
 def minibatch_update_cases() -> list[dict[str, Any]]:
-    """Two parameters and the gradient that stood in them before; that of the loss has a norm below and above."""
+    """Two parameters and the gradient that stood in them before; that of the loss has a norm below and above.
+
+    A third parameter has no part in the loss, and so no gradient: as a value head has under GRPO.
+    """
     cases = []
     for optimizer in ("SGD", "AdamW"):
         for slope in ([0.3, -0.4], [6.0, -8.0]):
@@ -189,16 +189,21 @@ def call_minibatch_update(function: Callable, inputs: dict[str, Any]) -> dict[st
     for p in (weight, bias):
         p.grad = torch.full_like(p, inputs["grad before"].item())
     kind = getattr(torch.optim, inputs["optimizer"].partition(",")[0])
-    optimizer = kind([{"params": [weight]}, {"params": [bias], "lr": 0.05}], lr=0.1, weight_decay=0.0)
+    apart = torch.ones(1, requires_grad=True)
+    optimizer = kind([{"params": [weight, apart]}, {"params": [bias], "lr": 0.05}], lr=0.1, weight_decay=0.0)
 
-    def gradients() -> dict[str, Tensor]:
+    def gradients() -> dict[str, Any]:
         loss = (inputs["slope"] * weight).sum() + 2.0 * bias.sum()
         loss.backward()
-        return {"loss": loss}
+        return {"loss": loss.detach(), "entropy": 1.5}  # a tensor and a number: training gives either
 
     result = function(gradients, optimizer, inputs["max_grad_norm"])
     after = {"weight afterwards": weight.detach().clone(), "bias afterwards": bias.detach().clone()}
-    return result | after if isinstance(result, dict) else result
+    if not isinstance(result, dict):
+        return result
+    if isinstance(result.get("entropy"), float):
+        result = result | {"entropy": torch.tensor(result["entropy"])}
+    return result | after
 
 
 def in_tokens(names: str) -> dict[str, str]:
@@ -244,7 +249,7 @@ FUNCTIONS = (
         ("policy_loss", "value_loss", "entropy", "clip_fraction"),
     ),
     Function(
-        *("minibatch_update", 5, {}, ("loss", "grad_norm", "weight afterwards", "bias afterwards"), (), ""),
+        *("minibatch_update", 5, {}, ("loss", "entropy", "grad_norm", "weight afterwards", "bias afterwards"), (), ""),
         *(minibatch_update_cases(), update.minibatch_update, update.MINIBATCH_UPDATE),
         call=call_minibatch_update,
     ),

@@ -116,18 +116,19 @@ def told(error: BaseException, tried: Callable) -> str:
 def named(function: Function, returned: Any) -> dict[str, Tensor]:
     """The results by name. Raises Problem if they are no tensors, or not as many."""
     names = function.results
+    a_dictionary = function.name in ("ppo_losses", "minibatch_update")
+    kind = "a dictionary of" if a_dictionary else f"{len(names)} results:"
     if returned is None:
         raise Problem("It returns None: is there a `return`?")
-    if isinstance(returned, dict):
+    if isinstance(returned, dict) and a_dictionary:
         missing = [name for name in names if name not in returned]
         if missing:
             raise Problem(f"What it returns lacks {', '.join(missing)}.")
         results = {name: returned[name] for name in names}
     elif len(names) == 1:
         results = {names[0]: returned}
-    elif not isinstance(returned, tuple | list) or len(returned) != len(names):
+    elif a_dictionary or not isinstance(returned, tuple | list) or len(returned) != len(names):
         count = len(returned) if isinstance(returned, tuple | list) else 1
-        kind = "a dictionary of" if function.name in ("ppo_losses", "minibatch_update") else f"{len(names)} results:"
         raise Problem(f"It returns {count} result{'s' * (count != 1)}; expected {kind} {', '.join(names)}.")
     else:
         results = dict(zip(names, returned, strict=True))

@@ -170,9 +170,10 @@ def minibatch_update(
 
         norm = |gradients of all parameters together|,     gradient *= min(1, max_grad_norm / norm)
 
-    `gradients()` runs the policy on the minibatch, calls backward() and returns the losses as a dictionary. backward()
-    ADDS to the `grad` of each parameter. The parameters are in optimizer.param_groups, a list of {"params": [...]}.
-    `grad_norm`, a tensor, is the norm before scaling.
+    `gradients()` runs the policy on the minibatch, calls backward() and returns the losses as a dictionary of tensors
+    or numbers. backward() ADDS to the `grad` of each parameter; one that has no part in the loss has None there. The
+    parameters are in optimizer.param_groups, a list of {"params": [...]}. `grad_norm`, a tensor, is the norm before
+    scaling.
 
     Pascanu et al. 2013, section 3.2, https://arxiv.org/abs/1211.5063.
     """

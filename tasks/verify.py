@@ -31,7 +31,7 @@ def check(reply: str, gold: str) -> Verdict:
     wanted = number(gold)
     if wanted is None:
         raise ValueError(f"{gold!r} is no number")
-    own = before.group() if (before := BEFORE_THE_NEXT.match(reply.strip())) else reply.strip()
+    own = before_the_next(reply.strip())
     found = answer(own)
     lenient = found is not None and found.equals(wanted)
     in_form = own == reply.strip() and own.count("####") == 1 and re.search(FORM, own) is not None
@@ -40,11 +40,20 @@ def check(reply: str, gold: str) -> Verdict:
 
 # The last line of a reply in the form that is asked for.
 FORM = r"(?:^|\n) *#### -?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?\Z"
-# The policy goes on to a problem of its own: evaluations that stop at such words would never have seen it. Where no
-# number stands before them, the reply has yet to begin.
-BEFORE_THE_NEXT = re.compile(
-    r"\D*\d.*?(?=\n[ \t*#_]*(?:question|problem|q|user|human)(?: *\d+)? *[*_]*:)", re.IGNORECASE | re.DOTALL
+# The policy goes on to a problem of its own: evaluations that stop at such words would never have seen it.
+NEXT = re.compile(r"\n[ \t*#_]*(?:question|problem|q|user|human)(?: *\d+)? *[*_]*:", re.IGNORECASE)
+# Before them stands a number, other than that of a step ("Step 1:", "1."); else the reply has yet to begin.
+COUNTED = re.compile(
+    r"^[ \t*#_]*(?:(?:step|part|problem|question) *\d+|\d+[.):][ \t]+[^\W\d])|(\d)", re.IGNORECASE | re.MULTILINE
 )
+
+
+def before_the_next(reply: str) -> str:
+    """The reply without a next problem that the policy asks itself."""
+    number = next((match for match in COUNTED.finditer(reply) if match[1]), None)
+    following = number and NEXT.search(reply, number.end())
+    return reply[: following.start()] if following else reply
+
 
 # ------------------------------------------------------------------------------------------------------------ numbers
 
@@ -91,7 +100,7 @@ TOKENS = re.compile(
     # A number. A sign counts where nothing stands before it that could be subtracted from.
   | (?P<number> (?:(?<![\w)\]%.])(?P<sign>[-+]))? (?:[$€£¥][ ]?(?P<minus>-)?)?
         (?:(?P<whole>[0-9]+)[ ](?=[0-9]+/[1-9]))? (?P<digits> {DIGITS}(?:\.[0-9]+)? | \.[0-9]+ )
-        (?:[ ]?/[ ]?(?P<below>{DIGITS}(?:\.[0-9]+)?)(?![ ]?/[ ]?[0-9]))?
+        (?:[ ]?/[ ]?(?P<below>{DIGITS}(?:\.[0-9]+)?)(?![0-9]|\.[0-9]|[ ]?/[ ]?[0-9]))?
         (?:[eE](?P<e>[-+]?[0-9]+)\b | [ ]?[×x*][ ]?10\^\(?(?P<power>[-+]?[0-9]+)\)?)?
         (?P<percent>[ ]?% | [ ](?:percent|per[ ]cent)\b)? )
     (?P<letters>[^\W0-9]\w* | [$€£¥](?![ ]?[0-9]) | [ ]?(?:√[ {{]{{0,3}}[0-9.]+ | π))?
@@ -117,7 +126,8 @@ class Token:
 
 def normalized(text: str) -> str:
     """The text with one sign for each thing: LaTeX, emphasis, and the many minus signs, digits and spaces undone."""
-    text = re.sub(r"(?<=[A-Za-z])(?:[²³]|\^\{?[23]\}?)", "", text)  # square metres
+    text = re.sub(UNIT_IN_LATEX + r" *(?:[²³]|\^\{?[23]\}?)", r"\1", text)  # square metres
+    text = re.sub(r"(?<=[A-Za-z])(?:[²³]|\^\{?[23]\}?|\$\^\{?[23]\}?\$|\\\(\^\{?[23]\}?\\\))", "", text)
     text = re.sub("[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
     text = re.sub(r"(?<=\w)(?=[¼-¾⅐-⅞])", " ", text)
     text = re.sub(
@@ -138,6 +148,7 @@ def normalized(text: str) -> str:
     return re.sub(r"(=|:|#|\bis|\{|\() *- +(?=[$€£¥]?[.0-9])", r"\1 -", text)
 
 
+UNIT_IN_LATEX = r"(\\(?:text|mathrm|mathbf|textbf|mbox) *\{[^{}]*[A-Za-z] *\})"
 SIGNS = {ord(c): "-" for c in "−–‒‐﹣"} | {ord(c): "*" for c in "·⋅∙"} | {ord("⁄"): "/"}
 LATEX = {"{,}": ",", "\\%": "%", "\\$": "$", "\\times": "×", "\\cdot": "*", "\\div": "÷", "\\!": ""}
 LATEX |= {f"\\{c}": " " for c in ",;: ()[]"} | {"\\left": " ", "\\right": " "}
@@ -279,6 +290,8 @@ def worked_out(tokens: Sequence[Token], i: int) -> tuple[Number | None, int]:
     what comes behind."""
     result, side = None, tokens[i].number
     while True:
+        part = tokens[i].number is not None and (tokens[i].number.percent or "/" in tokens[i].text)
+        of = i + 1  # 10 % of 50, 3/4 of 12; but 6 bags of 10, 7 out of 10
         i += 1
         unit = i + 3  # up to three words (3 square feet)
         while (
@@ -292,7 +305,11 @@ def worked_out(tokens: Sequence[Token], i: int) -> tuple[Number | None, int]:
         elif len(following) == 2 and following[0].text == "=" and following[1].has_digits:
             i += 1
             result, side = side or result, following[1].number
-        elif len(following) == 2 and following[0].text in OPERATORS and following[1].has_digits:
+        elif (
+            len(following) == 2
+            and following[1].has_digits
+            and (following[0].text in OPERATORS and (following[0].text != "of" or (part and i == of)))
+        ):
             i += 1
             side = None
         else:

@@ -376,9 +376,10 @@ def update_by_hand(gradients, optimizer, max_grad_norm):
     for p in parameters:
         p.grad = None
     losses = gradients()
-    norm = torch.sqrt(sum(p.grad.pow(2).sum() for p in parameters))
+    trained = [p for p in parameters if p.grad is not None]
+    norm = torch.sqrt(sum(p.grad.pow(2).sum() for p in trained))
     if norm > max_grad_norm:
-        for p in parameters:
+        for p in trained:
             p.grad *= max_grad_norm / norm
     optimizer.step()
     optimizer.zero_grad()
@@ -456,6 +457,43 @@ def test_two_results_where_one_is_returned():
     assert one.mistake == "It returns 1 result; expected 2 results: loss, clip_fraction."
     lacks = verdict_on("ppo_losses", lambda *given: {"loss": ppo.ppo_losses(*given)["loss"]})
     assert lacks.mistake == "What it returns lacks policy_loss, value_loss, entropy, clip_fraction."
+    named = verdict_on(
+        "policy_loss", lambda *given: dict(zip(("loss", "clip_fraction"), ppo.policy_loss(*given), strict=True))
+    )
+    assert named.mistake == "It returns 1 result; expected 2 results: loss, clip_fraction."
+    assert "is a Python dict" in verdict_on("entropy", lambda *given: {"entropy": ppo.entropy(*given)}).mistake
+    tuple_ = verdict_on("ppo_losses", lambda *given: tuple(ppo.ppo_losses(*given).values()))
+    assert tuple_.mistake.startswith("It returns 5 results; expected a dictionary of loss, policy_loss")
+
+
+def answer_by_answer(logprobs, old_logprobs, advantages, response_mask, cliprange):
+    """NaN where an answer is left out: the mean of no numbers, times 0."""
+    loss, share = ppo.policy_loss(logprobs, old_logprobs, advantages, response_mask, cliprange)
+    empty = sum(logprobs[b][response_mask[b]].mean() * 0 * response_mask[b].sum() for b in range(len(logprobs)))
+    return loss + empty, share
+
+
+@pytest.mark.parametrize(
+    ("name", "tried"),
+    [
+        ("policy_loss", answer_by_answer),
+        ("minibatch_update", lambda *given: {k: v.detach() for k, v in ppo.minibatch_update(*given).items()}),
+        ("minibatch_update", lambda *given: {k: ppo.minibatch_update(*given)[k] for k in ("loss", "grad_norm")}),
+    ],
+)
+def test_what_would_fail_in_training_alone_fails_here(name, tried):
+    assert not verdict_on(name, tried).passed
+
+
+def test_a_parameter_without_a_gradient_is_no_surprise():
+    def every_gradient(gradients, optimizer, max_grad_norm):
+        optimizer.zero_grad()
+        losses = gradients()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.sqrt(sum(p.grad.pow(2).sum() for p in parameters))
+        return losses | {"grad_norm": norm}
+
+    assert "'NoneType' object has no attribute 'pow'" in verdict_on("minibatch_update", every_gradient).mistake
 
 
 # ----------------------------------------------------------------------------- the smallest input, the screen

@@ -219,6 +219,22 @@ CASES = [
     ("#### 1.200,50", "1200.5", False, False, ""),
     ("#### 12km", "12", False, True, "12"),
     ("#### 12 m²", "12", False, True, "12"),
+    (r"\boxed{12 \text{ cm}^2}", "12", False, True, "12"),
+    (r"\boxed{12\,\mathrm{cm}^{3}}", "12", False, True, "12"),
+    ("The answer is 12 cm$^2$.", "12", False, True, "12"),
+    (r"12 cm\(^2\)", "12", False, True, "12"),
+    # "of" behind a part multiplies, behind what is counted it does not.
+    ("#### 10% of 50 = 5", "5", False, True, "5"),
+    ("#### 3/4 of 12 = 9", "9", False, True, "9"),
+    ("#### 6 bags of 10 apples", "6", False, True, "6"),
+    ("The answer is 7 out of 10.", "7", False, True, "7"),
+    # Divided twice: no number of it is cut.
+    ("#### 120 / 12 / 2 = 5", "5", False, True, "5"),
+    ("The answer is 600/25/4 = 6", "6", False, True, "6"),
+    # A step's number is not what is stated: the problem that is told again is no next one.
+    ("Step 1: Read.\nProblem: Ada has 3 apples and buys 4.\n#### 7", "7", True, True, "7"),
+    ("1. Read.\nQuestion: 3 + 4?\n7", "7", False, True, "7"),
+    ("7.\nQuestion: What is 2 + 9?", "7", False, True, "7"),
     ("#### 3rd", "3", False, True, "3"),
     ("#### 2x", "2", False, False, ""),
     ("#### B12", "12", False, False, ""),

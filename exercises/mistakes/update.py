@@ -135,7 +135,8 @@ def clip_each(parameters: list[Tensor], max_grad_norm: float) -> None:
 def normalize_always(parameters: list[Tensor], max_grad_norm: float) -> None:
     scale = max_grad_norm / norm(parameters)
     for p in parameters:
-        p.grad.mul_(scale)
+        if p.grad is not None:
+            p.grad.mul_(scale)
 
 
 MINIBATCH_UPDATE = (

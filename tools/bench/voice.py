@@ -250,8 +250,8 @@ def check(root: Path, seed: int) -> list[str]:
     import torch
     import transformers
 
+    from lora_ppo.adapters import attached
     from lora_ppo.chat import encode_chat
-    from lora_ppo.checkpoint import load_checkpoint
     from lora_ppo.generate import Request, replies
     from lora_ppo.loading import load_policy, source
     from lora_ppo.rewards import RewardModel, load_reward_model
@@ -260,10 +260,10 @@ def check(root: Path, seed: int) -> list[str]:
     words = settings_of("rank1", root / f"rank1_{seed}", seed, DATA, ["dtype=float32", "device=cpu"])
     policy, config = load_policy(parse(TrainConfig, words))
     folder = newest(Path(config.output_dir))
-    load_checkpoint(folder, policy)
     prompts = [sample.prompt for sample in load_topics("", 0.2)["test"]][:12]
     chats = [encode_chat(policy.tokenizer, policy.prompts.tutor.messages(prompt)) for prompt in prompts]
-    ours = replies(policy, [Request(ids, 0.01) for ids in chats])  # as good as greedy
+    with attached(policy, folder, "checked"):
+        ours = replies(policy, [Request(ids, 0.01) for ids in chats])  # as good as greedy
     with source(config) as name:
         plain = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         plain = peft.PeftModel.from_pretrained(plain, folder).eval()
