@@ -85,7 +85,7 @@ def draw_frontier(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = [line for line in lines if line.get("eval_kl") is not None]
+    found = [line for line in lines if None not in (line.get("eval_kl"), line.get("eval_accuracy"))]
     distance = [max(line["eval_kl"], 0.0) ** 0.5 for line in found]
     figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)

@@ -253,7 +253,7 @@ def normalize(
     scale.update(*sums)
     for trajectory in known:
         trajectory.outcome = replace(trajectory.outcome, reward=scale(trajectory.outcome.reward))
-    return {"score": sums[1] / max(sums[0], 1), "score_deviation": scale.deviation}
+    return ({"score": sums[1] / sums[0]} if sums[0] else {}) | {"score_deviation": scale.deviation}
 
 
 class RunningScale:

@@ -163,9 +163,10 @@ class Training:
             *(len(known), right, sum(t.outcome.reward for t in known)),
             *(sum(t.length for t in trajectories), len(trajectories)),
         )
-        low, high = wilson_interval(right, count)
-        found = {"eval_accuracy": right / max(count, 1), "eval_low": low, "eval_high": high, "eval_samples": int(count)}
-        found |= {"eval_reward": reward / max(count, 1), "eval_length": tokens / max(answers, 1)}
+        found = {"eval_samples": int(count), "eval_length": tokens / max(answers, 1)}
+        if count:  # of nothing there is no mean
+            low, high = wilson_interval(right, count)
+            found |= {"eval_accuracy": right / count, "eval_low": low, "eval_high": high, "eval_reward": reward / count}
         told = shares(self.accelerator, trajectories) | watched
         return found | {f"eval_{name}": figure for name, figure in told.items()}
 

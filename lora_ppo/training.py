@@ -158,15 +158,14 @@ def examine(
         accelerator, sum(known), scores.sum().item(), right, mask.sum().item(), length, *sums
     )
     metrics = shares(accelerator, trajectories) | {
-        "reward": reward / max(answers, 1),
-        "accuracy": right / max(answers, 1),
         "answers": int(answers),
         "left_out": config.batch_size - int(answers),
         "length": length / config.batch_size,
-        "kl": kl / max(answers, 1),
-        "kl_estimate": kl_estimate / max(answers, 1),
         "kl_coef": policy.kl_coef,
     }
+    if answers:  # of nothing there is no mean
+        means = {"reward": reward, "accuracy": right, "kl": kl, "kl_estimate": kl_estimate}
+        metrics |= {name: figure / answers for name, figure in means.items()}
 
     # 4. Advantages (B, T).
     if config.algorithm == "grpo":
@@ -182,7 +181,8 @@ def examine(
         advantages, returns = per_answer.unsqueeze(1) * mask, torch.zeros_like(values)
     else:
         # PPO: rewards that pay for divergence, and GAE (Schulman et al. 2016, eq. 16), as in step.ppo_step.
-        metrics["value"] = value / max(tokens, 1)
+        if tokens:
+            metrics["value"] = value / tokens
         rewards = ppo.compute_rewards(scores, logprobs, ref_logprobs, mask, policy.kl_coef)
         advantages, returns = ppo.gae(rewards, values, mask, config.gamma, config.lam)
         if answers >= 8:  # among few answers whitening erases or flips the reward

@@ -107,7 +107,11 @@ def out_of_band(lines: Sequence[dict[str, Any]], stop_if: Sequence[str]) -> str:
 def in_short(line: dict[str, Any], groups: int) -> str:
     """A step's line of the log for the progress bar; `groups` are those of a step (GRPO)."""
     paid = "score" if "score" in line else "reward"
-    text = f"{paid} {line.get(paid, 0):+.2f}  accuracy {line.get('accuracy', 0):.0%}"
+    text = (
+        f"{paid} {line[paid]:+.2f}  accuracy {line['accuracy']:.0%}"
+        if {paid, "accuracy"} <= line.keys()
+        else "no reward"
+    )
     text += f" ({line['strict']:.0%} strict)" if "strict" in line else ""
     text += f"  entropy {line['entropy']:.2f}" if "entropy" in line else ""
     text += f"  KL {line.get('kl', 0):.2g}  {line['tokens_per_second']:.0f} tokens/s"

@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 from support.bench import programs_here
@@ -92,6 +95,23 @@ def test_a_program_that_fails_is_named_and_what_it_took_is_noted(tmp_path):
     assert more["peak_mb"] >= max(180, cost["peak_mb"])
     assert more["wall_seconds"] > cost["wall_seconds"]
     assert os.listdir(tmp_path) == ["cost.json"]
+
+
+def test_ctrl_c_is_waited_for_and_what_it_cost_is_noted(tmp_path):
+    """Both get it, as at a terminal; the program ends after its step."""
+    program = "import signal, time; signal.signal(2, lambda *_: None); print('there', flush=True); time.sleep(1.5)"
+    bench = (
+        f"import sys; from pathlib import Path; from tools.bench import runs; folder = Path({str(tmp_path)!r})\n"
+        f"runs.call([sys.executable, '-c', {program!r}], folder, folder / 'log')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", bench], cwd=runs.ROOT, start_new_session=True)
+    until = time.monotonic() + 60
+    while not (tmp_path / "log").exists() or "there" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == -signal.SIGINT
+    assert json.loads((tmp_path / "cost.json").read_text())["wall_seconds"] > 1
 
 
 def test_a_run_of_trl_that_was_killed_goes_on_as_if_it_had_not_been(bench, tmp_path, monkeypatch):

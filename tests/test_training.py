@@ -95,6 +95,8 @@ def test_an_answer_without_a_verdict_is_left_out(llama, accelerator):
     assert_close(gradient(policy, config, accelerator, trajectories + nan), wanted)
     metrics = training.learn(policy, accelerator, config, odd + nan)
     assert metrics["outcome"] == "skipped"
+    assert metrics["answers"] == 0
+    assert not {"reward", "accuracy", "kl", "kl_estimate", "value"} & metrics.keys()  # not 0: of nothing is no mean
     assert "no answer has an advantage" in metrics["why"]
 
 

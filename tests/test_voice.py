@@ -238,6 +238,17 @@ def test_a_score_that_is_no_number_is_left_out(run, monkeypatch):
     assert all(math.isfinite(line["score"]) and math.isfinite(line["reward"]) for line in lines if line["step"])
 
 
+def test_where_nothing_has_a_score_there_is_no_mean_of_it(run, monkeypatch):
+    monkeypatch.setattr(RewardModel, "score", lambda self, chats: [float("nan")] * len(chats))
+    status, output = run(output_dir="out", eval_every=1)
+    assert status == 0, output
+    assert "no reward" in output
+    lines = [json.loads(line) for line in Path("out/train.log").read_text().splitlines()]
+    assert not {"reward", "score", "accuracy", "eval_accuracy", "eval_reward"} & set().union(*lines)
+    assert {line.get("eval_samples", 0) for line in lines} == {0}
+    assert Path("out/report.html").exists()
+
+
 def test_a_run_does_not_go_on_under_another_reward_model(run, reward_folder, tmp_path):
     assert run(output_dir="out")[0] == 0
     other = shutil.copytree(reward_folder, tmp_path / "moved")

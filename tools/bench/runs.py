@@ -96,14 +96,20 @@ def same_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def call(command: list[str], folder: Path | None = None, log: Path | None = None) -> None:
-    """Runs a program of this project; notes in `folder` the most memory that it took, in MB. Raises ConfigError.
+    """Runs a program of this project; notes in `folder` its seconds and the most memory that it took, in MB.
 
-    What it says goes to the end of `log`.
+    What it says goes to the end of `log`. Ctrl-C reaches it, too: it is waited for, noted, and then KeyboardInterrupt
+    raised. Raises ConfigError where it fails.
     """
     started = time.perf_counter()
     with log.open("ab") if log else contextlib.nullcontext() as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-    _, status, usage = os.wait4(process.pid, 0)
+    interrupted, status = False, None
+    while status is None:
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:
+            interrupted = True
     process.returncode = os.waitstatus_to_exitcode(status)
     if folder and folder.is_dir():
         file = folder / "cost.json"
@@ -114,6 +120,8 @@ def call(command: list[str], folder: Path | None = None, log: Path | None = None
             "peak_mb": max(cost["peak_mb"], peak),
         }
         write_json(file, cost)
+    if interrupted:
+        raise KeyboardInterrupt
     if process.returncode:
         raise ConfigError(f"{Path(command[1]).name} ended with status {process.returncode}; the same command goes on")
 

@@ -56,10 +56,10 @@ def cost() -> None:
 
 
 def start(*words: str) -> tuple[subprocess.Popen, str]:
-    """A server on a free port, under the settings `words`, and its URL."""
+    """A server on a free port, under the settings `words`, and its URL. Ctrl-C is its clients': it ends after them."""
     with tempfile.NamedTemporaryFile("w") as log:
         command = [sys.executable, "-m", "tasks.os_interaction.server", "port=0", *words]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True)
         while " serves " not in (said := Path(log.name).read_text()):
             if process.poll() is not None:
                 raise SystemExit(said)

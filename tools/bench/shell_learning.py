@@ -126,9 +126,9 @@ def figures(folder: Path) -> dict[str, Any] | None:
         "models": record["models"],
         "right": [(here == "correct", there == "correct") for there, here in known if "unknown" not in (there, here)],
         "steps": len(steps),
-        "episodes": sum(line["answers"] for line in steps),
+        "episodes": sum(line.get("answers", 0) for line in steps),
         "seconds": sum(line["seconds"] for line in steps),
-        "kl": fmean(line["kl"] for line in steps[-4:]),
+        "kl": fmean(line["kl"] for line in [line for line in steps if "kl" in line][-4:]),
         **cost_of(folder),
     }
 

@@ -125,7 +125,7 @@ def figures(folder: Path) -> dict[str, Any] | None:
         "distinct": [distinct([both[i]["answer"] for _, *both in answers], 2) for i in (0, 1)],
         "kl": [line["eval_kl"] for line in lines if "eval_kl" in line][-1],
         "kl_target": trained.kl_target,
-        "kl_coef": steps[-1]["kl_coef"],
+        "kl_coef": [line["kl_coef"] for line in steps if "kl_coef" in line][-1],
         "steps": len(steps),
         "seconds": sum(line["seconds"] for line in steps),
         "parameters": sum(tensor.numel() for tensor in tensors_in(file.parent, "adapter_model").values()),
