@@ -28,6 +28,7 @@ from lora_ppo.policy import Policy
 from lora_ppo.quizmaster import ANSWERS
 from lora_ppo.settings import ConfigError, help_text, known_name, parse, setting, split_arguments, version
 from lora_ppo.statistics import wilson_interval
+from lora_ppo.step import out_of_memory
 from lora_ppo.streams import run_program
 from lora_ppo.terminal import clean
 from train import TASK_MODULES, TASKS, TrainConfig
@@ -327,6 +328,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted: no results were written", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: memory ran out: lower eval_batch_size, or max_new_tokens", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ class TrainSettings(Settings):
     algorithm: str = setting("ppo", "ppo, or grpo (group_size answers per prompt, no value head)")
     output_dir: str = setting("runs/train", "where log, checkpoints and report are written")
     num_epochs: int = setting(1, "epochs")
-    samples_per_epoch: int = setting(0, "prompts per epoch; 0: every training sample of the task once")
+    samples_per_epoch: int = setting(
+        0, "prompts per epoch, in whole steps; 0: about every training sample of the task once"
+    )
     eval_every: int = setting(0, "steps between evaluations on the test split; 0: one after each epoch")
     eval_samples: int = setting(100, "test samples that an evaluation answers")
     save_every: int = setting(50, "steps between checkpoints within an epoch")

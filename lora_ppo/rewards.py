@@ -39,13 +39,19 @@ Chat = tuple[Sequence[Message], str]  # what was asked, and the reply
 def reply_ids(tokenizer, messages: Sequence[Message], reply: str) -> list[int]:
     """Token ids of a chat whose last message is `reply`, whole: with what the template puts behind a reply.
 
-    An encoder (BERT) gets what was asked and the reply as its two sentences, cut to its context.
+    An encoder (BERT) gets what was asked and the reply as its two sentences.
     """
     if takes_sentences(tokenizer):
         asked = "\n\n".join(message["content"] for message in messages)
-        return tokenizer(asked, reply, truncation=True, split_special_tokens=True)["input_ids"]
+        return tokenizer(asked, reply, split_special_tokens=True, verbose=False)["input_ids"]
     tail = encode(tokenizer, behind_reply(tokenizer, asked_again=False)) or [tokenizer.eos_token_id]
     return [*encode_chat(tokenizer, list(messages)), *encode_text(tokenizer, reply), *tail]
+
+
+def context_of(model: Any, tokenizer: Any) -> float:
+    """Tokens that a model can read; infinite where nobody says. Some encoders count two positions that are none."""
+    told = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return min(told, tokenizer.model_max_length) if takes_sentences(tokenizer) else told
 
 
 def takes_sentences(tokenizer) -> bool:
@@ -85,8 +91,7 @@ class RewardModel:
 
     @property
     def context(self) -> float:
-        """Tokens that the model can read; infinite where its config does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        return context_of(self.model, self.tokenizer)
 
     def forward(self, ids: "Tensor", real: "Tensor") -> "Tensor":
         """Scores (B,) of padded rows (B, T); `real` is 1 on what is no padding."""

@@ -21,7 +21,7 @@ from lora_ppo.forward import Batch, collate, token_logprobs_and_values
 from lora_ppo.policy import Policy, Snapshot, gradient_dropout
 from lora_ppo.processes import everywhere, sharded, total, whiten_jointly
 from lora_ppo.settings import Settings
-from lora_ppo.step import StepSkipped, trust_region
+from lora_ppo.step import OUT_OF_MEMORY, StepSkipped, out_of_memory, trust_region
 from lora_ppo.watching import shares
 
 if TYPE_CHECKING:
@@ -74,9 +74,10 @@ def learn(
     """
     from lora_ppo import ppo
 
-    before = policy.snapshot()
-    metrics: dict[str, Any] = {}
+    before, metrics = None, {}
     try:
+        before = policy.snapshot()
+
         # 1. to 4. What policy and reference say of the answers; rewards; advantages.
         experience, metrics = examine(policy, accelerator, config, trajectories)
 
@@ -122,9 +123,12 @@ def learn(
     except StepSkipped as skipped:
         policy.restore(before)
         metrics |= {"outcome": "skipped", "why": str(skipped)}
-    except BaseException:
-        policy.restore(before)
-        raise
+    except BaseException as error:
+        if before:
+            policy.restore(before)
+        if accelerator.num_processes > 1 or not out_of_memory(error):
+            raise
+        metrics |= {"outcome": "skipped", "why": OUT_OF_MEMORY}
     return metrics
 
 

@@ -6,7 +6,6 @@ reader of answers and the same limit on tokens.
 """
 
 import json
-import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from lora_ppo.policy import Policy
 from lora_ppo.settings import ConfigError, Settings, setting
 from tasks import verify
 from tasks.arithmetic import LEVELS, sums
+from tasks.heldout import held_out_of
+from tasks.pairs import text
 
 SPLITS = ("train", "test")
 HUB_NAMES = {"gsm8k": ("openai/gsm8k", "main")}
@@ -157,7 +158,7 @@ def from_folder(name: str, folder: Path) -> dict[str, Sequence[Problem]]:
 
 
 def from_file(name: str, path: Path, test_share: float) -> dict[str, Sequence[Problem]]:
-    """A file's problems: each in the split that it names, or else a `test_share` of them, always the same, held out."""
+    """A file's problems: each in the split that it names, or else about a `test_share` of them held out."""
     lines = read_lines(name, path)
     splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
     for _, problem, split in lines:
@@ -167,9 +168,8 @@ def from_file(name: str, path: Path, test_share: float) -> dict[str, Sequence[Pr
         if missing := next((number for number, _, split in lines if not split), None):
             raise ConfigError(f"problems={name}, line {missing}: found no split, and other lines have one")
         return splits
-    keys = sorted(problem.key for _, problem, _ in lines)
-    random.Random("maths").shuffle(keys)
-    tests = set(keys[: max(1, round(test_share * len(keys)))])
+    keys = {problem.key for _, problem, _ in lines}
+    tests = held_out_of(keys, test_share)
     if len(tests) == len(keys):
         raise ConfigError(f"problems={name} with test_share={test_share:g} leaves none to train on: write more")
     for _, problem, _ in lines:
@@ -219,11 +219,11 @@ def parsed(line: bytes) -> tuple[Problem, str]:
     if not isinstance(row, dict):
         raise ValueError(f"found {str(row)[:40]!r}, expected an object with question and answer")
     question, level, split = row.get("question"), row.get("level", ""), row.get("split", "")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"found {str(question)[:40]!r} as the question, expected text")
+    question = text(question, "the question")
+    level = "" if level in (None, "") else text(str(level), "the level")
     if split not in ("", *SPLITS):
         raise ValueError(f"found {str(split)[:40]!r} as the split, expected train or test")
-    return Problem(question.strip(), gold_of(row.get("answer")), str(level)), split
+    return Problem(question, gold_of(row.get("answer")), level), split
 
 
 def gold_of(answer: Any) -> str:

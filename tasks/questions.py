@@ -8,6 +8,7 @@ from typing import Literal
 from lora_ppo.settings import ConfigError
 from lora_ppo.terminal import read_questions
 from tasks.facts import Fact, table_facts
+from tasks.heldout import held_out_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def split_samples(
     """The samples of a split, in an order drawn from `seed`; no fact of one split, nor its mirror, is in the other.
 
     Which facts are held out is the same with every seed. Without a file: every fact of the tables once, in a phrasing
-    of its `ask` (train) or `held_out` (test). With one: its questions, where the phrasings of one fact stay together.
+    of its `ask` (train) or `held_out` (test). With one: its questions, where the phrasings of one fact stay together;
+    about a `test_share` of them is held out, and stays so when others are added.
     Raises ConfigError where the file can't be used or is too short to be split.
     """
     rng = random.Random(f"quiz/{seed}")
@@ -51,19 +53,20 @@ def split_samples(
         for fact in table_facts():
             asked, held_out = rng.choice(fact.subject.ask), rng.choice(fact.subject.held_out)
             samples.append(Sample(fact.question(asked if split == "train" else held_out), fact))
-    groups: dict[object, list[Sample]] = {}
+    groups: dict[str, list[Sample]] = {}
     for sample in samples:
-        fact = sample.fact
-        same = frozenset((fact.about.casefold(), fact.answer.casefold())) if fact else sample.question.casefold()
-        groups.setdefault(same, []).append(sample)  # hot is to cold as cold is to hot
-    kept = list(groups.values())
+        about = (sample.fact.about, sample.fact.answer) if sample.fact else (sample.question,)
+        groups.setdefault("\n".join(sorted(map(str.casefold, about))), []).append(
+            sample
+        )  # hot is to cold as cold to hot
+    kept = list(groups)
     random.Random("quiz").shuffle(kept)
-    tests = max(1, round(test_share * len(kept)))
-    if tests >= len(kept):
+    tests = held_out_of(kept, test_share) if questions_file else set(kept[: max(1, round(test_share * len(kept)))])
+    if len(tests) == len(kept):
         raise ConfigError(
-            f"questions={questions_file or 'the tables'} with test_share={test_share:g} leaves {len(kept) - tests} of "
-            f"{len(kept)} questions to train on: write more, or lower test_share"
+            f"questions={questions_file or 'the tables'} with test_share={test_share:g} leaves none of {len(kept)} "
+            "questions to train on: write more, or lower test_share"
         )
-    chosen = [sample for group in (kept[:tests] if split == "test" else kept[tests:]) for sample in group]
+    chosen = [sample for group in kept if (group in tests) == (split == "test") for sample in groups[group]]
     rng.shuffle(chosen)
     return tuple(chosen)

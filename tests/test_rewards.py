@@ -429,13 +429,11 @@ def test_an_encoder_is_a_reward_model(tmp_path):
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
-    chats = [([{"role": "user", "content": "What is Rome?"}], reply) for reply in ("Rome.", "Rome is. [SEP]" * 9)]
+    chats = [([{"role": "user", "content": "What is Rome?"}], reply) for reply in ("Rome.", "Rome is. [SEP]")]
     reward = load_classifier(str(tmp_path))
-    rows = [
-        tokenizer(chat[0]["content"], reply, truncation=True, max_length=12, split_special_tokens=True)
-        for chat, reply in chats
-    ]
-    assert len(rows[1]["input_ids"]) == 12
+    rows = [tokenizer(chat[0]["content"], reply, split_special_tokens=True) for chat, reply in chats]
+    assert len(rows[1]["input_ids"]) <= 12
+    assert math.isnan(reward.score([(chats[0][0], "Rome is. " * 9)])[0])  # too long: not cut, as half a reply is no reply
     with torch.no_grad():
         wanted = [model(input_ids=torch.tensor([row["input_ids"]])).logits.item() for row in rows]
     assert reward.score(chats) != pytest.approx(wanted, abs=1e-2)  # the second sentence has another type

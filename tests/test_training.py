@@ -100,6 +100,21 @@ def test_an_answer_without_a_verdict_is_left_out(llama, accelerator):
     assert "no answer has an advantage" in metrics["why"]
 
 
+@pytest.mark.parametrize("where", ["snapshot", "step"])
+def test_a_step_for_which_memory_runs_out_is_skipped(where, llama, accelerator, monkeypatch):
+    """Be it for the copy to go back to, or for the optimizer's first state."""
+    policy, config = loaded(llama)
+    trajectories, before = answered(policy, [1.0, -1.0]), {n: t.clone() for n, t in policy.tensors().items()}
+
+    def runs_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(*((policy, "snapshot") if where == "snapshot" else (policy.optimizer, "step")), runs_out)
+    metrics = training.learn(policy, accelerator, config, trajectories)
+    assert (metrics["outcome"], metrics["why"].partition(":")[0]) == ("skipped", "out of memory")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.tensors().items())
+
+
 def test_environment_text_has_no_influence_on_the_gradient(llama, accelerator):
     """The loss must not depend on log-probabilities of tokens that the policy did not choose."""
     policy, config = loaded(llama)

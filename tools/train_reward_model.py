@@ -25,7 +25,7 @@ from lora_ppo.files import utf8_path
 from lora_ppo.loading import base_name, load_base, silence_libraries, weight_files
 from lora_ppo.policy import Policy
 from lora_ppo.prompts import Role, load_prompts
-from lora_ppo.rewards import REWARD_FILE, RewardModel, pad_id, reply_ids
+from lora_ppo.rewards import REWARD_FILE, RewardModel, context_of, pad_id, reply_ids
 from lora_ppo.settings import BUNDLED_MODEL, DEFAULT_PROMPTS, ConfigError, Settings, from_command_line, parse, setting
 from lora_ppo.statistics import wilson_interval
 from lora_ppo.step import out_of_memory
@@ -221,12 +221,12 @@ def train(config: RewardSettings) -> dict[str, Any]:
         train_pairs += own(config, train_pairs)
     torch.manual_seed(config.seed)  # of the head's first weights
     model, tokenizer = load_base(config, classifier=True)
-    rows, context = [], getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    rows, context = [], context_of(model, tokenizer)
     for number, pair in enumerate([*train_pairs, *held_out]):
         row = {f"{side}_ids": reply_ids(tokenizer, pair.messages, getattr(pair, side)) for side in SIDES}
         if (longest := max(map(len, row.values()))) > context:
             file = "held_out" if config.held_out and number >= len(train_pairs) else "pairs"
-            raise ConfigError(f"line {pair.line} of {file} has {longest} tokens, the context {context}: shorten it")
+            raise ConfigError(f"line {pair.line} of {file} has {longest} tokens, the context {context:g}: shorten it")
         rows.append(row)
     data = Dataset.from_list(rows[: len(train_pairs)])
     new = folder.with_name(f".{folder.name}.new")

@@ -25,6 +25,7 @@ from lora_ppo.episodes import environment_ids  # noqa: E402
 from lora_ppo.loading import load_policy  # noqa: E402
 from lora_ppo.policy import Policy  # noqa: E402
 from lora_ppo.settings import ConfigError, from_command_line, setting  # noqa: E402
+from lora_ppo.step import out_of_memory  # noqa: E402
 from lora_ppo.streams import run_program  # noqa: E402
 from lora_ppo.terminal import clean, program  # noqa: E402
 from tasks.os_interaction import pin, ready, split  # noqa: E402
@@ -164,7 +165,12 @@ Fine-tunes adapters on the ground truths of shell tasks, for training to go on f
 def main() -> int:
     """The program. Exit status: 0; 2 for bad settings or data; 130 after Ctrl-C."""
     config = from_command_line(WarmConfig, USAGE)
-    warm_start(config, lambda text: print(clean(text), file=sys.stderr, flush=True))
+    try:
+        warm_start(config, lambda text: print(clean(text), file=sys.stderr, flush=True))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(f"memory ran out: lower warm_batch_size={config.warm_batch_size}") from None
     return 0
 
 
