@@ -169,7 +169,7 @@ def pretest(question: str, policy: Policy, run: Run, terminal: Terminal) -> tupl
     if quiz is None:
         return None, "", False
     terminal.say(f"Before I answer: {quiz_text(quiz.question, quiz.options)}", "bold")
-    guess = terminal.choose(quiz, "", "Your guess (A-D, s: I don't know): ")
+    guess = terminal.choose(quiz, None, "Your guess (A-D, s: I don't know): ")
     return reshuffled(quiz), guess if guess == "skip" else LETTERS[guess], guess == quiz.key
 
 
@@ -220,15 +220,11 @@ def show_outcome(line: dict[str, Any], run: Run, terminal: Terminal) -> None:
 
 def session(policy: Policy, run: Run, terminal: Terminal) -> int:
     """Turns and commands, until the person leaves. Returns the exit status."""
-    interrupted = False
     while not asked_to_leave:
         try:
             question = terminal.ask("\nYou: ")
-            interrupted = False
-        except (EOFError, Leave):
+        except (EOFError, KeyboardInterrupt):
             return 0
-        except KeyboardInterrupt:
-            return 130 if interrupted else 0
         try:
             if question.startswith("/"):
                 if command(question, policy, run, terminal):
@@ -244,7 +240,6 @@ def session(policy: Policy, run: Run, terminal: Terminal) -> int:
             if not terminal.waits_for_a_person:
                 terminal.say("")
                 return 0
-            interrupted = True
             terminal.say("\nInterrupted. Finished turns are kept.", "yellow")
         except Exception as error:
             if not out_of_memory(error):
@@ -270,7 +265,7 @@ def command(text: str, policy: Policy, run: Run, terminal: Terminal) -> bool:
         with interrupts_deferred():
             undone = run.undo()
         if not undone:
-            terminal.say("There is no step to undo.")
+            terminal.say("There is no step to undo: only the last one of this session can be, once.")
         elif policy.step == step:
             terminal.say("Undid the last answer; its step had not been taken yet.")
         else:

@@ -11,11 +11,10 @@ from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import Damaged, adapter_config, other_base, prompt_note, tensors_in, verify_checkpoint
 from lora_ppo.files import apply_umask, utf8_path
 from lora_ppo.gate import write_gate
-from lora_ppo.loading import base_name, find_prompts, load_policy
+from lora_ppo.loading import base_name, called, find_prompts, load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.prompts import Prompts, load_prompts
 from lora_ppo.settings import (
-    BUNDLED_MODEL,
     DEFAULT_PROMPTS,
     GATE_FILE,
     PROMPTS_FILE,
@@ -78,7 +77,7 @@ def base_settings(
     """`config` with what the first adapter was trained on, where that is left open: base model and prompts."""
     name = next((state["base_model"] for state in states if state), None)
     if config.model_name == "auto" and name:
-        config = replace(config, model_name=str(BUNDLED_MODEL) if name == f"bundled:{BUNDLED_MODEL.name}" else name)
+        config = replace(config, model_name=called(name))
     told = next((folder / PROMPTS_FILE for folder in folders if (folder / PROMPTS_FILE).is_file()), None)
     if told and not config.prompts and find_prompts(config).differing(load_prompts(told, DEFAULT_PROMPTS)):
         notice(f"prompts={told}: the roles are told what they were told in training.")

@@ -52,7 +52,8 @@ def utf8_path(path: Path) -> Iterator[Path]:
 
 def cache_folder() -> Path:
     """Where is kept what would take long to make again; it may be removed at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora-ppo-tutor"
+    place = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(tempfile.gettempdir() if place.startswith("~") else place) / "lora-ppo-tutor"  # nobody's home
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lora_ppo.files import cache_folder, replace_file
 from lora_ppo.policy import Policy
-from lora_ppo.settings import GATE_FILE, ConfigError
+from lora_ppo.prompts import load_prompts
+from lora_ppo.settings import DEFAULT_PROMPTS, GATE_FILE, PROMPTS_FILE, ConfigError
 
 FORMAT = 3  # of what was measured; with another number every model is measured anew
 
@@ -46,10 +47,13 @@ class Gate:
 def read_gate(folder: str | os.PathLike, policy: Policy) -> Gate:
     """The gate in the model's folder, else the one that was measured on this very model, else one that is shut.
 
+    The folder's is that of its own prompts: under others it says nothing.
+
     Raises ConfigError where the folder's file is broken; what is broken in the cache is measured again.
     """
-    own = Path(folder) / GATE_FILE
-    if own.is_file():
+    own, prompts = Path(folder) / GATE_FILE, Path(folder) / PROMPTS_FILE
+    its = load_prompts(*([prompts] if prompts.is_file() else []), DEFAULT_PROMPTS)
+    if own.is_file() and not {"quizmaster", "solver"} & set(policy.prompts.differing(its)):
         try:
             return parse_gate(own)
         except (OSError, ValueError, TypeError) as error:
@@ -80,5 +84,6 @@ def measured_file(policy: Policy) -> Path:
     """Where what was measured on this model is kept: its weights, precision, prompts and sampling are in the name."""
     config = policy.config
     weights = policy.fingerprint or config.model_name, config.dtype, config.load_in_4bit
-    digest = hashlib.sha256(repr((FORMAT, weights, policy.prompts, config.top_p)).encode())
+    sampling = config.top_p, config.quiz_temperature, config.max_new_tokens
+    digest = hashlib.sha256(repr((FORMAT, weights, policy.prompts, sampling)).encode())
     return cache_folder() / "quizzes" / f"{digest.hexdigest()[:24]}.json"

@@ -48,7 +48,7 @@ def load_policy(config: Settings, notice: Callable[[str], None] = lambda text: N
     from lora_ppo.layers import copy_weights
 
     silence_libraries()
-    config = replace(config, model_name=os.path.expanduser(config.model_name))
+    config = replace(config, model_name=os.path.expanduser(called(config.model_name)))
     if config.device == "auto":
         mps = torch.backends.mps.is_available()
         config.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -309,10 +309,18 @@ def is_bundled(model_name: str) -> bool:
     return Path(model_name).resolve() == BUNDLED_MODEL
 
 
+BUNDLED_NAME = f"bundled:{BUNDLED_MODEL.name}"
+
+
 def base_name(config: Settings) -> str:
     """What a checkpoint calls its base model: the same wherever this program is installed."""
-    known = {BUNDLED_MODEL: f"bundled:{BUNDLED_MODEL.name}", SMOLLM2_FOLDER.resolve(): SMOLLM2}
+    known = {BUNDLED_MODEL: BUNDLED_NAME, SMOLLM2_FOLDER.resolve(): SMOLLM2}
     return known.get(Path(config.model_name).resolve(), config.model_name)
+
+
+def called(name: str) -> str:
+    """The model_name of a base model that a checkpoint calls `name`."""
+    return str(BUNDLED_MODEL) if name == BUNDLED_NAME else name
 
 
 def silence_libraries() -> None:

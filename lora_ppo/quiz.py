@@ -3,6 +3,7 @@
 import json
 import re
 import unicodedata
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -108,11 +109,16 @@ def parse_quiz(text: str, why: list[str] | None = None) -> tuple[str, str, list[
 
 
 def shuffle_quiz(question: str, correct: str, wrong: Sequence[str]) -> Quiz:
-    """The options in an order drawn from torch's global generator."""
+    """The options in an order drawn from torch's global generator.
+
+    A turn's seed is the same in every run. So the question decides, too: else all first ones had the same right letter.
+    """
     import torch
 
     options = [correct, *wrong]
     order = torch.randperm(len(options)).tolist()
+    turned = zlib.crc32(question.encode("utf-8", "surrogatepass")) % len(order)
+    order = order[turned:] + order[:turned]
     return Quiz(question, tuple(options[i] for i in order), order.index(0))
 
 

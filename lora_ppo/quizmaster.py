@@ -196,6 +196,9 @@ class Draft:
 def agreed_quiz(policy: Policy, question: str, written: Sequence[list[int]], why: list[str]) -> Quiz | None:
     """A quiz whose key is what independent short answers agree on."""
     gate = policy.quiz_gate
+    if len(question) > QUESTION_LENGTH:
+        why.append(f"the question has {len(question)} characters, that of a quiz at most {QUESTION_LENGTH}")
+        return None
     # 1. The key: what most of the answers say, if enough of them do. Where they still can, the other half is asked for.
     *written, rewording = written
     draft = agree(policy, question, written)
@@ -260,12 +263,11 @@ def reworded(policy: Policy, ids: Sequence[int]) -> str:
 
 def agree(policy: Policy, question: str, written: Sequence[list[int]]) -> Draft | None:
     """What most of the short answers say. Those that can't be a key, too long or from the question, are against it."""
-    texts = [policy.text(ids) for ids in written]
     spellings: dict[str, Counter[str]] = {}
-    for text, end, _ in (text.partition('"') for text in texts):
-        if end and usable(text := one_line(text), question) and not echoes(text, question):
+    for whole in (JSON_STRING.match('"' + policy.text(ids)) for ids in written):
+        if whole and usable(text := one_line(json.loads(whole[0])), question) and not echoes(text, question):
             spellings.setdefault(bare(text), Counter())[text] += 1
-    if not spellings or len(question) > QUESTION_LENGTH:
+    if not spellings:
         return None
     agreed = max(spellings.values(), key=Counter.total)
     return Draft(one_line(question), agreed.most_common(1)[0][0], agreed.total())
@@ -332,9 +334,12 @@ def answer_logprobs(policy: Policy, question: str, options: Sequence[str]) -> li
     closing = '","wrong":["'
     told = []
     for option in options:
-        ids = encode_text(policy.tokenizer, json.dumps(option, ensure_ascii=False)[1:-1] + closing)
-        end = next(i for i, token in enumerate(ids) if token in policy.quote_tokens)
-        told.append(ids[: end + 1])
+        written = json.dumps(option, ensure_ascii=False)[1:-1]
+        ids, quotes, end = encode_text(policy.tokenizer, written + closing), written.count('"'), 0
+        while quotes >= 0:  # up to the token with the quote that ends it
+            quotes -= policy.quote_tokens.get(ids[end], "").count('"')
+            end += 1
+        told.append(ids[:end])
     return reply_logprobs(policy, [prompt + beginning] * len(told), told).tolist()
 
 

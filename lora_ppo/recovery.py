@@ -98,7 +98,7 @@ class Recovery(Turns):
             if of.get(folder, None if hashed else self.id) != self.id:
                 self.disk.foreign.add(folder)
                 self.notice(f"{folder.name} is of another run: it is left alone.")
-        mine = [state for folder, state in states.items() if folder not in self.disk.foreign]
+        mine = [state for folder, state in states.items() if state and folder not in self.disk.foreign]
         if chain.runs and self.id not in chain.runs and not any(chain.place(state) for state in mine):
             aside = free_name(self.folder / "journal_of_another_run.jsonl")
             with self.surviving("put another run's journal aside"):

@@ -61,6 +61,8 @@ class Run(Recovery):
         self.record({"type": "settings", "settings": settings, "faults": sorted(self.faults)})
         self.safe_step = self.policy.step
         self.settle()
+        with self.surviving("write the settings"):
+            save_yaml(config, self.folder / "effective_config.yaml")
 
     def start_journal(self, origin: dict[str, Any] | None = None) -> None:
         """The line with which a run begins, or goes on after a gap. The next line takes it to disk."""

@@ -72,6 +72,9 @@ def interrupts_deferred() -> Iterator[None]:
         pass
     try:
         yield
+    except BaseException:
+        asked_to_leave.extend(number for number in seen if number in LEAVING)  # once what was raised is dealt with
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

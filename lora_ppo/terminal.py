@@ -24,7 +24,7 @@ COMMANDS = """\
   /help        this text
   /progress    how the quizzes went so far
   /quiz        why the last question got no quiz, or not at once
-  /undo        undo the last step, exactly
+  /undo        undo the last step of this session, exactly
   /save        write a checkpoint now
   /config      every setting as it is in force
   /quit        save and leave, also at the quiz (so does Ctrl-D); Ctrl-C leaves
@@ -109,6 +109,7 @@ class Terminal:
             from prompt_toolkit import PromptSession
             from prompt_toolkit.completion import WordCompleter
             from prompt_toolkit.history import FileHistory, InMemoryHistory
+            from prompt_toolkit.key_binding import KeyBindings
 
             class KeptHistory(FileHistory):
                 def store_string(self, string: str) -> None:
@@ -123,6 +124,8 @@ class Terminal:
                 kept = InMemoryHistory()
             self.keys = {"completer": WordCompleter(re.findall(r"/\w+", COMMANDS), sentence=True)}
             self.keys |= {"complete_while_typing": False, "enable_suspend": True}  # Tab; Ctrl-Z
+            self.keys |= {"key_bindings": KeyBindings()}
+            self.keys["key_bindings"].add("c-\\")(lambda event: event.app.exit(exception=EOFError))
             self.prompter = PromptSession(history=kept, **self.keys)
             if hasattr(self.prompter.input, "stdin_reader"):  # bytes that are no UTF-8 are replaced, as in a pipe
                 from prompt_toolkit.input.posix_utils import PosixStdinReader
@@ -223,7 +226,7 @@ class Terminal:
                     app.loop.call_soon_threadsafe(lambda: app.future.done() or app.exit(exception=EOFError))
         return self.prompting
 
-    def choose(self, quiz: Quiz, answer: str, prompt: str = "Your choice (A-D, s skips): ") -> int | str:
+    def choose(self, quiz: Quiz, answer: str | None, prompt: str = "Your choice (A-D, s skips): ") -> int | str:
         """The person's choice: an option's index, or "skip". Raises EOFError where they leave."""
         while True:
             text = self.ask(prompt, remember=False)
@@ -291,18 +294,23 @@ class SimulatedLearner(Terminal):
             if place["asked"] and not place["chosen"]:
                 self.say("\nNot one of the questions led to a quiz.", "yellow")
                 raise EOFError
-            place["chosen"] = 0
+            enough = place["asked"] and place["chosen"] >= self.policy.config.batch_size
+            if enough and place.get("step_before") == self.policy.step:
+                self.say("\nNot one step could be taken on these questions.", "yellow")
+                raise EOFError
+            place |= {"chosen": 0, "step_before": self.policy.step}
         question = self.questions[place["asked"] % len(self.questions)]
         place["asked"] += 1
         self.say(f"{prompt}{question}")
         return question
 
-    def choose(self, quiz: Quiz, answer: str, prompt: str = "") -> int | str:
+    def choose(self, quiz: Quiz, answer: str | None, prompt: str = "") -> int | str:
         if readable(self.policy, "", quiz) is None:
             self.say("The quiz is too long for the learner's context.")
             return "skip"
-        read, unread = learner_probabilities(self.policy, [answer], [quiz])
-        choice = learner_choices(read, unread)[0] if answer else unread[0].argmax().item()  # before the answer: a guess
+        read, unread = learner_probabilities(self.policy, [answer or ""], [quiz])
+        guess = answer is None  # before there is an answer; an empty one teaches nothing
+        choice = unread[0].argmax().item() if guess else learner_choices(read, unread)[0]
         self.say(f"The learner chooses {LETTERS[choice]}.")
         self.place["chosen"] += 1
         return choice

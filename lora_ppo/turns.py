@@ -44,6 +44,7 @@ class Turns:
         self.turn = 0  # the number of the turn to come
         self.pending: list[Turn] = []  # answered, waiting for batch_size of them
         self.undo_snapshot: Snapshot | None = None
+        self.undo_config = config  # that was in force when it was taken
         self.taken_turns = 0  # by the step that the snapshot precedes
         self.simulation: dict[str, Any] | None = None  # where a simulated learner is (terminal.SimulatedLearner)
 
@@ -71,7 +72,7 @@ class Turns:
         self.pending.append(turn)
         if len(self.pending) < self.config.batch_size:
             return False
-        self.undo_snapshot = before
+        self.undo_snapshot, self.undo_config = before, self.policy.config
         try:
             self.undo_snapshot = before or self.policy.snapshot()
         except (MemoryError, RuntimeError) as error:
@@ -93,8 +94,9 @@ class Turns:
             return 1
         if self.undo_snapshot is None:
             return 0
+        now, self.policy.config = self.policy.config, self.undo_config
         self.policy.restore(self.undo_snapshot)
-        self.policy.configure(self.policy.config)  # settings that changed since then stay changed
+        self.policy.configure(now)  # settings that changed since then stay changed
         self.undo_snapshot = None
         return self.taken_turns
 
@@ -148,6 +150,7 @@ class Turns:
     def redo_step(self, outcome: str) -> None:
         """What a turn's step did: `taken` steps are computed, the others left no trace in the weights."""
         self.undo_snapshot = None if outcome == "skipped" else self.policy.snapshot()
+        self.undo_config = self.policy.config
         if outcome == "taken":
             try:
                 ppo_step(self.policy, *self.step_inputs())

@@ -80,6 +80,19 @@ def test_what_was_measured_is_read_back_for_this_very_model(unmeasured):
     assert tiny_policy(unmeasured).quiz_gate == Gate()
 
 
+def test_a_gate_is_that_of_the_prompts_and_the_sampling_that_it_was_measured_under(unmeasured, tmp_path):
+    write_gate(measured_file(tiny_policy(unmeasured)), GATE)
+    assert tiny_policy(unmeasured, max_new_tokens=5).quiz_gate == Gate()
+    assert tiny_policy(unmeasured, quiz_temperature=2.0).quiz_gate == Gate()
+    own = Gate("options", 0, 0.0, 388, 388, 400)
+    write_gate(unmeasured / GATE_FILE, own)
+    assert tiny_policy(unmeasured).quiz_gate == own
+    (tmp_path / "tutor.yaml").write_text("tutor:\n  system: Be brief.\n")
+    assert tiny_policy(unmeasured, prompts=str(tmp_path / "tutor.yaml")).quiz_gate == own
+    (tmp_path / "solver.yaml").write_text("solver:\n  system: Guess.\n")
+    assert tiny_policy(unmeasured, prompts=str(tmp_path / "solver.yaml")).quiz_gate == Gate()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"signal": "perhaps"}', '{"right": 5, "shown": 4, "asked": 9}'])
 def test_a_broken_gate_is_named_in_the_models_folder_and_measured_again_in_the_cache(unmeasured, text):
     policy = tiny_policy(unmeasured)

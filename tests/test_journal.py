@@ -158,6 +158,16 @@ def test_two_runs_checkpoints_and_no_journal_are_refused_by_name(play):
     assert "step_2 and step_1 are of two runs" in output
 
 
+def test_beside_another_run_s_journal_a_checkpoint_without_its_state_is_passed_over(play):
+    play(turns(2), checkpoint_dir="other", log_dir="other_log", seed=1, **KEEP)
+    play(turns(3), **KEEP)
+    shutil.copy("other/journal.jsonl", JOURNAL)
+    Path("checkpoints/step_3/state.json").write_text("{")
+    status, output, run = play([])
+    assert (status, run.policy.step) == (0, 2)
+    assert "of another run" in output
+
+
 def test_a_checkpoint_of_training_without_a_person_is_of_another_run(play):
     play(turns(2), **KEEP)
     shutil.copytree("checkpoints/step_1", "checkpoints/step_5")

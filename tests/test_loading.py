@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -684,3 +685,12 @@ def test_a_reply_stops_at_whatever_model_tokenizer_or_template_end_one_with(gene
     policy = tiny_policy(retokenized(folder, tokenizer))
     assert policy.tokenizer.convert_ids_to_tokens(policy.stop_ids) == ends
     assert policy.tokenizer.convert_ids_to_tokens(policy.end_id) == "<|im_end|>"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a name")
+def test_without_a_home_the_cache_is_in_the_folder_for_temporary_files():
+    """As in a container under a user id that it does not know."""
+    program = "from lora_ppo.files import cache_folder; import os; os.setuid(54321); print(cache_folder())"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": "/tmp"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "/tmp/lora-ppo-tutor", done.stderr

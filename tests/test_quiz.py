@@ -51,6 +51,15 @@ def test_the_key_follows_the_shuffle():
     assert all(50 <= count <= 150 for count in seen.values())  # 100 expected, five standard deviations
 
 
+def test_the_right_letter_of_a_turn_is_not_the_same_for_all_questions():
+    """Every new run has the same seeds: whoever plays it again would know the letters."""
+    keys = []
+    for i in range(400):
+        torch.manual_seed(0)
+        keys.append(shuffle_quiz(f"question {i}", "right", ["x", "y", "z"]).key)
+    assert all(70 <= keys.count(letter) <= 130 for letter in range(4))
+
+
 @pytest.mark.parametrize("text", ['{"a":1}', "[1,2]", '{"question":"q","correct":1,"wrong":["a","b","c"]}', '"q"'])
 def test_json_of_another_shape_is_no_quiz(text):
     assert parse_quiz(text) is None

@@ -323,10 +323,18 @@ def test_an_answer_that_says_a_word_of_the_question_again_is_an_echo(llama_polic
     assert not (echo and draft)
 
 
-def test_a_long_question_gets_no_quiz(llama_policy):
-    written = spelled(llama_policy, *["Paris"] * 16)
-    assert agree(llama_policy, "Which city? " * 16, written).agreement == 16
-    assert agree(llama_policy, "Which city? " * 17, written) is None
+def test_a_key_may_hold_quotation_marks(llama_policy):
+    draft = agree(llama_policy, "Which wrestler acts?", spelled(llama_policy, *['Dwayne \\"Rock\\" Johnson'] * 9))
+    assert (draft.key, draft.agreement) == ('Dwayne "Rock" Johnson', 9)
+    cut_off = llama_policy.tokenizer.encode('Dwayne \\"Rock', add_special_tokens=False)
+    assert agree(llama_policy, "Which wrestler acts?", [cut_off]) is None
+
+
+def test_a_long_question_gets_no_quiz_and_is_told_why(agreeing, monkeypatch):
+    monkeypatch.setattr(agreeing, "quiz_gate", Gate("agreement", 1, 0.0, 1, 1, 1))
+    why: list[str] = []
+    assert make_quiz(agreeing, "Which city? " * 17, why=why) is None
+    assert why == ["the question has 204 characters, that of a quiz at most 200"]
 
 
 @pytest.mark.parametrize(
@@ -420,7 +428,7 @@ def test_what_is_written_alone_is_what_is_written_beside_an_answer(agreeing):
 
 def test_the_lead_is_the_difference_of_log_probabilities(agreeing):
     """By transformers and PEFT alone, of the begun JSON with each option in it."""
-    question, options = "Which city?", ["Paris", "Rome", "Madrid is"]
+    question, options = "Which city?", ["Paris", "Rome", "Madrid is", 'the "Big" one']
     found = answer_logprobs(agreeing, question, options)
     model, tokenizer = agreeing.model, agreeing.tokenizer
     messages = agreeing.prompts.quizmaster.messages(question)
@@ -428,8 +436,10 @@ def test_the_lead_is_the_difference_of_log_probabilities(agreeing):
     for option, logprob in zip(options, found, strict=True):
         text = f'{prompt}{{"question":"{question}","correct":"'
         before = tokenizer(text, add_special_tokens=False).input_ids
-        told = tokenizer(f'{option}","wrong":["', add_special_tokens=False).input_ids
-        told = told[: next(i for i, token in enumerate(told) if '"' in tokenizer.decode([token])) + 1]
+        said = json.dumps(option)[1:-1]
+        told = tokenizer(f'{said}","wrong":["', add_special_tokens=False).input_ids
+        closed = (i for i in range(len(told) + 1) if tokenizer.decode(told[:i]).startswith(f'{said}"'))
+        told = told[: next(closed)]
         with torch.no_grad(), model.disable_adapter():
             logits = model(torch.tensor([before + told])).logits[0]
         logprobs = logits[len(before) - 1 : -1].double().log_softmax(-1)

@@ -433,7 +433,7 @@ def test_an_encoder_is_a_reward_model(tmp_path):
     reward = load_classifier(str(tmp_path))
     rows = [tokenizer(chat[0]["content"], reply, split_special_tokens=True) for chat, reply in chats]
     assert len(rows[1]["input_ids"]) <= 12
-    assert math.isnan(reward.score([(chats[0][0], "Rome is. " * 9)])[0])  # too long: not cut, as half a reply is no reply
+    assert math.isnan(reward.score([(chats[0][0], "Rome is. " * 9)])[0])  # too long, and not cut
     with torch.no_grad():
         wanted = [model(input_ids=torch.tensor([row["input_ids"]])).logits.item() for row in rows]
     assert reward.score(chats) != pytest.approx(wanted, abs=1e-2)  # the second sentence has another type

@@ -24,6 +24,7 @@ from lora_ppo.journal import Journal, LineFile
 from lora_ppo.loading import load_policy
 from lora_ppo.policy import Policy
 from lora_ppo.run import Run
+from lora_ppo.settings import parse
 from lora_ppo.terminal import Terminal
 
 
@@ -32,7 +33,7 @@ def test_undo_takes_a_step_back_exactly_and_says_so_in_the_log(play):
     before = weights(run)
     _, output, run = play([*turns(1, first=2), "/undo", "/undo"])
     assert "Undid step 3; the tutor is back at step 2." in output
-    assert "There is no step to undo." in output
+    assert "There is no step to undo: only the last one of this session can be, once." in output
     assert same(weights(run), before)
     assert log_lines()[-1] == {"timestamp": log_lines()[-1]["timestamp"], "step": 3, "undo": 1}
     assert [line["step"] for line in run.history()] == [1, 2]
@@ -44,6 +45,19 @@ def test_undo_keeps_settings_that_changed_since_the_step(play):
     _, output, run = play(["/undo"], save_every=100, kl_coef=0.5)
     assert "the tutor is back at step 1" in output
     assert run.policy.kl_coef == 0.5
+
+
+def test_undo_keeps_a_price_that_was_set_since_the_step_where_it_is_steered(play):
+    steered = {"save_every": 100, "adaptive_kl": True, "kl_horizon": 10}
+    play(turns(2), kl_coef=0.3, **steered)
+    shutil.rmtree("checkpoints/step_2")
+    assert play(["/undo"], kl_coef=0.5, **steered)[2].policy.kl_coef == 0.5
+
+
+def test_the_settings_in_force_are_on_disk_before_anything_is_saved(play):
+    play(turns(1))
+    play([], learning_rate=3e-3)
+    assert parse(Config, ["--config", "checkpoints/effective_config.yaml"]).learning_rate == 3e-3
 
 
 def test_an_undo_that_a_crash_kept_from_the_log_comes_back(play):

@@ -16,7 +16,7 @@ import lora_ppo_demo as demo
 from lora_ppo.checkpoint import checkpoints, save_checkpoint
 from lora_ppo.generate import replies
 from lora_ppo.loading import load_policy
-from lora_ppo.signals import LEAVING, leave_on_signals
+from lora_ppo.signals import LEAVING, asked_to_leave, leave_on_signals
 from lora_ppo.step import ppo_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +56,52 @@ def test_a_signal_to_leave_at_a_prompt_is_ctrl_d(at_terminal, play, number, stat
     _, _, again = play([])
     assert same(weights(again), wanted)
     assert again.turn == run.turn
+
+
+@pytest.mark.parametrize("state", ["prompt", "quiz"])
+def test_the_key_of_sigquit_leaves_a_prompt_too(at_terminal, state):
+    """An editor of lines gets the key itself, and no signal comes."""
+    script = [*TURN, ("You:", b"\x1c")] if state == "prompt" else [*TURN, TURN[0], ("Your choice", b"\x1c")]
+    status, screen, run, settings = at_terminal(script)
+    left_like_ctrl_d(status, run, settings, steps=1)
+    assert "Saved step 1" in screen
+
+
+def test_ctrl_c_at_the_prompt_saves_also_after_an_answer_that_was_interrupted(at_terminal, monkeypatch):
+    """The second one is no haste: the weights are whole."""
+    real, patch = demo.replies, pytest.MonkeyPatch()
+
+    def first_time(policy, requests):
+        patch.setattr(demo, "replies", real)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    def begin(master):
+        patch.setattr(demo, "replies", first_time)
+        os.write(master, b"another question\r")
+
+    try:
+        script = [*TURN, ("You:", begin), ("Interrupted.", lambda master: None), ("You:", b"\x03")]
+        status, screen, run, settings = at_terminal(script, save_every=100)
+    finally:
+        patch.undo()
+    left_like_ctrl_d(status, run, settings, steps=1)
+    assert "Saved step 1" in screen
+
+
+def test_a_signal_that_was_deferred_is_not_forgotten_where_something_is_raised():
+    def runs_out():
+        signal.raise_signal(signal.SIGTERM)
+        raise MemoryError
+
+    try:
+        with leave_on_signals():
+            with pytest.raises(MemoryError), demo.interrupts_deferred():
+                runs_out()
+            assert asked_to_leave == [signal.SIGTERM]
+    finally:
+        for number in LEAVING:  # at its end the program no longer listens to them
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", LEAVING)

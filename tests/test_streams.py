@@ -20,8 +20,10 @@ from config import Config
 from lora_ppo.checkpoint import checkpoints, save_checkpoint
 from lora_ppo.files import replace_file
 from lora_ppo.journal import LineFile
+from lora_ppo.quiz import Quiz, learner_choices, learner_probabilities
 from lora_ppo.run import Run
 from lora_ppo.settings import PATHS, ConfigError, parse, save_yaml
+from lora_ppo.step import StepSkipped
 from lora_ppo.terminal import SimulatedLearner
 from train import TrainConfig
 
@@ -91,6 +93,27 @@ def test_a_simulated_run_that_is_over_is_followed_by_another(play, questions):
         assert run.policy.step == end
     _, _, again = play([], learner="simulated", checkpoint_dir="whole", log_dir="whole_log", **settings)
     assert same(weights(run), weights(again))
+
+
+def test_a_simulated_run_in_which_no_step_can_be_taken_ends(play, questions, monkeypatch):
+    def skipped(*_):
+        raise StepSkipped("out of memory")
+
+    monkeypatch.setattr("lora_ppo_demo.ppo_step", skipped)
+    status, output, run = play([], learner="simulated", questions=questions, steps=4, precompute=False)
+    assert (status, run.policy.step) == (0, 0)
+    assert "Not one step could be taken on these questions." in output
+
+
+def test_an_empty_answer_is_not_rewarded_for_what_the_learner_knows_without_it(llama):
+    policy = tiny_policy(llama)
+    learner = SimulatedLearner(policy, ["What?"], 1)
+    quizzes = [Quiz("Which?", ("a", "b", "c", "d"), 0), Quiz("Which?", ("d", "c", "b", "a"), 0)]
+    known = [learner.choose(quiz, None) for quiz in quizzes]
+    read, unread = learner_probabilities(policy, ["", ""], quizzes)
+    assert known == unread.argmax(-1).tolist()
+    assert [learner.choose(quiz, "") for quiz in quizzes] == learner_choices(read, unread)
+    assert known != learner_choices(read, unread)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
