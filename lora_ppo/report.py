@@ -28,8 +28,9 @@ MORE_PLOTS = {
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "img{max-width:100%}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem}"
-    "table{border-collapse:collapse;width:100%}td,th{border:1px solid #ccc;padding:.4rem;text-align:left;"
-    "vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;width:33%}"
+    "table{border-collapse:collapse;width:100%;table-layout:fixed}"
+    "td,th{border:1px solid #ccc;padding:.4rem;text-align:left;vertical-align:top;"
+    "white-space:pre-wrap;overflow-wrap:anywhere}"
 )
 
 
