@@ -72,6 +72,7 @@ def test_every_arm_is_run_once_and_the_table_tells_what_is_there_and_what_is_not
     assert "missing: " not in output
     the_figures_are_those_of_the_answers(tmp_path / "runs/rank1_0")
     assert bench("--arms", "rank1")[2] == []
+    the_adapters_are_plain_ones(bench("--check")[1])
     (tmp_path / "runs/rank1_0/evaluation.json").unlink()
     status, output, calls = bench("--table")
     assert (status, calls, len(cells(output, "rank 4"))) == (0, [], 1)
@@ -85,6 +86,11 @@ def test_every_arm_is_run_once_and_the_table_tells_what_is_there_and_what_is_not
         file.write("\n")
     status, output, calls = bench("--arms", "rank1")
     assert (status, calls, "was made with train pairs=" in output) == (2, [], True)
+
+
+def the_adapters_are_plain_ones(output):
+    assert "12 of 12 greedy replies of epoch_1 are the same in plain PEFT" in output
+    assert float(output.split("differ by at most ")[1]) < 1e-4
 
 
 def the_figures_are_those_of_the_answers(folder):

@@ -95,6 +95,15 @@ def test_adapted_kl_coef_by_hand(kl, expected):
     assert ppo.adapted_kl_coef(0.1, kl, kl_target=6.0, kl_horizon=100, answers=10) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_sequence_of_adapted_kl_coefs_by_hand():
+    """Errors of 10, -10, 50 (clipped to 20), -100 (to -20) and 0 %; a tenth of each acts, as 10 answers of 100 do."""
+    price, seen = 0.1, []
+    for kl in (6.6, 5.4, 9.0, 0.0, 6.0):
+        price = ppo.adapted_kl_coef(price, kl, kl_target=6.0, kl_horizon=100, answers=10)
+        seen.append(price)
+    assert seen == pytest.approx([0.101, 0.09999, 0.1019898, 0.099950004, 0.099950004], rel=1e-12)
+
+
 def test_masked_mean_by_hand():
     same(ppo.masked_mean(f64([[1.0, NAN], [4.0, NAN]]), torch.tensor([[True, False], [True, False]])), 2.5)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.echo import EchoTask
+from support.tiny import randomize_adapter
 from support.training import answered, assert_close, batch_of, gradient, loaded, run_out_of_memory, same
 
 from lora_ppo import ppo, training
@@ -165,6 +166,19 @@ def test_adaptive_kl_moves_its_coefficient_towards_the_target(llama, accelerator
         policy, config = loaded(llama, adaptive_kl=True, kl_target=target, kl_horizon=100)
         training.learn(policy, accelerator, config, answered(policy, [1.0, -1.0, 1.0, -1.0]))
         assert policy.kl_coef == pytest.approx(0.05 * (1 + direction * 0.2 * 4 / 100))
+
+
+def test_adaptive_kl_moves_in_proportion_to_how_far_the_target_is(llama, accelerator):
+    for error in (0.1, -0.15):
+        policy, config = loaded(llama, adaptive_kl=True, kl_horizon=100)
+        randomize_adapter(policy)
+        trajectories = answered(policy, [1.0, -1.0, 1.0, -1.0])
+        before = policy.snapshot()
+        kl = training.learn(policy, accelerator, config, trajectories)["kl"]
+        policy.restore(before)
+        config.kl_target = kl / (1 + error)
+        training.learn(policy, accelerator, config, trajectories)
+        assert policy.kl_coef == pytest.approx(0.05 * (1 + error * 4 / 100), rel=1e-6)
 
 
 def test_an_infinite_loss_skips_the_step_and_keeps_the_weights(llama, accelerator, monkeypatch):

@@ -14,6 +14,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from safetensors.torch import load_file, save_file
 from support.echo import EchoTask
 from support.tiny import randomize_adapter
@@ -28,9 +29,9 @@ from lora_ppo.episodes import Outcome, play
 from lora_ppo.forward import collate, token_logprobs_and_values
 from lora_ppo.loading import load_policy
 from lora_ppo.prompts import load_prompts
-from lora_ppo.report import by_level, write_report
+from lora_ppo.report import by_level, draw_frontier, write_report
 from lora_ppo.rewards import HEAD, RewardModel
-from lora_ppo.settings import DEFAULT_PROMPTS, ConfigError
+from lora_ppo.settings import DEFAULT_PROMPTS, ConfigError, parse
 from lora_ppo.trainer import Training
 from lora_ppo.watching import bands, distinct, out_of_band, watch
 from tasks.voice import Sample, by_turns, course, load_topics
@@ -280,6 +281,22 @@ def test_a_task_without_a_reward_model_is_reported_by_level(tmp_path):
     assert "<h2>By level</h2>" in page
     assert "<tr><th>Level</th><th>Steps</th><th>Accuracy</th><th>Reward</th></tr>" in page
     assert "25% to 25%" in page
+
+
+def test_the_score_is_drawn_over_the_square_root_of_kl(tmp_path, monkeypatch):
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *given, **how: drawn.append(given[:2]) or plot(self, *given, **how))
+    lines = [{"eval_kl": kl, "eval_reward": 1.0 + kl, "eval_accuracy": 0.5} for kl in (0.0, 4.0, 9.0)]
+    draw_frontier(tmp_path / "frontier.png", [*lines, {"eval_kl": 5.0}, {"step": 3}])
+    assert drawn == [([0.0, 2.0, 3.0], [1.0, 5.0, 10.0]), ([0.0, 2.0, 3.0], [0.5] * 3)]
+
+
+def test_the_preset_for_models_of_3_to_8_billion_is_what_it_says():
+    config = parse(train.TrainConfig, ["--config", str(ROOT / "configs/voice_rank1.yaml")])
+    asked = {"learning_rate": 1.41e-5, "batch_size": 4, "ppo_epochs": 4, "kl_coef": 0.2, "kl_horizon": 10000}
+    asked |= {"kl_target": 6.0, "cliprange": 0.2, "steps_per_topic": 50, "lora_r": 1, "lora_alpha": 1.0}
+    asked |= {"adaptive_kl": True, "target_modules": ["o_proj", "v_proj", "up_proj", "down_proj"]}
+    assert {name: getattr(config, name) for name in asked} == asked
 
 
 def test_a_run_is_watched_and_reports_topic_by_topic(run):

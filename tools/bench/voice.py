@@ -244,8 +244,8 @@ def together(arm: str, found: Sequence[dict[str, Any]]) -> str:
 # ---------------------------------------------------------------------------------------------------------- the check
 
 
-def check(root: Path, seed: int) -> list[str]:
-    """Whether the adapters do in plain PEFT and transformers what they do here."""
+def check(root: Path, seed: int, extra: Sequence[str] = ()) -> list[str]:
+    """Whether the adapters do in plain PEFT and transformers what they do here; `extra` as for training."""
     import peft
     import torch
     import transformers
@@ -257,7 +257,7 @@ def check(root: Path, seed: int) -> list[str]:
     from lora_ppo.rewards import RewardModel, load_reward_model
 
     os.chdir(ROOT)  # the preset's paths are seen from there
-    words = settings_of("rank1", root / f"rank1_{seed}", seed, DATA, ["dtype=float32", "device=cpu"])
+    words = settings_of("rank1", root / f"rank1_{seed}", seed, DATA, [*extra, "dtype=float32", "device=cpu"])
     policy, config = load_policy(parse(TrainConfig, words))
     folder = newest(Path(config.output_dir))
     prompts = [sample.prompt for sample in load_topics("", 0.2)["test"]][:12]
@@ -333,7 +333,7 @@ def main() -> int:
     folder = "runs/voice_validation" if arguments.validation else "runs/voice"
     root = Path(arguments.folder or ROOT / folder).resolve()
     if arguments.check:
-        print("\n".join(check(root, arguments.seeds[0])))
+        print("\n".join(check(root, arguments.seeds[0], arguments.set)))
         return 0
     failed = [] if arguments.table else run_all(arguments, root)
     others = {path.parent.name.rpartition("_")[0] for path in root.glob("*_*/train.log")} - set(ARMS)
