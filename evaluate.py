@@ -261,8 +261,13 @@ def show(record: dict[str, Any]) -> None:
             percent(model["cut_off_share"]),
         )
     console.print(table)
-    tables = (("accuracy by level", "by_level", "accuracy"), ("accuracy by skill", "by_skill", "accuracy"))
-    for title, key, share in (*tables, ("how episodes ended", "reasons", "share"), ("pass@k", "pass_at", "share")):
+    tables = [("accuracy by level", "by_level", "accuracy"), ("accuracy by skill", "by_skill", "accuracy")]
+    tables += [
+        ("verdicts", "verdicts", "share"),
+        ("how episodes ended", "reasons", "share"),
+        ("pass@k", "pass_at", "share"),
+    ]
+    for title, key, share in tables:
         if kinds := list(dict.fromkeys(kind for model in models for kind in model[key])):
             table = Table(title=title)
             table.add_column("", justify="left")

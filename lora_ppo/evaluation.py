@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,15 @@ def answer_all(
     return answers
 
 
+def verdicts(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """The share of all answers that each verdict has, where some have none that counts."""
+    counts = Counter(answer.outcome.verdict for answer in answers)
+    if not counts["unknown"]:
+        return {}
+    names = ("correct", "incorrect", "unknown")
+    return {name: {"samples": counts[name], "share": counts[name] / len(answers)} for name in names}
+
+
 def figures(result: Result) -> dict[str, Any]:
     """A model's figures over the samples whose outcome is known; facts are counted where the task states them."""
     known = [answer for answer in result.answers if answer.outcome.verdict != "unknown"]
@@ -130,6 +140,7 @@ def figures(result: Result) -> dict[str, Any]:
         "samples": len(known),
         "unknown": len(result.answers) - len(known),
         "correct": right,
+        "verdicts": verdicts(result.answers),
         "accuracy": right / len(known) if known else None,
         "accuracy_interval": wilson_interval(right, len(known)),
         "strict_accuracy": sum(strict) / len(strict) if strict else None,

@@ -53,7 +53,9 @@ def utf8_path(path: Path) -> Iterator[Path]:
 def cache_folder() -> Path:
     """Where is kept what would take long to make again; it may be removed at any time."""
     place = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(tempfile.gettempdir() if place.startswith("~") else place) / "lora-ppo-tutor"  # nobody's home
+    if place.startswith("~"):  # nobody's home
+        return Path(tempfile.gettempdir()) / f"lora-ppo-tutor-{os.getuid()}"
+    return Path(place) / "lora-ppo-tutor"
 
 
 def replace_file(path: Path, data: bytes) -> None:

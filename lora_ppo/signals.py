@@ -73,7 +73,9 @@ def interrupts_deferred() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        asked_to_leave.extend(number for number in seen if number in LEAVING)  # once what was raised is dealt with
+        asked_to_leave.extend(
+            n for n in seen if n in LEAVING and previous[n] is not signal.SIG_IGN
+        )  # once what was raised is dealt with
         raise
     finally:
         for number, handler in previous.items():

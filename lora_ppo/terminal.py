@@ -282,6 +282,8 @@ class SimulatedLearner(Terminal):
         over = not before or before["questions"] != these or policy.step >= before["start"] + before["steps"]
         if not over and before["asked"] and before["asked"] % len(questions) == before["chosen"] == 0:
             over = True  # it had given up
+        if not over and before["asked"] % len(questions) == 0 and before.get("step_before") == policy.step:
+            over = True  # it had given up, too
         # Questions asked; choices made since the first of them was asked last.
         self.place = fresh if over else before | {"steps": steps}
 
@@ -295,7 +297,7 @@ class SimulatedLearner(Terminal):
                 self.say("\nNot one of the questions led to a quiz.", "yellow")
                 raise EOFError
             enough = place["asked"] and place["chosen"] >= self.policy.config.batch_size
-            if enough and place.get("step_before") == self.policy.step:
+            if enough and not self.policy.config.pretest and place.get("step_before") == self.policy.step:
                 self.say("\nNot one step could be taken on these questions.", "yellow")
                 raise EOFError
             place |= {"chosen": 0, "step_before": self.policy.step}

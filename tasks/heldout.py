@@ -1,4 +1,4 @@
-"""Which samples are held out. Each alone decides it, so that a file that grows moves none to the other side."""
+"""Which samples are held out. Each alone decides it: a file that grows moves none (but for one in which none did)."""
 
 import hashlib
 from collections.abc import Iterable

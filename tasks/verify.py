@@ -44,7 +44,7 @@ FORM = r"(?:^|\n) *#### -?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?\Z"
 NEXT = re.compile(r"\n[ \t*#_]*(?:question|problem|q|user|human)(?: *\d+)? *[*_]*:", re.IGNORECASE)
 # Before them stands a number, other than that of a step ("Step 1:", "1."); else the reply has yet to begin.
 COUNTED = re.compile(
-    r"^[ \t*#_]*(?:(?:step|part|problem|question) *\d+|\d+[.):][ \t]+[^\W\d])|(\d)", re.IGNORECASE | re.MULTILINE
+    r"^[ \t*_]*(?:(?:step|part|problem|question) *\d+|1[.):][ \t]+[^\W\d])|(\d)", re.IGNORECASE | re.MULTILINE
 )
 
 
@@ -291,7 +291,7 @@ def worked_out(tokens: Sequence[Token], i: int) -> tuple[Number | None, int]:
     result, side = None, tokens[i].number
     while True:
         part = tokens[i].number is not None and (tokens[i].number.percent or "/" in tokens[i].text)
-        of = i + 1  # 10 % of 50, 3/4 of 12; but 6 bags of 10, 7 out of 10
+        of = i + 1  # 10 % of 50, 3/4 of 12, 4 packs of 6 = 24; but 6 bags of 10, 7 out of 10
         i += 1
         unit = i + 3  # up to three words (3 square feet)
         while (
@@ -308,7 +308,12 @@ def worked_out(tokens: Sequence[Token], i: int) -> tuple[Number | None, int]:
         elif (
             len(following) == 2
             and following[1].has_digits
-            and (following[0].text in OPERATORS and (following[0].text != "of" or (part and i == of)))
+            and following[0].text in OPERATORS
+            and (
+                following[0].text != "of"
+                or (part and i == of)
+                or "=" in [token.text for token in tokens[i + 2 : i + 6]]
+            )
         ):
             i += 1
             side = None

@@ -693,4 +693,4 @@ def test_without_a_home_the_cache_is_in_the_folder_for_temporary_files():
     program = "from lora_ppo.files import cache_folder; import os; os.setuid(54321); print(cache_folder())"
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": "/tmp"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "/tmp/lora-ppo-tutor", done.stderr
+    assert done.stdout.strip() == "/tmp/lora-ppo-tutor-54321", done.stderr

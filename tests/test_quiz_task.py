@@ -89,7 +89,7 @@ def test_a_file_keeps_the_phrasings_of_one_fact_together(tmp_path):
 def test_a_file_that_can_not_be_split_or_read_is_refused(tmp_path):
     file = tmp_path / "questions.txt"
     file.write_text("Only one?\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"leaves 0 of 1 questions"):
+    with pytest.raises(ConfigError, match=r"leaves none of 1 questions"):
         split_samples("train", questions_file=str(file))
     file.write_bytes(b"a line\n" * 16 + b"\xff\n")
     with pytest.raises(ConfigError, match="line 17"):

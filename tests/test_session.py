@@ -159,12 +159,17 @@ def test_commands(play):
     status, output, _ = play(lines)
     assert status == 0
     for text in (
-        "/undo        undo the last step, exactly",
+        "/undo        undo the last step of this session, exactly",
         "There is no command /nonsense",
         "No quiz was answered yet.",
     ):
         assert text in output
-    for text in ("There is no step to undo.", "accuracy 100% of 1", "learning_rate: 0.01", "Saved checkpoints/step_1."):
+    for text in (
+        "There is no step to undo: only ",
+        "accuracy 100% of 1",
+        "learning_rate: 0.01",
+        "Saved checkpoints/step_1.",
+    ):
         assert text in output
     assert "You: lost" not in output
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from tasks.os_interaction import AtOnce, ShellTask
 from tasks.os_interaction.commands import Ran, SandboxFailed
 from tasks.os_interaction.entries import Entry
 from tasks.os_interaction.episode import Rules, ShellEpisode, action, bash_reply, observation
+from tasks.os_interaction.limits import cgroup_parents
 from tasks.os_interaction.plain import Docker, Nothing
 from tasks.os_interaction.probe import advice, probe, running, sandbox_maker
 from tasks.os_interaction.sandbox import Namespaces, first_id
@@ -323,6 +325,63 @@ def test_a_home_that_is_not_there_is_one_line(monkeypatch):
         probe(Nothing, "namespaces", SMALL)
 
 
+@pytest.mark.parametrize(
+    ("part", "through", "said"),
+    [
+        ("exit 0", Ran("", 1), "it does not run commands"),
+        ("cat ", Ran("", 0), "it reads the host's files"),
+        ("echo gone", "on the host", "it writes the host's files"),
+        ("/dev/udp", Ran("", 0), "it reaches the network"),
+        ("/tmp/big", Ran("", 1), "it fills the disk"),
+        ("PIPESTATUS", Ran("", 0), "it takes memory without end"),
+        ("fork", Ran("", 1), "it starts processes without end"),
+        ("setsid", "left behind", "processes outlive their command"),
+    ],
+)
+def test_a_sandbox_with_one_hole_is_refused(sandboxes, part, through, said):
+    left = []
+
+    class Leaky(Namespaces):
+        def run(self, script, *rest, **more):
+            if part not in script or (part == "exit 0" and script != part):
+                return super().run(script, *rest, **more)
+            if through == "on the host":
+                return Nothing().run(script)
+            if through == "left behind":
+                left.append(subprocess.Popen(["bash", "-c", script.replace("exit 0", "wait")], start_new_session=True))
+                time.sleep(0.5)
+                return Ran("", 0)
+            return through
+
+    try:
+        with pytest.raises(ConfigError, match=f"sandbox=namespaces does not hold here: {said}"):
+            probe(lambda: Leaky(SMALL), "namespaces", SMALL)
+    finally:
+        for pid in running(f"lora_ppo_{os.getpid()}"):
+            os.kill(pid, signal.SIGKILL)
+        for process in left:
+            process.wait()
+
+
+def test_what_limits_are_in_force_is_said(sandboxes, monkeypatch):
+    for parents, words in ((cgroup_parents, "by a cgroup, in total"), (dict, "memory by process, not in total")):
+        if parents is cgroup_parents and not cgroup_parents():
+            continue
+        monkeypatch.setattr("tasks.os_interaction.probe.cgroup_parents", parents)
+        monkeypatch.setattr("tasks.os_interaction.probe.TESTED", set())
+        said: list[str] = []
+        sandbox_maker("namespaces", limits=SMALL, say=said.append)
+        assert words in said[0]
+
+
+def test_a_kernel_that_restricts_user_namespaces_is_named_with_the_fix(tmp_path):
+    (tmp_path / "apparmor_restrict_unprivileged_userns").write_text("0\n")
+    (tmp_path / "unprivileged_userns_clone").write_text("0\n")
+    assert "sysctl kernel.unprivileged_userns_clone=1" in advice(kernel=tmp_path)
+    (tmp_path / "apparmor_restrict_unprivileged_userns").write_text("1\n")
+    assert "AppArmor keeps user namespaces from programs without a profile" in advice(kernel=tmp_path)
+
+
 def test_settings_that_can_not_be_are_refused(tmp_path):
     config = SimpleNamespace(max_rounds=5, command_seconds=20, output_length=100, judge="maybe", opening="", server="")
     with pytest.raises(ConfigError, match="judge=maybe"):
@@ -357,7 +416,7 @@ def program(*words: str, typed: str = "") -> subprocess.CompletedProcess:
     )
 
 
-def test_a_person_plays_and_the_recording_shows_the_same(sandboxes, tmp_path):
+def test_a_person_plays_and_the_recording_shows_the_same(sandboxes, tmp_path, monkeypatch):
     file = tmp_path / "recording.json"
     done = program(
         "mkdir-1", "--record", str(file), typed="\udcff\nprintf '\\033[31m%s' red\n\nmkdir /srv/photos\nfinish\n"
@@ -371,6 +430,10 @@ def test_a_person_plays_and_the_recording_shows_the_same(sandboxes, tmp_path):
     for said in ("# mkdir /srv/photos", "[31mred", "The output of the OS is empty.", "correct: the check passes"):
         assert said in again.stdout
     assert "\x1b[31m" not in done.stdout + again.stdout
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = program("--replay", str(file)).stdout
+    assert "\x1b[36m# mkdir /srv/photos" in coloured  # commands in cyan, the verdict in green
+    assert "\x1b[32mcorrect" in coloured
     incorrect = program("mkdir-1", typed="")  # the input ends at once: so does the episode
     assert "incorrect: the check fails" in incorrect.stdout
 

@@ -11,15 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.shell import SMALL
 from support.training import BASE
 from test_shell_entries import row
 
 import evaluate
+from config import Config
 from lora_ppo import evaluation
 from lora_ppo.chat import encode_chat
 from lora_ppo.checkpoint import verify_checkpoint
 from lora_ppo.episodes import Outcome
+from lora_ppo.loading import load_policy
+from lora_ppo.run import Run
 from lora_ppo.settings import ConfigError, save_yaml
 from tasks.os_interaction import read_opening
 from tasks.os_interaction.entries import Entry
@@ -132,6 +137,13 @@ def test_the_warm_start_lowers_the_loss_and_training_goes_on_from_it(
     status, output = train_py(**shell, output_dir="run", resume_from="warm", samples_per_epoch=4, eval_samples=2)
     assert status == 0, output
     assert "Resuming from warm at step 0" in output
+    policy, config = load_policy(Config(model_name=str(llama), device="cpu", lora_r=4, lora_alpha=8, resume="warm"))
+    run = Run(policy, config, print)  # the tutor goes on from it, too
+    warm = load_file("warm/adapter_model.safetensors")
+    saved = load_file(run.folder / "step_0/adapter_model.safetensors")
+    run.close()
+    assert warm.keys() == saved.keys()
+    assert all(torch.equal(warm[name], saved[name]) for name in warm)
 
 
 def test_the_warm_start_leaves_out_by_name_what_does_not_go_right(llama_policy, sandboxes):
@@ -217,4 +229,63 @@ def test_the_scripts_stop_go_on_and_evaluate_from_another_folder(script, tmp_pat
     output = evaluating.communicate(timeout=300)[0]
     assert evaluating.returncode == 0, output
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["models"]) == 2
+    words = [
+        "my run/epoch_3",
+        "both",
+        "2",
+        f"output_file={tmp_path}/evaluation.json",
+        f"merged_model_path={tmp_path}/m",
+    ]
+    evaluating = script("evaluate_os.sh", "../c.yaml", *words)
+    output = evaluating.communicate(timeout=300)[0]
+    assert evaluating.returncode == 0, output
+    assert [model["name"] for model in json.loads((tmp_path / "evaluation.json").read_text())["models"]][2:] == ["m"]
     assert no_server_left(training.port)
+
+
+def test_training_waits_for_a_server_that_was_killed_and_finishes_every_epoch(llama, shell, tmp_path):
+    given = BASE | shell | {"model_name": str(llama), "samples_per_epoch": 4, "eval_samples": 2, "num_epochs": 30}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given |= {"output_dir": "run", "record_dir": ""}
+    words = [f"{name}={value}" for name, value in given.items()]
+    server = [sys.executable, "-m", "tasks.os_interaction.server", f"port={port}"]
+    server += [f"{name}={shell[name]}" for name in ("entries", "opening", "max_rounds")]
+    log = (tmp_path / "server.log").open("w")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+
+    def serving() -> subprocess.Popen:
+        process, until = subprocess.Popen(server, cwd=ROOT, stderr=log), time.monotonic() + 60
+        while (tmp_path / "server.log").read_text().count(" serves ") < len(started) + 1:
+            assert time.monotonic() < until, (tmp_path / "server.log").read_text()
+            time.sleep(0.05)
+        started.append(process)
+        return process
+
+    started: list[subprocess.Popen] = []
+    serving()
+    program = [sys.executable, ROOT / "train.py", *words, f"server=http://127.0.0.1:{port}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    training, until = subprocess.Popen(program, cwd=tmp_path, env=environment, **pipes), time.monotonic() + 200
+    try:
+        for epoch in (2, 5):
+            while not (tmp_path / f"run/epoch_{epoch}").exists():
+                assert training.poll() is None, training.stdout.read()
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            started[-1].kill()
+            started[-1].wait()
+            time.sleep(1)
+            serving()
+        output = training.communicate(timeout=300)[0]
+    finally:
+        for process in (training, *started):
+            process.kill()
+            process.wait()
+        log.close()
+    assert training.returncode == 0, output
+    assert output.count("is gone: waiting until it is back") == output.count(f"{port} is back\n") == 2
+    lines = [json.loads(line) for line in (tmp_path / "run/train.log").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["step"]] == [*range(1, 31)]
+    assert all((tmp_path / f"run/epoch_{epoch}/state.json").exists() for epoch in (2, 5, 30))

@@ -227,6 +227,8 @@ CASES = [
     ("#### 10% of 50 = 5", "5", False, True, "5"),
     ("#### 3/4 of 12 = 9", "9", False, True, "9"),
     ("#### 6 bags of 10 apples", "6", False, True, "6"),
+    ("#### 4 packs of 6 = 24 cans", "24", False, True, "24"),
+    ("#### 0.2 of 50 = 10", "10", False, True, "10"),
     ("The answer is 7 out of 10.", "7", False, True, "7"),
     # Divided twice: no number of it is cut.
     ("#### 120 / 12 / 2 = 5", "5", False, True, "5"),
@@ -235,6 +237,8 @@ CASES = [
     ("Step 1: Read.\nProblem: Ada has 3 apples and buys 4.\n#### 7", "7", True, True, "7"),
     ("1. Read.\nQuestion: 3 + 4?\n7", "7", False, True, "7"),
     ("7.\nQuestion: What is 2 + 9?", "7", False, True, "7"),
+    ("7. So she has seven.\nQuestion: What is 2 + 9?", "7", False, True, "7"),
+    ("#### 18. She makes eighteen dollars.\n\nQuestion: What is 2 + 9?\n#### 11", "18", False, True, "18"),
     ("#### 3rd", "3", False, True, "3"),
     ("#### 2x", "2", False, False, ""),
     ("#### B12", "12", False, False, ""),

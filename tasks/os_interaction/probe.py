@@ -35,7 +35,7 @@ def sandbox_maker(kind: str, image: str = "", understood: bool = False, limits: 
     if kind == "none":
         say(WARNING)
         if not understood:
-            raise ConfigError("sandbox=none needs i_understand=true: or set sandbox=namespaces")
+            raise ConfigError("sandbox=none needs --i-understand (i_understand=true): or set sandbox=namespaces")
         return Nothing
     if kind == "docker":
         if not image:
@@ -104,7 +104,7 @@ def probe(make: Callable[[], Sandbox], kind: str, limits: Limits) -> None:
                         f"sandbox={kind} does not hold here: {what} ({ran.output.strip()[:200]}){advice()}"
                     )
             marker = f"lora_ppo_{os.getpid()}"
-            sandbox.run(f"(exec -a {marker} sleep 60) & (setsid sleep 60 &) ; exit 0", 5)
+            sandbox.run(f"(exec -a {marker} sleep 60) & (setsid bash -c 'exec -a {marker} sleep 60' &) ; exit 0", 5)
             if kind == "namespaces" and running(marker):
                 raise ConfigError("sandbox=namespaces does not hold here: processes outlive their command")
     except SandboxFailed as failed:
@@ -125,17 +125,20 @@ def running(marker: str) -> list[int]:
     return found
 
 
-def advice(failed: str = "", kinds: Path = Path("/proc/filesystems")) -> str:
-    """What usually stands in the way, on this machine; `failed` is what was said, `kinds` lists its file systems."""
+def advice(failed: str = "", kinds: Path = Path("/proc/filesystems"), kernel: Path = Path("/proc/sys/kernel")) -> str:
+    """What usually stands in the way, on this machine; `failed` is what was said.
+
+    `kinds` lists its file systems, `kernel` holds its switches.
+    """
     if "wrong fs type" in failed and kinds.exists() and "overlay" not in kinds.read_text().split():
         return "; this kernel has no overlay file system: sudo modprobe overlay loads it, where there is one"
-    restricted = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
+    restricted = kernel / "apparmor_restrict_unprivileged_userns"
     if restricted.exists() and restricted.read_text().strip() == "1":
         return (
             "; AppArmor keeps user namespaces from programs without a profile: write one (docs/shell.md), or "
             "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0"
         )
-    switch = Path("/proc/sys/kernel/unprivileged_userns_clone")
+    switch = kernel / "unprivileged_userns_clone"
     if switch.exists() and switch.read_text().strip() == "0":
         return "; sudo sysctl kernel.unprivileged_userns_clone=1 allows user namespaces"
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():

@@ -60,10 +60,14 @@ def start(*words: str) -> tuple[subprocess.Popen, str]:
     with tempfile.NamedTemporaryFile("w") as log:
         command = [sys.executable, "-m", "tasks.os_interaction.server", "port=0", *words]
         process = subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True)
-        while " serves " not in (said := Path(log.name).read_text()):
-            if process.poll() is not None:
-                raise SystemExit(said)
-            time.sleep(0.1)
+        try:
+            while " serves " not in (said := Path(log.name).read_text()):
+                if process.poll() is not None:
+                    raise SystemExit(said)
+                time.sleep(0.1)
+        except BaseException:
+            process.terminate()
+            raise
     return process, next(line for line in said.splitlines() if " serves " in line).split()[0]
 
 
