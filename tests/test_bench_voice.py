@@ -39,7 +39,7 @@ def bench(llama, tmp_path, monkeypatch, capsys):
         words = ["--folder", str(tmp_path / "runs"), "--seeds", "0", "--samples", "10", *arguments]
         words += ["--set", *(f"{name}={value}" for name, value in tiny.items())]
         words += ["--reward-set", f"model_name={llama}", "device=cpu", "dtype=float32", "lora_r=1", "max_new_tokens=2"]
-        words += [f"prompts={role}"]
+        words += [f"prompts={role}", f"better_prompts={role}", "own_replies=2"]
         monkeypatch.setattr(sys, "argv", ["voice.py", *words])
         calls.clear()
         status = bench_voice.main()
