@@ -263,7 +263,7 @@ def check(root: Path, seed: int, extra: Sequence[str] = ()) -> list[str]:
     prompts = [sample.prompt for sample in load_topics("", 0.2)["test"]][:12]
     chats = [encode_chat(policy.tokenizer, policy.prompts.tutor.messages(prompt)) for prompt in prompts]
     with attached(policy, folder, "checked"):
-        ours = replies(policy, [Request(ids, 0.01) for ids in chats])  # as good as greedy
+        ours = replies(policy, [Request(ids, 1e-4) for ids in chats])  # as good as greedy
     with source(config) as name:
         plain = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         plain = peft.PeftModel.from_pretrained(plain, folder).eval()
