@@ -314,7 +314,7 @@ def main() -> int:
         if config.mode == "quizmaster":
             measure_quizzes(config, notice)
         if config.mode in ("merge", "both"):
-            merge(config, notice)
+            merge(replace(config, mode="merge"), notice)  # what is held out, evaluation looks at
         if config.mode in ("evaluate", "both"):
             results, resolved = evaluate(config, notice)
             record = report(resolved, results)
