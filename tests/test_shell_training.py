@@ -239,7 +239,7 @@ def test_the_scripts_stop_go_on_and_evaluate_from_another_folder(script, tmp_pat
     evaluating = script("evaluate_os.sh", "../c.yaml", *words)
     output = evaluating.communicate(timeout=300)[0]
     assert evaluating.returncode == 0, output
-    assert [model["name"] for model in json.loads((tmp_path / "evaluation.json").read_text())["models"]][2:] == ["m"]
+    assert [model["name"] for model in json.loads((tmp_path / "evaluation.json").read_text())["models"]][2:] == ["merged"]
     assert no_server_left(training.port)
 
 
