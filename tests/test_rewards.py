@@ -429,7 +429,7 @@ def test_an_encoder_is_a_reward_model(tmp_path):
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
-    chats = [([{"role": "user", "content": "What is Rome?"}], reply) for reply in ("Rome.", "Rome is. [SEP]")]
+    chats = [([{"role": "user", "content": "What is Rome?"}], reply) for reply in ("Rome.", "Rome [SEP]")]
     reward = load_classifier(str(tmp_path))
     rows = [tokenizer(chat[0]["content"], reply, split_special_tokens=True) for chat, reply in chats]
     assert len(rows[1]["input_ids"]) <= 12
