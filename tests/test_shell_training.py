@@ -224,22 +224,14 @@ def test_the_scripts_stop_go_on_and_evaluate_from_another_folder(script, tmp_pat
     output = training.communicate(timeout=300)[0]
     assert training.returncode == 0, output
     assert "Resuming from" in output
-    words = ["my run/epoch_3", "evaluate", "2", f"output_file={tmp_path}/evaluation.json"]
-    evaluating = script("evaluate_os.sh", "../c.yaml", *words)
-    output = evaluating.communicate(timeout=300)[0]
-    assert evaluating.returncode == 0, output
-    assert len(json.loads((tmp_path / "evaluation.json").read_text())["models"]) == 2
-    words = [
-        "my run/epoch_3",
-        "both",
-        "2",
-        f"output_file={tmp_path}/evaluation.json",
-        f"merged_model_path={tmp_path}/m",
-    ]
-    evaluating = script("evaluate_os.sh", "../c.yaml", *words)
-    output = evaluating.communicate(timeout=300)[0]
-    assert evaluating.returncode == 0, output
-    assert [model["name"] for model in json.loads((tmp_path / "evaluation.json").read_text())["models"]][2:] == ["merged"]
+    report = tmp_path / "evaluation.json"
+    for mode, more, names in (("evaluate", [], []), ("both", [f"merged_model_path={tmp_path}/m"], ["merged"])):
+        evaluating = script("evaluate_os.sh", "../c.yaml", "my run/epoch_3", mode, "2", f"output_file={report}", *more)
+        output = evaluating.communicate(timeout=300)[0]
+        assert evaluating.returncode == 0, output
+        models = json.loads(report.read_text())["models"]
+        assert len(models) == 2 + len(names)
+        assert [model["name"] for model in models[2:]] == names
     assert no_server_left(training.port)
 
 
