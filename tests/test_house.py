@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,24 @@ def test_nothing_heavy_is_imported_before_it_is_needed(statement):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def metadata(project: Path) -> list[str]:
+    """What pip would read of `project`: its requirements, such as 'trl==1.16.0; extra == "trl"'."""
+    code = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('.')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    [path] = project.glob("*.dist-info/METADATA")
+    return Parser().parsestr(path.read_text(encoding="utf-8")).get_all("Requires-Dist")
+
+
+def test_each_extra_can_be_installed_and_is_what_the_tests_run_with(tmp_path):
+    for item in ROOT.iterdir():
+        if not item.name.startswith(".") and item.name != "build" and item.suffix != ".egg-info":
+            (tmp_path / item.name).symlink_to(item)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = [line.replace('"', "'").split("; extra == ") for line in metadata(tmp_path)]
+    assert sorted(told) == sorted([pin, f"'{name}'"] for name, pins in extras.items() for pin in pins)
+    tried = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    del extras["openenv"]  # it brings too much for every developer
+    assert [pin for pins in extras.values() for pin in pins if pin not in tried] == []

@@ -225,13 +225,15 @@ def test_the_scripts_stop_go_on_and_evaluate_from_another_folder(script, tmp_pat
     assert training.returncode == 0, output
     assert "Resuming from" in output
     report = tmp_path / "evaluation.json"
-    for mode, more, names in (("evaluate", [], []), ("both", [f"merged_model_path={tmp_path}/m"], ["merged"])):
-        evaluating = script("evaluate_os.sh", "../c.yaml", "my run/epoch_3", mode, "2", f"output_file={report}", *more)
+
+    def evaluated(*words):
+        evaluating = script("evaluate_os.sh", "../c.yaml", "my run/epoch_3", *words, f"output_file={report}")
         output = evaluating.communicate(timeout=300)[0]
         assert evaluating.returncode == 0, output
-        models = json.loads(report.read_text())["models"]
-        assert len(models) == 2 + len(names)
-        assert [model["name"] for model in models[2:]] == names
+        return [model["name"] for model in json.loads(report.read_text())["models"]]
+
+    assert evaluated("evaluate", "2") == ["base", "epoch_3"]
+    assert evaluated("both", "2", f"merged_model_path={tmp_path}/m") == ["base", "epoch_3", "merged"]
     assert no_server_left(training.port)
 
 
